@@ -1,0 +1,80 @@
+"""Codecs: how numbers of one family become codes and back, once in torch and once for Triton.
+
+A family is two files. `<family>.py` holds the torch functions; they are the reference and the CPU path. `<family>_triton.py`
+holds the device functions of the same name, imported at the first launch only, because importing Triton takes longer
+than importing tritonq may.
+
+The four functions of an element codec, on values already divided by their scale:
+
+* `encode(x, zero, element) -> code`: fp32 to integer codes 0 .. 2^bits - 1, saturating, round half to even.
+* `decode(code, zero, element) -> x`: back to fp32, exactly.
+* `round(x, zero, element) -> x`: decode(encode(x)) without the code, for QDQ.
+* `clipped(x, zero, element) -> bool`: whether x lies outside the range of the codes before rounding.
+
+`zero` is the code of 0: a constant of the element type, or the zero points of asymmetric formats. NaN never reaches
+`encode`; callers replace it by 0 and let the scale carry it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tritonq.codecs import integer, minifloat
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One family of number representations.
+
+    Attributes:
+        name: of the family.
+        encode_ref, decode_ref, round_ref: torch functions as described above. They may overwrite `x`.
+        device_module: where the device functions `encode`, `decode`, `round`, `clipped` live.
+        offset_binary: codes are shifted so that the most negative number is code 0.
+    """
+
+    name: str
+    encode_ref: Callable[..., Any]
+    decode_ref: Callable[..., Any]
+    round_ref: Callable[..., Any]
+    clipped_ref: Callable[..., Any]
+    device_module: str
+    offset_binary: bool = False
+
+    @property
+    def encode(self) -> Any:
+        return importlib.import_module(self.device_module).encode
+
+    @property
+    def decode(self) -> Any:
+        return importlib.import_module(self.device_module).decode
+
+    @property
+    def round(self) -> Any:
+        return importlib.import_module(self.device_module).round
+
+    @property
+    def clipped(self) -> Any:
+        return importlib.import_module(self.device_module).clipped
+
+    @functools.cached_property
+    def cache_key(self) -> str:
+        """Changes when the source of a device function changes."""
+        keys = [fn.cache_key for fn in (self.encode, self.decode, self.round, self.clipped)]
+        return hashlib.sha256("-".join(keys).encode()).hexdigest()[:16]
+
+    def __repr__(self) -> str:
+        return f"Codec({self.name})"
+
+
+INTEGER = Codec(
+    "integer", integer.encode, integer.decode, integer.round, integer.clipped, "tritonq.codecs.integer_triton", True
+)
+MINIFLOAT = Codec(
+    "minifloat", minifloat.encode, minifloat.decode, minifloat.round, minifloat.clipped, "tritonq.codecs.minifloat_triton"
+)

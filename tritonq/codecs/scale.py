@@ -1,0 +1,106 @@
+"""How a scale follows from its group, and how it is stored.
+
+All in fp32; m is the element of largest magnitude (the positive one on a tie), hi = max(x, 0), lo = min(x, 0), B = bits.
+
+* absmax      s = |m| / element.max
+* half_range  s = |m| / ((2^B - 1) / 2)                  (compressed-tensors)
+* full_range  s = -m / 2^(B - 1), so s can be negative   (llama.cpp, auto-round)
+* minmax      s = (hi - lo) / (2^B - 1), zero point z = clamp(rne(-lo / s), 0, 2^B - 1)
+* floor       s = 2^(floor(log2 |m|) - emax)             (OCP MX 1.0 section 6.3)
+* ceil        s = 2^(ceil(log2 |m|) - emax)
+* rceil       s = |m| / element.max rounded up to a power of two
+* even        |m| first rounded to the element's mantissa bits, half up with carry, then floor
+
+With a tensor scale G: s = G * |m| / element.max is what is stored, and s / G what divides x.
+A scale is rounded to its storage type before it divides. One that would overflow takes the largest number of that type,
+one that would be zero the smallest positive; a group with a non-finite element takes NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INF = 0x7F800000
+
+
+def _exponent_scale(amax: Tensor, fmt: Any) -> Tensor:
+    """Biased exponent (uint8) of an e8m0 scale; `amax` is finite."""
+    element, rule = fmt.element, fmt.scale.rule
+    if rule == "rceil":
+        amax = amax / element.max
+    bits = amax.view(torch.int32)
+    shift = element.emax
+    if rule == "even":
+        bits = bits + (1 << (22 - element.mbits))
+    exponent = bits >> 23
+    if rule in ("ceil", "rceil"):
+        mantissa = bits & 0x7FFFFF
+        # The fp32 subnormals up to 2^-127 are below the smallest power of two that e8m0 has.
+        exponent = exponent + torch.where(exponent == 0, mantissa > 0x400000, mantissa > 0).to(torch.int32)
+        shift = 0 if rule == "rceil" else shift
+    return (exponent - shift).clamp_(0, 254).to(torch.uint8)
+
+
+def store(raw: Tensor, bad: Tensor, fmt: Any) -> Tensor:
+    """fp32 scales to their storage dtype: rounded, saturated, never zero, NaN where `bad`."""
+    scale = fmt.scale
+    if scale.element is None:
+        tiny = torch.finfo(torch.float32).smallest_normal * 2.0**-23
+        stored = raw.clamp(-scale.max, scale.max)
+        return torch.where(bad, torch.nan, torch.where(stored == 0, tiny, stored))
+    code = scale.element.codec.encode_ref(raw.clone(), 0, scale.element)
+    magnitude = code & ((1 << (scale.bits - scale.element.signed)) - 1)
+    code = torch.where(magnitude == 0, torch.ones_like(code), code)
+    code = torch.where(bad, torch.full_like(code, scale.element.nan_code), code)
+    return code.view(scale.dtype)
+
+
+def choose(hi: Tensor, lo: Tensor, fmt: Any, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scale (storage dtype) and zero point (uint8, or None) of groups with largest and smallest element `hi`, `lo`.
+
+    NaN or infinity in `hi` or `lo` marks a group with a non-finite element.
+    """
+    bad = ~(torch.isfinite(hi) & torch.isfinite(lo))
+    hi, lo = hi.masked_fill(bad, 0.0), lo.masked_fill(bad, 0.0)
+    element, rule = fmt.element, fmt.scale.rule
+    magnitude = torch.maximum(hi, -lo)
+    if fmt.scale.is_exponent:
+        return _exponent_scale(magnitude, fmt).masked_fill_(bad, 0xFF).view(fmt.scale.dtype), None
+    levels = 1 << element.bits
+    if rule == "minmax":
+        hi, lo = hi.clamp(min=0.0), lo.clamp(max=0.0)
+        scale = store((hi - lo) / (levels - 1), bad, fmt)
+        zero = (-lo / load(scale, fmt)).round_().clamp_(0, levels - 1)
+        return scale, zero.masked_fill_(bad, 0.0).to(torch.uint8)
+    if rule == "full_range":
+        raw = torch.where(hi >= -lo, -hi, -lo) / (levels // 2)
+    elif rule == "half_range":
+        raw = magnitude / ((levels - 1) / 2)
+    elif tensor_scale is not None:
+        raw = (tensor_scale * magnitude) / element.max
+    else:
+        raw = magnitude / element.max
+    return store(raw, bad, fmt), None
+
+
+def load(scale: Tensor, fmt: Any, tensor_scale: Tensor | None = None) -> Tensor:
+    """Stored scales to the fp32 factor of dequantization."""
+    if fmt.scale.is_exponent:
+        bits = scale.view(torch.uint8).to(torch.int32)
+        value = (bits << 23).masked_fill_(bits == 0, 0x400000).masked_fill_(bits == 0xFF, 0x7FC00000)
+        return value.view(torch.float32)
+    if fmt.scale.element is not None and fmt.scale.element.dtype is None:
+        return fmt.scale.element.codec.decode_ref(scale.view(torch.uint8), 0, fmt.scale.element)
+    value = scale.to(torch.float32)
+    return value if tensor_scale is None else value / tensor_scale
+
+
+def choose_tensor_scale(amax: Tensor, fmt: Any) -> Tensor:
+    """G = scale.max * element.max / amax (a divisor), 1 for an all-zero tensor; shape [1], fp32."""
+    product = fmt.scale.max * fmt.element.max
+    largest = torch.finfo(torch.float32).max
+    scale = torch.where(amax > 0, product / amax, 1.0).clamp(max=largest)
+    return scale.to(torch.float32).reshape(1)

@@ -1,0 +1,445 @@
+"""Formats as data: what one code means, how scales are stored, which elements share one.
+
+A `Format` is the single value from which quantize, dequantize, QDQ, packing, storage size and export are derived.
+Nothing in tritonq branches on a format's name.
+
+Names follow `<element>_<granularity>[_asym][_<scale type>][_<rule>]`:
+
+* element: `int2`..`int8`, `eXmY` with an optional `fn` | `ieee` | `fnuz`, `fp8_e4m3`, `fp8_e5m2`, ...
+* granularity: `tensor`, `channel` (one scale a row), `gN` (N elements of a row), `bRxC` (a block of R rows and C columns)
+* scale type: `e8m0`, `e4m3`, `ue5m3`, `f16`, `bf16`, `f32`; left out, integers take bf16 and floats f32
+* rule: how the scale follows from the group, see `RULES`; a rule of e8m0 implies that scale type
+
+and the families `mxfp8[_e5m2]`, `mxfp6_e3m2`, `mxfp6_e2m3`, `mxfp4`, `nvfp4` (OCP MX 1.0; NVFP4), with an optional rule.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import re
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from tritonq.codecs import INTEGER, MINIFLOAT, Codec
+
+Shape = tuple[int, ...]
+
+FLOAT_RULES = ("absmax", "half_range", "full_range")
+EXPONENT_RULES = ("floor", "rceil", "ceil", "even")
+RULES = (*FLOAT_RULES, "minmax", *EXPONENT_RULES)
+
+
+@dataclass(frozen=True)
+class ElementType:
+    """What one code means.
+
+    Attributes:
+        name: how the field writes it: `int4`, `e2m1`, `e4m3`.
+        bits: width of a code.
+        max: largest finite magnitude; use `integer` and `minifloat` to build one, they compute it from the codes.
+        codec: the functions that turn numbers into codes and back.
+        ebits, mbits: exponent and mantissa bits (integers: `mbits` counts the bits below the leading one of `max`).
+        special: minifloats only. "" every code is a finite number, "fn" all ones is NaN, "ieee" the top exponent holds
+            infinity and NaN, "fnuz" the code of -0 is NaN and the bias is one higher.
+        signed: whether the top bit is a sign.
+    """
+
+    name: str
+    bits: int
+    max: float
+    codec: Codec
+    ebits: int = 0
+    mbits: int = 0
+    special: str = ""
+    signed: bool = True
+
+    @functools.cached_property
+    def bias(self) -> int:
+        """Exponent bias, 2^(ebits - 1) - 1 (OCP MX 1.0 section 5.3); one more for fnuz."""
+        return (1 << (self.ebits - 1)) - 1 + (self.special == "fnuz") if self.ebits else 0
+
+    @functools.cached_property
+    def emax(self) -> int:
+        """floor(log2(max)), the exponent that MX scale rules subtract."""
+        return math.frexp(self.max)[1] - 1
+
+    @property
+    def zero_code(self) -> int:
+        """The code of 0: integers are stored offset-binary, so 2^(bits - 1)."""
+        return 1 << (self.bits - 1) if self.codec.offset_binary else 0
+
+    @functools.cached_property
+    def nan_code(self) -> int:
+        """The code that stands for NaN, or -1 where every code is a number."""
+        magnitude = (1 << (self.bits - self.signed)) - 1
+        if self.special == "fn":
+            return magnitude
+        if self.special == "ieee":  # quiet NaN: the top mantissa bit set
+            return (((1 << self.ebits) - 1) << self.mbits) | (1 << (self.mbits - 1))
+        return 1 << (self.bits - 1) if self.special == "fnuz" else -1
+
+    @functools.cached_property
+    def max_code(self) -> int:
+        """Code of `max` without the sign (minifloats)."""
+        top = (1 << (self.bits - self.signed)) - 1
+        return {"fn": top - 1, "ieee": (((1 << self.ebits) - 1) << self.mbits) - 1}.get(self.special, top)
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype | None:
+        """The torch dtype with the same codes, if there is one."""
+        if not self.ebits:
+            return torch.int8 if self.bits == 8 else None
+        key = (self.ebits, self.mbits, self.special, self.signed)
+        return _TORCH_FLOATS.get(key)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Everything that shapes a kernel, for cache keys."""
+        fields = (self.bits, self.max, self.codec.name, self.ebits, self.mbits, self.special, self.signed)
+        return hashlib.sha256(repr(fields).encode()).hexdigest()[:16]
+
+    @property
+    def cache_key(self) -> str:
+        return f"{self.digest}-{self.codec.cache_key}"
+
+    def __repr__(self) -> str:
+        return f"ElementType({self.name}-{self.digest})"
+
+
+_TORCH_FLOATS = {
+    (4, 3, "fn", True): torch.float8_e4m3fn,
+    (5, 2, "ieee", True): torch.float8_e5m2,
+    (4, 3, "fnuz", True): torch.float8_e4m3fnuz,
+    (5, 2, "fnuz", True): torch.float8_e5m2fnuz,
+    (5, 10, "ieee", True): torch.float16,
+    (8, 7, "ieee", True): torch.bfloat16,
+}
+
+
+def integer(bits: int) -> ElementType:
+    """Two's complement range [-2^(bits-1), 2^(bits-1) - 1], 2 to 8 bits."""
+    if not 2 <= bits <= 8:
+        raise ValueError(f"integer elements have 2 to 8 bits, got {bits}")
+    return ElementType(f"int{bits}", bits, float((1 << (bits - 1)) - 1), INTEGER, 0, bits - 2)
+
+
+def minifloat(ebits: int, mbits: int, special: str = "", signed: bool = True, name: str | None = None) -> ElementType:
+    """A float of `ebits` exponent and `mbits` mantissa bits; see `ElementType.special` for the four kinds."""
+    bits = signed + ebits + mbits
+    if ebits < 1 or mbits < 0 or not 2 <= bits <= 16 or special not in ("", "fn", "ieee", "fnuz"):
+        raise ValueError(
+            f"a minifloat has a sign, >= 1 exponent and >= 0 mantissa bits, 8 in all, and special '', 'fn', 'ieee' or "
+            f"'fnuz'; got e{ebits}m{mbits} special {special!r}"
+        )
+    if special == "ieee" and (mbits < 1 or ebits < 2):
+        raise ValueError(f"infinity and NaN need >= 1 mantissa and >= 2 exponent bits, got e{ebits}m{mbits}")
+    if special == "fn" and ebits + mbits < 2:
+        raise ValueError(f"e{ebits}m{mbits} has no code left for NaN")
+    bare = ElementType(name or f"e{ebits}m{mbits}{special}", bits, math.nan, MINIFLOAT, ebits, mbits, special, signed)
+    exponent, mantissa = bare.max_code >> mbits, bare.max_code & ((1 << mbits) - 1)
+    if exponent:
+        largest = math.ldexp(1 + mantissa / (1 << mbits), exponent - bare.bias)
+    else:
+        largest = math.ldexp(mantissa, 1 - bare.bias - mbits)
+    return replace(bare, max=largest)
+
+
+@dataclass(frozen=True)
+class ScaleType:
+    """How a scale is stored, and the rule that chooses it from its group.
+
+    Attributes:
+        name: `e8m0` | `e4m3` | `ue5m3` | `f16` | `bf16` | `f32`.
+        rule: one of `RULES`; `codecs/scale.py` states each as a formula.
+    """
+
+    name: str
+    rule: str = "absmax"
+
+    @property
+    def element(self) -> ElementType | None:
+        """The float type of a stored scale; None for f32 and e8m0, whose bits are part of a float."""
+        return _SCALE_ELEMENTS[self.name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _SCALE_DTYPES[self.name]
+
+    @property
+    def is_exponent(self) -> bool:
+        """True where a scale is a power of two (e8m0)."""
+        return self.name == "e8m0"
+
+    @property
+    def max(self) -> float:
+        if self.is_exponent:
+            return 2.0**127
+        return self.element.max if self.element else torch.finfo(torch.float32).max
+
+    @property
+    def bits(self) -> int:
+        return self.dtype.itemsize * 8
+
+
+_SCALE_ELEMENTS: dict[str, ElementType | None] = {
+    "e8m0": None,
+    "e4m3": minifloat(4, 3, "fn", name="e4m3"),
+    "ue5m3": minifloat(5, 3, "fn", signed=False, name="ue5m3"),
+    "f16": minifloat(5, 10, "ieee", name="f16"),
+    "bf16": minifloat(8, 7, "ieee", name="bf16"),
+    "f32": None,
+}
+_SCALE_DTYPES = {
+    "e8m0": torch.float8_e8m0fnu,
+    "e4m3": torch.float8_e4m3fn,
+    "ue5m3": torch.uint8,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a tensor is stored.
+
+    Attributes:
+        name: what `get_format` takes.
+        element: type of one code.
+        group: (rows, cols) of elements that share one scale; -1 means the whole axis. (1, g), (1, -1), (r, c) or
+            (-1, -1), which is one scale for the whole tensor whatever its rank.
+        scale: storage type and rule of the scales.
+        zero_point: asymmetric integers; codes and zero points are 0 .. 2^bits - 1.
+        tensor_scale: a second level, one fp32 divisor for the whole tensor (NVFP4).
+    """
+
+    name: str
+    element: ElementType
+    group: tuple[int, int]
+    scale: ScaleType = field(default_factory=lambda: ScaleType("f32"))
+    zero_point: bool = False
+    tensor_scale: bool = False
+
+    def __post_init__(self) -> None:
+        rows, cols = self.group
+        if not ((rows >= 1 and cols >= 1) or (rows, cols) in ((1, -1), (-1, -1))):
+            raise ValueError(f"{self.name}: group must be (1, g), (1, -1), (-1, -1) or (r, c), got {self.group}")
+        if self.scale.name not in _SCALE_DTYPES:
+            raise ValueError(f"{self.name}: unknown scale type {self.scale.name!r}; known: {', '.join(_SCALE_DTYPES)}")
+        is_integer = self.element.codec.offset_binary
+        if self.zero_point and (not is_integer or self.scale.is_exponent or self.tensor_scale):
+            raise ValueError(f"{self.name}: a zero point needs an integer element and a floating-point scale")
+        if self.scale.is_exponent:
+            allowed = EXPONENT_RULES
+        elif self.zero_point:
+            allowed = ("minmax",)
+        else:
+            allowed = FLOAT_RULES if is_integer else ("absmax",)
+        if self.scale.rule == "full_range" and self.scale.element and not self.scale.element.signed:
+            raise ValueError(f"{self.name}: full_range scales can be negative, {self.scale.name} has no sign")
+        if self.scale.rule not in allowed:
+            raise ValueError(f"{self.name}: scale rule {self.scale.rule!r} is not one of {', '.join(allowed)}")
+        if self.element.bits > 8:
+            raise ValueError(f"{self.name}: elements have at most 8 bits, {self.element.name} has {self.element.bits}")
+
+    # __hash__ and __repr__ run at every kernel launch: short, and distinct for distinct contents.
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def __repr__(self) -> str:
+        return self._repr
+
+    @functools.cached_property
+    def _repr(self) -> str:
+        fields = (self.element.digest, self.group, self.scale.name, self.scale.rule, self.zero_point, self.tensor_scale)
+        return f"Format({self.name}-{hashlib.sha256(repr(fields).encode()).hexdigest()[:16]})"
+
+    @property
+    def cache_key(self) -> str:
+        """Triton's key for a kernel specialised to this format.
+
+        Folds in the source of the codecs' device functions, which Triton does not see in a kernel's own hash.
+        """
+        keys = [self._repr, self.element.cache_key]
+        if self.scale.element:
+            keys.append(self.scale.element.cache_key)
+        return "-".join(keys)
+
+    @property
+    def bits(self) -> int:
+        return self.element.bits
+
+    @property
+    def group_size(self) -> int:
+        """Elements of the last axis that share one scale; -1 for the whole axis."""
+        return self.group[1]
+
+    @property
+    def saturates(self) -> bool:
+        """Whether finite input can be clipped at `element.max` (its gradient is 0 there).
+
+        Dividing by a rounded scale can pass the maximum; only a power of two rounded up never does.
+        """
+        return not (self.scale.is_exponent and self.scale.rule == "rceil")
+
+    @property
+    def qdtype(self) -> torch.dtype:
+        """dtype of `qdata`: the torch dtype itself for 8-bit floats and symmetric int8, packed uint8 otherwise."""
+        dtype = None if self.zero_point else self.element.dtype
+        return dtype or torch.uint8
+
+    @property
+    def sign_flip(self) -> int:
+        """XOR between an offset-binary code and its stored byte: 0x80 where qdata is two's complement int8."""
+        return 0x80 if self.qdtype is torch.int8 else 0
+
+    def scale_shape(self, shape: Shape) -> Shape:
+        """Shape of `scale` (and `zero_point`) for a tensor of `shape`."""
+        shape = tuple(shape)
+        rows, cols = self.group
+        if not shape:
+            raise ValueError(f"{self.name} needs a tensor of >= 1 dimension, got a scalar; use x.reshape(1)")
+        if rows == -1:
+            return (1,)
+        along = 1 if cols == -1 else -(-shape[-1] // cols)
+        if rows == 1:
+            return (*shape[:-1], along)
+        if len(shape) < 2:
+            raise ValueError(
+                f"{self.name} shares one scale over blocks of {rows} x {cols} elements of the last two axes, got shape "
+                f"{shape}; reshape to two dimensions, or pass a format with groups of one row"
+            )
+        return (*shape[:-2], -(-shape[-2] // rows), along)
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one packed row: ceil(bits * columns / 8)."""
+        return -(-self.bits * columns // 8)
+
+    def storage(self, shape: Shape) -> dict[str, tuple[Shape, torch.dtype]]:
+        """Name -> (shape, dtype) of the parts of a quantized tensor of `shape`; the one place that knows sizes."""
+        shape = tuple(shape)
+        scales = self.scale_shape(shape)
+        columns = self.row_bytes(shape[-1])
+        parts: dict[str, tuple[Shape, torch.dtype]] = {
+            "qdata": ((*shape[:-1], columns), self.qdtype),
+            "scale": (scales, self.scale.dtype),
+        }
+        if self.zero_point:
+            parts["zero_point"] = (scales, torch.uint8)
+        if self.tensor_scale:
+            parts["tensor_scale"] = ((1,), torch.float32)
+        return parts
+
+    def nbytes(self, shape: Shape) -> int:
+        """Bytes of all parts for a tensor of `shape`, alignment apart."""
+        return sum(math.prod(s) * d.itemsize for s, d in self.storage(shape).values())
+
+
+_ELEMENT = re.compile(r"(?:int(?P<int>\d)|(?:fp8_)?e(?P<e>\d)m(?P<m>\d)(?P<special>fn|ieee|fnuz)?)$")
+_NAME = re.compile(
+    r"(?P<element>int\d|(?:fp8_)?e\dm\d(?:fnuz|fn|ieee)?)_(?P<group>tensor|channel|g\d+|b\d+x\d+)(?P<asym>_asym)?"
+    rf"(?:_(?P<scale>{'|'.join(_SCALE_DTYPES)}))?(?:_(?P<rule>{'|'.join(RULES)}))?$"
+)
+_MX = re.compile(rf"mxfp(?P<bits>[864])(?:_(?P<element>e\dm\d))?(?:_(?P<rule>{'|'.join(EXPONENT_RULES)}))?$")
+_MX_ELEMENTS = {"8": ("e4m3", "e5m2"), "6": ("e3m2", "e2m3"), "4": ("e2m1",)}
+
+
+def get_element(name: str) -> ElementType:
+    """Element type by name: `int4`, `e2m1`, `e4m3` (which is e4m3fn), `e5m2` (IEEE-like), `e4m3fnuz`, `fp8_e5m2`."""
+    match = _ELEMENT.match(name)
+    if not match:
+        raise ValueError(f"unknown element type {name!r}; write intB (B = 2..8) or eXmY, such as int4, e4m3, e2m1")
+    if match["int"]:
+        return integer(int(match["int"]))
+    e, m = int(match["e"]), int(match["m"])
+    if 1 + e + m > 8 or (name.startswith("fp8_") and 1 + e + m != 8):
+        raise ValueError(f"{name!r} has {1 + e + m} bits; element types have at most 8, and fp8 ones exactly 8")
+    special = match["special"]
+    if special is None:
+        special = {(4, 3): "fn", (5, 2): "ieee"}.get((e, m), "")
+        return minifloat(e, m, special, name=f"e{e}m{m}")
+    return minifloat(e, m, special)
+
+
+def _parse(name: str) -> Format | None:
+    if match := _MX.match(name):
+        choices = _MX_ELEMENTS[match["bits"]]
+        element = match["element"] or (choices[0] if match["bits"] != "6" else None)
+        if element not in choices:
+            return None
+        return Format(name, get_element(element), (1, 32), ScaleType("e8m0", match["rule"] or "floor"))
+    if name == "nvfp4":
+        return Format(name, get_element("e2m1"), (1, 16), ScaleType("e4m3"), tensor_scale=True)
+    match = _NAME.match(name)
+    if not match:
+        return None
+    element, kind = get_element(match["element"]), match["group"]
+    if kind == "tensor":
+        group = (-1, -1)
+    elif kind == "channel":
+        group = (1, -1)
+    elif kind[0] == "g":
+        group = (1, int(kind[1:]))
+    else:
+        rows, cols = kind[1:].split("x")
+        group = (int(rows), int(cols))
+    is_integer, asym, rule, scale = element.codec.offset_binary, bool(match["asym"]), match["rule"], match["scale"]
+    if scale is None:
+        scale = "e8m0" if rule in EXPONENT_RULES else "bf16" if is_integer else "f32"
+    if rule is None:
+        rule = "floor" if scale == "e8m0" else "minmax" if asym else "full_range" if is_integer else "absmax"
+        if scale == "ue5m3" and rule == "full_range":  # no sign to keep
+            rule = "absmax"
+    return Format(name, element, group, ScaleType(scale, rule), zero_point=asym)
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def register(fmt: Format) -> Format:
+    """Make `fmt` reachable by its name; returns it. ValueError if the name already means something else."""
+    known = FORMATS.get(fmt.name)
+    if known is None:
+        known = _resolve(fmt.name)
+    if known is not None and known != fmt:
+        raise ValueError(f"the name {fmt.name!r} already means {known._repr}; choose another name")
+    FORMATS[fmt.name] = fmt
+    return fmt
+
+
+@functools.cache
+def _resolve(name: str) -> Format | None:
+    return _parse(name)
+
+
+def get_format(fmt: str | Format) -> Format:
+    """The Format of a name, registered or parametric; a Format is returned as it is. ValueError for unknown names."""
+    if isinstance(fmt, Format):
+        return fmt
+    if not isinstance(fmt, str):
+        raise TypeError(f"a format is a Format or its name, got {type(fmt).__name__}")
+    found = FORMATS.get(fmt) or _resolve(fmt)
+    if found is None:
+        raise ValueError(
+            f"unknown format {fmt!r}; known: {', '.join(FORMATS)}, or any "
+            "<element>_<tensor|channel|gN|bRxC>[_asym][_<scale type>][_<rule>], such as int3_g64_asym or e3m4_g48"
+        )
+    return found
+
+
+def storage_bits(fmt: Format, shape: Shape) -> float:
+    """Bits an element of a tensor of `shape`, scales included."""
+    return 8 * fmt.nbytes(shape) / max(1, math.prod(shape))
+
+
+for _name in (
+    "int8_channel", "int8_g128", "int4_g128", "int4_g128_asym", "int4_g64", "int4_g32", "int3_g128", "int2_g128",
+    "fp8_e4m3_tensor", "fp8_e4m3_channel", "fp8_e4m3_g128", "fp8_e4m3_b128x128", "fp8_e5m2_channel",
+    "fp8_e4m3fnuz_channel", "fp8_e5m2fnuz_channel", "mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4", "nvfp4",
+):  # fmt: skip
+    register(get_format(_name))
+
+

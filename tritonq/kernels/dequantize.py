@@ -1,0 +1,35 @@
+"""Dequantize: y = (code - zero) * scale, in fp32, rounded once to the output type."""
+
+import triton
+import triton.language as tl
+
+from tritonq.kernels import tile
+
+
+@triton.jit
+def dequantize_kernel(
+    q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr, y_ptr,
+    N, K, tiles_m, tiles_n,
+    FMT: tl.constexpr, LIMIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """y [batch, N, K] from packed codes; everything contiguous."""
+    ELEM: tl.constexpr = FMT.element
+    pid = tl.program_id(0).to(tl.int64)
+    tile_n, pid = pid % tiles_n, pid // tiles_n
+    tile_m, batch = pid % tiles_m, pid // tiles_m
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tile_n * BLOCK_N
+    col = first + tl.arange(0, BLOCK_N)
+    row_mask = row < N
+    row_offset = (batch * N + row) * ((K * FMT.bits + 7) // 8)
+    codes = tile.load_codes(q_ptr, row_offset, row_mask, first * FMT.bits // 8, K, BLOCK_N, FMT)
+    tensor_scale = 1.0
+    if FMT.tensor_scale:
+        tensor_scale = tl.load(tensor_scale_ptr)
+    factor, zero = tile.load_factors(
+        scale_ptr, zero_ptr, tensor_scale, batch, row, row_mask, first, N, K, BLOCK_N, FMT
+    )
+    y = tile.saturate(ELEM.codec.decode(codes, zero, ELEM) * factor, LIMIT)
+    offsets = (batch * N + row)[:, None] * K + col[None, :]
+    mask = row_mask[:, None] & (col < K)[None, :]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask)

@@ -1,0 +1,149 @@
+"""Quantize and QDQ in one pass: scale = choose(group), code = encode(x / scale), y = decode(code) * scale.
+
+`group_kernel` handles groups that fit a tile; `apply_kernel` takes the scales as given (precomputed, or from
+`tritonq.kernels.stats` for groups larger than a tile, or where codes of neighbouring groups share a byte).
+"""
+
+import triton
+import triton.language as tl
+
+from tritonq.codecs import scale_triton as scales
+from tritonq.kernels import tile
+
+
+@triton.jit
+def _max_per_group(keys, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, C: tl.constexpr):
+    """[M * R, GROUPS * C] to [M, GROUPS]."""
+    if R == 1:
+        return tl.max(keys.reshape([M, GROUPS, C]), 2)
+    else:
+        return tl.max(tl.max(keys.reshape([M, R, GROUPS, C]), 3), 1)
+
+
+@triton.jit
+def _spread(per_group, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, C: tl.constexpr):
+    """[M, GROUPS] to [M * R, GROUPS * C]."""
+    if R == 1:
+        return tl.broadcast_to(per_group[:, :, None], [M, GROUPS, C]).reshape([M, GROUPS * C])
+    else:
+        return tl.broadcast_to(per_group[:, None, :, None], [M, R, GROUPS, C]).reshape([M * R, GROUPS * C])
+
+
+@triton.jit
+def group_kernel(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
+    N, K, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
+    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr,
+    M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """A tile of M x GROUPS groups, each padded to R x C elements (powers of two).
+
+    MODE "quantize" writes codes to q_ptr, and scales; "qdq" writes values to q_ptr and no scales; "scale" only scales.
+    """
+    ELEM: tl.constexpr = FMT.element
+    ROWS: tl.constexpr = FMT.group[0]
+    COLS: tl.constexpr = FMT.group[1]
+    pid = tl.program_id(0).to(tl.int64)
+    tile_n, pid = pid % tiles_n, pid // tiles_n
+    tile_m, batch = pid % tiles_m, pid // tiles_m
+
+    r = tl.arange(0, M * R)
+    group_row = tile_m * M + r // R
+    row = group_row * ROWS + r % R
+    row_mask = row < N
+    if R != ROWS:
+        row_mask = row_mask & (r % R < ROWS)
+    c = tl.arange(0, GROUPS * C)
+    if COLS == C or COLS == -1:
+        first = tile_n * (GROUPS * C)
+        col = first + c
+        col_mask = col < K
+    else:
+        first = tile_n * (GROUPS * COLS)
+        col = first + (c // C) * COLS + c % C
+        col_mask = (col < K) & (c % C < COLS)
+    mask = row_mask[:, None] & col_mask[None, :]
+    offsets = row[:, None] * stride_row + col[None, :] * stride_col
+    x = tile.to_float32(tl.load(x_ptr + batch * stride_batch + offsets, mask, other=0.0))
+
+    tensor_scale = 1.0
+    if FMT.tensor_scale:
+        tensor_scale = tl.load(tensor_scale_ptr)
+    high = _max_per_group(scales.high_key(x, FMT), M, R, GROUPS, C)
+    low = high
+    if FMT.zero_point:
+        low = _max_per_group(scales.low_key(x), M, R, GROUPS, C)
+    stored, factor, zero = scales.choose(high, low, tensor_scale, FMT)
+
+    if MODE != "qdq":
+        in_row = 1 if COLS == -1 else (K + COLS - 1) // COLS
+        in_col = (N + ROWS - 1) // ROWS
+        scale_row = tile_m * M + tl.arange(0, M)
+        scale_col = tile_n * GROUPS + tl.arange(0, GROUPS)
+        scale_mask = (scale_row < in_col)[:, None] & (scale_col < in_row)[None, :]
+        index = (batch * in_col + scale_row)[:, None] * in_row + scale_col[None, :]
+        tl.store(scale_ptr + index, stored.to(scale_ptr.dtype.element_ty), scale_mask)
+        if FMT.zero_point:
+            tl.store(zero_ptr + index, zero.to(tl.uint8), scale_mask)
+    if MODE != "scale":
+        if FMT.zero_point:
+            zero = _spread(zero, M, R, GROUPS, C)
+        else:
+            zero = ELEM.zero_code
+        factor = _spread(factor, M, R, GROUPS, C)
+        x = scales.divide(x, factor, FMT)
+        if MODE == "qdq":
+            y = tile.saturate(ELEM.codec.round(x, zero, ELEM) * factor, LIMIT)
+            offsets = (batch * N + row)[:, None] * K + col[None, :]
+            tl.store(q_ptr + offsets, y.to(q_ptr.dtype.element_ty), mask)
+        else:
+            codes = tl.where(mask, ELEM.codec.encode(x, zero, ELEM), 0)
+            row_offset = (batch * N + row) * ((K * FMT.bits + 7) // 8)
+            if COLS == C or COLS == -1:
+                tile.store_codes(q_ptr, row_offset, row_mask, first * FMT.bits // 8, codes, K, 1, 0, FMT)
+            else:
+                BYTES: tl.constexpr = COLS * FMT.bits // 8  # whole: other groups take `apply_kernel`
+                tile.store_codes(q_ptr, row_offset, row_mask, tile_n * GROUPS * BYTES, codes, K, GROUPS, BYTES, FMT)
+
+
+@triton.jit
+def apply_kernel(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
+    N, K, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
+    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Codes ("quantize") or values ("qdq") for scales and zero points that are given."""
+    ELEM: tl.constexpr = FMT.element
+    pid = tl.program_id(0).to(tl.int64)
+    tile_n, pid = pid % tiles_n, pid // tiles_n
+    tile_m, batch = pid % tiles_m, pid // tiles_m
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tile_n * BLOCK_N
+    col = first + tl.arange(0, BLOCK_N)
+    row_mask = row < N
+    mask = row_mask[:, None] & (col < K)[None, :]
+    offsets = row[:, None] * stride_row + col[None, :] * stride_col
+    x = tile.to_float32(tl.load(x_ptr + batch * stride_batch + offsets, mask, other=0.0))
+    tensor_scale = 1.0
+    if FMT.tensor_scale:
+        tensor_scale = tl.load(tensor_scale_ptr)
+    factor, zero = tile.load_factors(
+        scale_ptr, zero_ptr, tensor_scale, batch, row, row_mask, first, N, K, BLOCK_N, FMT
+    )
+    scaled = scales.divide(x, factor, FMT)
+    # A scale that was passed in says nothing about x, so element types that have a NaN keep a non-finite x as NaN.
+    lost = (x - x != 0.0) & (factor == factor)
+    if MODE == "qdq":
+        y = tile.saturate(ELEM.codec.round(scaled, zero, ELEM) * factor, LIMIT)
+        if ELEM.nan_code >= 0:
+            y = tl.where(lost, float("nan"), y)
+        offsets = (batch * N + row)[:, None] * K + col[None, :]
+        tl.store(q_ptr + offsets, y.to(q_ptr.dtype.element_ty), mask)
+    else:
+        codes = ELEM.codec.encode(scaled, zero, ELEM)
+        if ELEM.nan_code >= 0:
+            codes = tl.where(lost, ELEM.nan_code, codes)
+        codes = tl.where(mask, codes, 0)
+        row_offset = (batch * N + row) * ((K * FMT.bits + 7) // 8)
+        tile.store_codes(q_ptr, row_offset, row_mask, first * FMT.bits // 8, codes, K, 1, 0, FMT)

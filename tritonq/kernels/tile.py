@@ -1,0 +1,139 @@
+"""What the kernels share: loading, spreading scales over elements, storing packed codes."""
+
+import triton
+import triton.language as tl
+
+from tritonq.codecs import pack_triton as bits
+from tritonq.codecs import scale_triton as scales
+
+
+@triton.jit
+def to_float32(x):
+    """fp32 of any floating type; finite fp64 numbers beyond fp32 saturate."""
+    y = x.to(tl.float32)
+    if x.dtype == tl.float64:
+        beyond = (tl.abs(y) == float("inf")) & (tl.abs(x) != float("inf"))
+        y = tl.where(beyond, tl.where(x > 0, 3.4028234663852886e38, -3.4028234663852886e38), y)
+    return y
+
+
+@triton.jit
+def saturate(y, LIMIT: tl.constexpr):
+    """Clamp to the finite range of the output type; NaN stays NaN."""
+    y = tl.minimum(y, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(y, -LIMIT, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def store_codes(
+    q_ptr, row_offset, row_mask, first_byte, codes, K, GROUPS: tl.constexpr, GROUP_BYTES: tl.constexpr, FMT: tl.constexpr
+):
+    """Pack int32 codes [M, COLS] and store them from `first_byte` of each row on; row_offset [M] is where a row begins.
+
+    With GROUPS > 1 the columns are that many padded groups, of which the first GROUP_BYTES are kept; with 1 they are
+    consecutive. Bytes past the end of a row are not written.
+    """
+    ROW_BYTES = (K * FMT.bits + 7) // 8
+    M: tl.constexpr = codes.shape[0]
+    if FMT.sign_flip != 0:
+        codes = codes ^ FMT.sign_flip
+    data = bits.pack(codes, FMT.bits).to(tl.uint8)
+    WIDTH: tl.constexpr = 1 if 8 % FMT.bits == 0 else (3 if FMT.bits == 6 else FMT.bits)
+    RUNS: tl.constexpr = data.shape[1] // GROUPS
+    run = tl.arange(0, data.shape[1])
+    if GROUPS == 1:
+        byte = first_byte + run * WIDTH
+        keep = byte < ROW_BYTES
+    else:
+        byte = first_byte + (run // RUNS) * GROUP_BYTES + (run % RUNS) * WIDTH
+        keep = (byte < ROW_BYTES) & ((run % RUNS) * WIDTH < GROUP_BYTES)
+    if WIDTH == 1:
+        tl.store(q_ptr + row_offset[:, None] + byte[None, :], data, row_mask[:, None] & keep[None, :])
+    else:
+        within = tl.arange(0, data.shape[2])
+        byte = byte[:, None] + within[None, :]
+        mask = keep[:, None] & (within < WIDTH)[None, :] & (byte < ROW_BYTES)
+        mask = tl.reshape(row_mask, [M, 1, 1]) & mask[None, :, :]
+        tl.store(q_ptr + tl.reshape(row_offset, [M, 1, 1]) + byte[None, :, :], data, mask)
+
+
+@triton.jit
+def load_codes(q_ptr, row_offset, row_mask, first_byte, K, COLS: tl.constexpr, FMT: tl.constexpr):
+    """int32 codes [M, COLS] of consecutive columns; inverse of `store_codes`."""
+    ROW_BYTES = (K * FMT.bits + 7) // 8
+    M: tl.constexpr = row_offset.shape[0]
+    if 8 % FMT.bits == 0:
+        byte = first_byte + tl.arange(0, COLS * FMT.bits // 8)
+        mask = row_mask[:, None] & (byte < ROW_BYTES)[None, :]
+        data = tl.load(q_ptr + row_offset[:, None] + byte[None, :], mask, other=0)
+    else:
+        WIDTH: tl.constexpr = 3 if FMT.bits == 6 else FMT.bits
+        PER: tl.constexpr = 4 if FMT.bits == 6 else 8
+        within = tl.arange(0, PER)
+        byte = first_byte + tl.arange(0, COLS // PER)[:, None] * WIDTH + within[None, :]
+        mask = (within < WIDTH)[None, :] & (byte < ROW_BYTES)
+        data = tl.load(
+            q_ptr + tl.reshape(row_offset, [M, 1, 1]) + byte[None, :, :],
+            tl.reshape(row_mask, [M, 1, 1]) & mask[None, :, :],
+            other=0,
+        )
+    codes = bits.unpack(data.to(tl.int32), FMT.bits)
+    if FMT.sign_flip != 0:
+        codes = codes ^ FMT.sign_flip
+    return codes
+
+
+@triton.jit
+def _scale_row(row, batch, N, FMT: tl.constexpr):
+    """Index of the row of scales that a row of elements [M] uses."""
+    R: tl.constexpr = FMT.group[0]
+    if R == -1:
+        return row * 0
+    elif R == 1:
+        return batch * N + row
+    else:
+        return batch * ((N + R - 1) // R) + row // R
+
+
+@triton.jit
+def _load_factors(scale_ptr, zero_ptr, index, mask, tensor_scale, FMT: tl.constexpr):
+    factor = scales.load(tl.load(scale_ptr + index, mask, other=1), tensor_scale, FMT)
+    if FMT.zero_point:
+        zero = tl.load(zero_ptr + index, mask, other=0).to(tl.float32)
+    else:
+        zero = tl.zeros_like(factor) + FMT.element.zero_code
+    return factor, zero
+
+
+@triton.jit
+def _over_columns(per_group, M: tl.constexpr, GROUPS: tl.constexpr, COLS: tl.constexpr):
+    """[M, GROUPS] to [M, COLS], each repeated over its COLS / GROUPS columns."""
+    return tl.broadcast_to(per_group[:, :, None], [M, GROUPS, COLS // GROUPS]).reshape([M, COLS])
+
+
+@triton.jit
+def load_factors(
+    scale_ptr, zero_ptr, tensor_scale, batch, row, row_mask, first_col, N, K, COLS: tl.constexpr, FMT: tl.constexpr
+):
+    """Scale and zero point of every element of a tile, fp32 [M, COLS] or [M, 1]; first_col is a multiple of COLS."""
+    C: tl.constexpr = FMT.group[1]
+    M: tl.constexpr = row.shape[0]
+    scale_row = _scale_row(row, batch, N, FMT)
+    if C == -1:
+        factor, zero = _load_factors(scale_ptr, zero_ptr, scale_row, row_mask, tensor_scale, FMT)
+        factor, zero = factor[:, None], zero[:, None]
+    else:
+        # Pointers are per group where groups tile the columns evenly, per element elsewhere.
+        EVEN: tl.constexpr = (COLS % C == 0 or C % COLS == 0) and (C & (C - 1)) == 0
+        GROUPS: tl.constexpr = COLS if not EVEN else (COLS // C if COLS > C else 1)
+        in_row = (K + C - 1) // C
+        if EVEN:
+            column = first_col // C + tl.arange(0, GROUPS)
+        else:
+            column = (first_col + tl.arange(0, GROUPS)) // C
+        mask = row_mask[:, None] & (column < in_row)[None, :]
+        index = scale_row[:, None] * in_row + column[None, :]
+        factor, zero = _load_factors(scale_ptr, zero_ptr, index, mask, tensor_scale, FMT)
+        if GROUPS != COLS:
+            factor, zero = _over_columns(factor, M, GROUPS, COLS), _over_columns(zero, M, GROUPS, COLS)
+    return factor, zero

@@ -1,0 +1,202 @@
+"""Quantize, dequantize and QDQ in plain torch: the oracle of the tests and, tile by tile, the CPU path.
+
+Everything is computed in fp32 with IEEE division, on groups: views of the tensor that put the elements of one scale on
+axes of their own, [..., rows of groups, r, columns of groups, c].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonq.codecs import pack as bits
+from tritonq.codecs import scale as scales
+from tritonq.formats import Format, Shape
+
+Parts = dict[str, Tensor]
+
+
+def to_float32(x: Tensor) -> Tensor:
+    """A fresh contiguous fp32 copy; finite fp64 numbers beyond fp32 saturate instead of becoming infinite."""
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
+    if x.dtype is torch.float64:
+        largest = torch.finfo(torch.float32).max
+        y = torch.where(torch.isinf(y) & torch.isfinite(x), torch.full_like(y, largest).copysign_(y), y)
+    return y
+
+
+def _padding(shape: Shape, fmt: Format) -> tuple[int, int]:
+    rows, cols = fmt.group
+    right = -shape[-1] % cols if cols > 0 else 0
+    return right, (-shape[-2] % rows if rows > 1 else 0)
+
+
+def grouped(x: Tensor, fmt: Format) -> Tensor:
+    """x as groups: [1, n] (per tensor), [..., 1, K] (a row), [..., K/g, g], or [..., N/r, r, K/c, c]; zeros fill short groups."""
+    rows, cols = fmt.group
+    if rows == -1:
+        return x.reshape(1, -1)
+    if cols == -1:
+        return x.unsqueeze(-2)
+    right, bottom = _padding(tuple(x.shape), fmt)
+    if right or bottom:
+        x = torch.nn.functional.pad(x, (0, right, 0, bottom) if rows > 1 else (0, right))
+    x = x.unflatten(-1, (-1, cols)) if x.shape[-1] else x.reshape(*x.shape[:-1], 0, cols)
+    return x.unflatten(-3, (-1, rows)) if rows > 1 else x
+
+
+def ungrouped(groups: Tensor, shape: Shape, fmt: Format) -> Tensor:
+    """Inverse of `grouped`."""
+    rows, cols = fmt.group
+    if rows == -1:
+        return groups.reshape(shape)
+    if cols == -1:
+        return groups.squeeze(-2)
+    x = groups.flatten(-2)
+    if rows > 1:
+        x = x.flatten(-3, -2)[..., : shape[-2], :]
+    return x[..., : shape[-1]]
+
+
+def spread(per_group: Tensor, fmt: Format) -> Tensor:
+    """A tensor of the scale's shape, shaped to broadcast against `grouped(x)`."""
+    rows = fmt.group[0]
+    if rows == -1:
+        return per_group.reshape(1, 1)
+    per_group = per_group.unsqueeze(-1)
+    return per_group.unsqueeze(-3) if rows > 1 else per_group
+
+
+def group_range(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Largest and smallest element of each group (NaN where one is NaN); rules that only look at |x| get (a, -a)."""
+    groups = grouped(x, fmt)
+    axes = (-3, -1) if fmt.group[0] > 1 else (-1,)
+    if groups.shape[-1] == 0:
+        zero = x.new_zeros(fmt.scale_shape(tuple(x.shape)))
+        return zero, zero
+    if fmt.scale.rule in ("full_range", "minmax"):
+        return groups.amax(axes), groups.amin(axes)
+    largest = groups.abs().amax(axes)
+    return largest, -largest
+
+
+def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
+    """The tensor-wide divisor over the finite elements of x, fp32 [1]."""
+    return scales.choose_tensor_scale(finite_amax(to_float32(x)), fmt)
+
+
+def finite_amax(x: Tensor) -> Tensor:
+    """Largest finite magnitude of an fp32 tensor, a scalar tensor."""
+    if x.numel() == 0:
+        return x.new_zeros(())
+    x = x.abs()
+    amax = x.amax()
+    return amax if bool(torch.isfinite(amax)) else x.masked_fill_(~torch.isfinite(x), 0.0).amax()
+
+
+def _divided(x: Tensor, factor: Tensor, zero: Tensor | int, fmt: Format) -> tuple[Tensor, Tensor | None]:
+    """x / scale by group (overwrites x), and where the result has to be NaN although its scale is not."""
+    groups = grouped(x, fmt)
+    lost = None
+    if not bool(torch.isfinite(groups).all()) or not bool(torch.isfinite(factor).all()):
+        lost = ~torch.isfinite(groups) & ~torch.isnan(factor) if fmt.element.nan_code >= 0 else None
+        groups = groups / factor
+        groups.masked_fill_(torch.isnan(groups), 0.0)
+    else:
+        groups = groups.div_(factor)
+    return groups, lost
+
+
+def _zero(zero_point: Tensor | None, fmt: Format) -> Tensor | int:
+    return fmt.element.zero_code if zero_point is None else spread(zero_point.to(torch.float32), fmt)
+
+
+def encode(x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format) -> Tensor:
+    """Packed qdata of an fp32 tensor (overwritten) for given scales."""
+    shape = tuple(x.shape)
+    zero = _zero(zero_point, fmt)
+    groups, lost = _divided(x, spread(scales.load(scale, fmt, tensor_scale), fmt), zero, fmt)
+    codes = fmt.element.codec.encode_ref(groups, zero, fmt.element)
+    if lost is not None:
+        codes = codes.masked_fill_(lost, fmt.element.nan_code)
+    codes = ungrouped(codes, shape, fmt)
+    if fmt.sign_flip:
+        codes = codes ^ fmt.sign_flip
+    return bits.pack(codes, fmt.bits).view(fmt.qdtype)
+
+
+def decode(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format, shape: Shape
+) -> Tensor:
+    """fp32 values of packed qdata of a tensor of `shape`."""
+    codes = bits.unpack(qdata.view(torch.uint8), fmt.bits, shape[-1])
+    if fmt.sign_flip:
+        codes = codes ^ fmt.sign_flip
+    zero = _zero(zero_point, fmt)
+    values = fmt.element.codec.decode_ref(grouped(codes, fmt), zero, fmt.element)
+    values = values.mul_(spread(scales.load(scale, fmt, tensor_scale), fmt))
+    return ungrouped(values, tuple(shape), fmt)
+
+
+def encode_decode(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format
+) -> Tensor:
+    """decode(encode(x)) without codes; overwrites x."""
+    shape = tuple(x.shape)
+    zero = _zero(zero_point, fmt)
+    factor = spread(scales.load(scale, fmt, tensor_scale), fmt)
+    groups, lost = _divided(x, factor, zero, fmt)
+    values = fmt.element.codec.round_ref(groups, zero, fmt.element).mul_(factor)
+    if lost is not None:
+        values.masked_fill_(lost, torch.nan)
+    return ungrouped(values, shape, fmt)
+
+
+def saturate(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 values clamped to the finite range of `dtype`, in place: finite input gives finite output. NaN stays."""
+    if dtype is torch.float64:
+        dtype = torch.float32
+    limit = torch.finfo(dtype).max
+    return values.clamp_(-limit, limit)
+
+
+def choose(x: Tensor, fmt: Format, tensor_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of an fp32 tensor."""
+    hi, lo = group_range(x, fmt)
+    scale, zero = scales.choose(hi, lo, fmt, tensor_scale)
+    shape = fmt.scale_shape(tuple(x.shape))
+    return scale.reshape(shape), None if zero is None else zero.reshape(shape)
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format,
+    *,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
+) -> Parts:
+    """Parts of x, as `fmt.storage(x.shape)` names and shapes them."""
+    x = to_float32(x)
+    if fmt.tensor_scale and tensor_scale is None:
+        tensor_scale = scales.choose_tensor_scale(finite_amax(x), fmt)
+    if scale is None:
+        scale, zero_point = choose(x, fmt, tensor_scale)
+    parts = {"qdata": encode(x, scale, zero_point, tensor_scale, fmt), "scale": scale}
+    if fmt.zero_point:
+        assert zero_point is not None
+        parts["zero_point"] = zero_point
+    if fmt.tensor_scale:
+        assert tensor_scale is not None
+        parts["tensor_scale"] = tensor_scale
+    return parts
+
+
+def dequantize(parts: Parts, fmt: Format, shape: Shape, dtype: torch.dtype) -> Tensor:
+    values = decode(parts["qdata"], parts["scale"], parts.get("zero_point"), parts.get("tensor_scale"), fmt, shape)
+    return saturate(values, dtype).to(dtype)
+
+
+def qdq(x: Tensor, fmt: Format, **given: Tensor | None) -> Tensor:
+    parts = quantize(x, fmt, **given)
+    return dequantize(parts, fmt, tuple(x.shape), x.dtype)

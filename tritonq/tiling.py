@@ -1,0 +1,249 @@
+"""Tiles: how a tensor of any rank and strides becomes matrices for a kernel, and the CPU path.
+
+The CPU path runs the torch reference on tiles of about 1 MiB of fp32 a thread, so that its intermediates stay in the cache
+and in memory that the allocator already holds; naive eager code spends most of its time in page faults of fresh ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tritonq import reference
+from tritonq.codecs import scale as scales
+from tritonq.formats import Format, Shape
+
+TILE_ELEMENTS = 1 << 18  # fp32 elements of a CPU tile, per thread
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A slab of a tensor as [batch, N, K] with element strides, and where it lies among its leading indices.
+
+    `index` selects the slab from tensors that have the same leading axes.
+    """
+
+    index: tuple[int, ...]
+    batch: int
+    rows: int
+    columns: int
+    strides: tuple[int, int, int]
+    offset: int  # elements from the start of the tensor
+
+
+def _merge(sizes: list[int], strides: list[int]) -> list[tuple[int, int, int]]:
+    """Axes (size, stride, number of axes merged) after joining neighbours that are laid out as one."""
+    merged: list[tuple[int, int, int]] = []
+    for size, stride in zip(sizes, strides, strict=True):
+        if merged and (size == 1 or merged[-1][1] == stride * size or merged[-1][0] == 1):
+            last_size, last_stride, count = merged[-1]
+            merged[-1] = (last_size * size, last_stride if size == 1 else stride, count + 1)
+        else:
+            merged.append((size, stride, 1))
+    return merged
+
+
+def matrices(x: Tensor, fmt: Format) -> list[Matrix]:
+    """x as the fewest [batch, N, K] slabs that no copy is needed for. Rows of a block format stay whole matrices."""
+    shape, strides = list(x.shape), list(x.stride())
+    keep = 2 if fmt.group[0] > 1 else 1
+    lead = _merge(shape[:-keep], strides[:-keep])
+    inner = [(shape[-2], strides[-2], 1)] if keep == 2 else []
+    while len(lead) + len(inner) < 2:
+        lead.insert(0, (1, 0, 0))
+    outer, (batch, row) = lead[: len(lead) + len(inner) - 2], (lead + inner)[-2:]
+    axes = sum(count for _, _, count in outer)
+    result = []
+    for index in _indices(shape[:axes]):
+        offset = sum(i * s for i, s in zip(index, strides, strict=False))
+        result.append(
+            Matrix(index, batch[0], row[0], shape[-1], (batch[1], row[1], strides[-1]), offset)  # fmt: skip
+        )
+    return result
+
+
+def _indices(shape: list[int]) -> Iterator[tuple[int, ...]]:
+    if not shape:
+        yield ()
+        return
+    for i in range(shape[0]):
+        for rest in _indices(shape[1:]):
+            yield (i, *rest)
+
+
+# ---------------------------------------------------------------------------------------------------- the CPU path
+
+
+@dataclass(frozen=True)
+class _Slab:
+    """Matching 2-D views of x (or y) and of the parts."""
+
+    x: Tensor
+    qdata: Tensor | None
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def _slabs(x: Tensor, qdata: Tensor | None, scale: Tensor, zero_point: Tensor | None, fmt: Format) -> Iterator[_Slab]:
+    """2-D slabs of x without copying it; parts are contiguous."""
+    per_tensor = fmt.group[0] == -1
+    for m in matrices(x, fmt):
+        for b in range(m.batch):
+            view = x.as_strided((m.rows, m.columns), m.strides[1:], x.storage_offset() + m.offset + b * m.strides[0])
+
+            def part(t: Tensor | None, m: Matrix = m, b: int = b) -> Tensor | None:
+                return None if t is None else t[m.index].reshape(m.batch, -1, t.shape[-1])[b]
+
+            if per_tensor:
+                yield _Slab(view, part(qdata), scale, zero_point)
+            else:
+                found = part(scale)
+                assert found is not None
+                yield _Slab(view, part(qdata), found, part(zero_point))
+
+
+def _tile_budget(device: torch.device) -> int:
+    return TILE_ELEMENTS * torch.get_num_threads() if device.type == "cpu" else 64 * TILE_ELEMENTS
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A window of a slab with its format: inside one large group, that of a single scale."""
+
+    rows: slice
+    cols: slice
+    scale_rows: slice
+    scale_cols: slice
+    fmt: Format
+
+    def of(self, part: Tensor | None) -> Tensor | None:
+        """The scales of this window."""
+        if part is None or part.ndim == 1:
+            return part
+        return part[self.scale_rows, self.scale_cols]
+
+    def codes(self, qdata: Tensor) -> Tensor:
+        """The bytes of this window; it begins at a whole byte and ends at one, or at the end of the row."""
+        bits = self.fmt.bits
+        return qdata[self.rows, self.cols.start * bits // 8 : -(-self.cols.stop * bits // 8)]
+
+
+def _steps(rows: int, columns: int, fmt: Format, budget: int) -> tuple[int, int] | None:
+    """Tile extents that hold whole groups and whole bytes, or None where a group is larger than a tile."""
+    r, c = fmt.group
+    if r == -1:
+        return None
+    aligned = columns if c == -1 or c >= columns else math.lcm(c, 8)
+    aligned = min(aligned, columns)
+    if r * columns <= budget:
+        return max(r, budget // max(1, columns) // r * r), columns
+    if r * aligned <= budget or (c > 0 and c % 8):
+        return r, max(aligned, budget // r // aligned * aligned)
+    return None
+
+
+def _windows(rows: int, columns: int, fmt: Format, budget: int) -> Iterator[list[_Tile]]:
+    """Tiles of a slab, listed together where they share one scale."""
+    r, c = fmt.group
+    steps = _steps(rows, columns, fmt, budget)
+    if steps is not None:
+        row_step, col_step = steps
+        for i in range(0, rows, row_step):
+            for j in range(0, columns, col_step):
+                last_row, last_col = min(i + row_step, rows), min(j + col_step, columns)
+                scale_cols = slice(0, 1) if c == -1 else slice(j // c, -(-last_col // c))
+                yield [_Tile(slice(i, last_row), slice(j, last_col), slice(i // r, -(-last_row // r)), scale_cols, fmt)]
+        return
+    group_rows, group_cols = (rows if r == -1 else r), (columns if c == -1 else c)
+    single = replace(fmt, group=(-1, -1))
+    col_step = min(group_cols, budget // 8 * 8)
+    row_step = max(1, budget // max(1, col_step))
+    for i in range(0, rows, group_rows):
+        for j in range(0, columns, group_cols):
+            scale_rows, scale_cols = slice(i // group_rows, i // group_rows + 1), slice(j // group_cols, j // group_cols + 1)
+            end_row, end_col = min(i + group_rows, rows), min(j + group_cols, columns)
+            yield [
+                _Tile(slice(a, min(a + row_step, end_row)), slice(b, min(b + col_step, end_col)), scale_rows, scale_cols, single)
+                for a in range(i, end_row, row_step)
+                for b in range(j, end_col, col_step)
+            ]  # fmt: skip
+
+
+def _load(slab: _Slab, tile: _Tile) -> Tensor:
+    return reference.to_float32(slab.x[tile.rows, tile.cols])
+
+
+def _choose_together(tiles: list[tuple[_Slab, _Tile]], tensor_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of tiles that form one group."""
+    ranges = [reference.group_range(_load(slab, tile), tile.fmt) for slab, tile in tiles]
+    hi, lo = torch.stack([h for h, _ in ranges]).amax(0), torch.stack([low for _, low in ranges]).amin(0)
+    return scales.choose(hi, lo, tiles[0][1].fmt, tensor_scale)
+
+
+def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
+    """The tensor-wide divisor, fp32 [1], tile by tile."""
+    amax = torch.zeros((), device=x.device)
+    budget = _tile_budget(x.device)
+    whole = replace(fmt, group=(-1, -1))
+    for slab in _slabs(x, None, amax.reshape(1), None, whole):
+        for tiles in _windows(*slab.x.shape, whole, budget):
+            for tile in tiles:
+                amax = torch.maximum(amax, reference.finite_amax(_load(slab, tile)))
+    return scales.choose_tensor_scale(amax, fmt)
+
+
+def encode(x: Tensor, fmt: Format, parts: reference.Parts, given: bool, y: Tensor | None = None) -> None:
+    """Fill parts["scale"] (and zero_point) unless `given`, and parts["qdata"], or with `y` that tensor (QDQ)."""
+    scale, zero_point, divisor = parts["scale"], parts.get("zero_point"), parts.get("tensor_scale")
+    out = parts["qdata"] if y is None else y
+    budget = _tile_budget(x.device)
+    slabs = list(_slabs(x, out, scale, zero_point, fmt))
+    groups = [[(slab, tile) for tile in tiles] for slab in slabs for tiles in _windows(*slab.x.shape, fmt, budget)]
+    if fmt.group[0] == -1:
+        groups = [sum(groups, [])]
+    for tiles in groups:
+        slab, tile = tiles[0]
+        tile_scale, tile_zero = tile.of(slab.scale), tile.of(slab.zero_point)
+        assert tile_scale is not None
+        x32 = None
+        if not given:
+            if len(tiles) == 1:
+                x32 = _load(slab, tile)
+                hi, lo = reference.group_range(x32, tile.fmt)
+                chosen, zero = scales.choose(hi, lo, tile.fmt, divisor)
+            else:
+                chosen, zero = _choose_together(tiles, divisor)
+            tile_scale.copy_(chosen.reshape(tile_scale.shape))
+            if tile_zero is not None and zero is not None:
+                tile_zero.copy_(zero.reshape(tile_zero.shape))
+        for slab, tile in tiles:
+            x32 = _load(slab, tile) if x32 is None else x32
+            assert slab.qdata is not None
+            if y is None:
+                codes = reference.encode(x32, tile_scale, tile_zero, divisor, tile.fmt)
+                tile.codes(slab.qdata).copy_(codes)
+            else:
+                values = reference.encode_decode(x32, tile_scale, tile_zero, divisor, tile.fmt)
+                slab.qdata[tile.rows, tile.cols].copy_(reference.saturate(values, y.dtype))
+            x32 = None
+
+
+def decode(fmt: Format, parts: reference.Parts, y: Tensor) -> None:
+    """Fill contiguous y with dequantized values."""
+    divisor = parts.get("tensor_scale")
+    for slab in _slabs(y, parts["qdata"], parts["scale"], parts.get("zero_point"), fmt):
+        assert slab.qdata is not None
+        for tiles in _windows(*slab.x.shape, fmt, _tile_budget(y.device)):
+            for tile in tiles:
+                scale, zero = tile.of(slab.scale), tile.of(slab.zero_point)
+                assert scale is not None
+                window = slab.x[tile.rows, tile.cols]
+                values = reference.decode(tile.codes(slab.qdata), scale, zero, divisor, tile.fmt, tuple(window.shape))
+                window.copy_(reference.saturate(values, y.dtype))
+
+
+__all__ = ["Matrix", "Shape", "decode", "encode", "matrices", "tensor_scale"]

@@ -1,0 +1,77 @@
+"""Kernel configurations: how large a tile each kernel takes, chosen from the shape and fields of the format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tritonq.codecs.pack import chunk
+from tritonq.formats import Format, Shape
+
+TILE = 4096  # elements a program handles where the group does not ask for more
+LARGEST_TILE = 32768  # elements of the largest group that stays in the registers of one program
+ELEMENTS_PER_THREAD = 16
+
+Config = dict[str, Any]
+
+
+def _power(n: int) -> int:
+    """Smallest power of two >= n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _warps(elements: int) -> int:
+    return min(16, max(1, elements // (32 * ELEMENTS_PER_THREAD)))
+
+
+def _padded_group(fmt: Format, columns: int) -> tuple[int, int]:
+    rows, cols = fmt.group
+    return _power(rows), _power(columns if cols == -1 else cols)
+
+
+def fits_tile(fmt: Format, shape: Shape) -> bool:
+    """Whether one program can hold a whole group."""
+    if fmt.group[0] == -1:
+        return False
+    rows, cols = _padded_group(fmt, shape[-1])
+    return rows * cols <= LARGEST_TILE
+
+
+def fits(fmt: Format, shape: Shape) -> bool:
+    """Whether one pass is enough: groups fit a tile and begin at whole bytes."""
+    if not fits_tile(fmt, shape):
+        return False
+    cols = fmt.group[1]
+    return cols == -1 or cols >= shape[-1] or cols % chunk(fmt.bits)[0] == 0
+
+
+def group_config(rows: int, columns: int, fmt: Format) -> tuple[Config, tuple[int, int]]:
+    """Tile of `group_kernel`, and how many tiles cover [rows, columns]."""
+    r, c = _padded_group(fmt, columns)
+    group_columns = 1 if fmt.group[1] == -1 else -(-columns // fmt.group[1])
+    group_rows = -(-rows // fmt.group[0])
+    target = max(1, TILE // (r * c))
+    groups = min(target, _power(group_columns))
+    m = min(max(1, target // groups), _power(group_rows))
+    if c * groups < 8:  # packing works on runs of eight codes
+        groups = 8 // c
+    config = {"M": m, "R": r, "GROUPS": groups, "C": c, "num_warps": _warps(m * r * groups * c)}
+    return config, (-(-group_rows // m), -(-group_columns // groups))
+
+
+def flat_config(rows: int, columns: int, fmt: Format) -> Config:
+    """Tile of `apply_kernel` and `dequantize_kernel`."""
+    block_n = min(TILE, max(8, _power(columns)))
+    block_m = min(max(1, TILE // block_n), _power(rows))
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": _warps(block_m * block_n)}
+
+
+def keys_config(rows: int, columns: int) -> Config:
+    block_n = min(TILE, _power(columns))
+    block_m = min(max(1, TILE // block_n), _power(rows))
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": _warps(block_m * block_n)}
+
+
+def splits(groups: int, rows: int, columns: int, config: Config) -> int:
+    """Programs that share one group: enough of them in all to fill a GPU, each with work to do."""
+    tiles = -(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"])
+    return max(1, min(tiles, 2048 // max(1, groups)))
