@@ -6,7 +6,9 @@ GPU tensors go to the Triton kernels, CPU tensors to the tiled torch path (`trit
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
+import math
 import os
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from tritonq import tiling, tuning
 from tritonq.formats import Format, Shape, get_format
+from tritonq.launch import launch
 from tritonq.reference import Parts
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -65,8 +68,13 @@ def uses_triton(x: Tensor) -> bool:
     return x.device.type in ("cuda", "xpu") or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
 
 
+@functools.cache
+@functools.cache
 def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def quantize(
@@ -114,7 +122,7 @@ def qdq(
     parts: Parts = {}
     needed = fmt.storage(tuple(x.shape))
     del needed["qdata"]
-    if scale is None and uses_triton(x) and tuning.fits(fmt, tuple(x.shape)):
+    if scale is None and uses_triton(x) and tuning.fits(fmt, x.shape[-1]):
         needed = {k: v for k, v in needed.items() if k == "tensor_scale"}  # scales never leave the kernel
     parts = {name: torch.empty(s, dtype=d, device=x.device) for name, (s, d) in needed.items()}
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
@@ -131,7 +139,8 @@ def dequantize(parts: Parts, fmt: Format | str, shape: Shape, dtype: torch.dtype
     y = torch.empty(shape, dtype=dtype, device=qdata.device)
     if y.numel() and y.device.type != "meta":
         if uses_triton(y):
-            _launch_dequantize(parts, fmt, y)
+            with _device_of(y):
+                _launch_dequantize(parts, fmt, y)
         else:
             tiling.decode(fmt, parts, y)
     return y
@@ -145,7 +154,8 @@ def tensor_scale(x: Tensor, fmt: Format | str) -> Tensor:
         raise ValueError(f"{fmt.name} has no tensor_scale")
     if uses_triton(x) and x.numel():
         out = torch.empty(1, dtype=torch.float32, device=x.device)
-        _launch_tensor_scale(x, fmt, out)
+        with _device_of(x):
+            _launch_tensor_scale(x, fmt, out)
         return out
     return tiling.tensor_scale(x, fmt)
 
@@ -178,63 +188,110 @@ def _empty_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
 
 # ------------------------------------------------------------------------------------------------------- launching
 
-_OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}  # a fused multiply-add would round differently from torch
 
 
 def _device_of(x: Tensor) -> Any:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return _NO_CONTEXT
+
+
+_NO_CONTEXT = contextlib.nullcontext()
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 def _raw(part: Tensor) -> Tensor:
     """A part as integers of its width: kernels move bits, and sm_80 has no fp8 pointers."""
-    return part.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[part.dtype.itemsize])
+    integer = _INTEGERS[part.dtype.itemsize]
+    return part if part.dtype is integer else part.view(integer)
 
 
-def _limit(dtype: torch.dtype) -> float:
-    return torch.finfo(torch.float32 if dtype is torch.float64 else dtype).max
+_LIMITS = {d: torch.finfo(torch.float32 if d is torch.float64 else d).max for d in FLOATS}
 
 
-def _slabs(x: Tensor, fmt: Format, outputs: Parts) -> list[tuple[Tensor, tiling.Matrix, Parts]]:
-    """[batch, N, K] slabs of x with the outputs that belong to each."""
-    columns = x.shape[-1]
-    flat_groups = fmt.group[1] > 0 and fmt.group[0] == 1 and columns % fmt.group[1] == 0
-    if x.is_contiguous() and (flat_groups or fmt.group[0] == -1) and columns * fmt.bits % 8 == 0:
-        n = x.numel()  # one long row: groups and bytes follow each other without a gap
-        return [(x, tiling.Matrix((), 1, 1, n, (n, n, 1), 0), outputs)]
-    slabs = []
-    for m in tiling.matrices(x, fmt):
-        own = {k: v if v.numel() == 1 else v[m.index] for k, v in outputs.items()}
-        view = x.as_strided((m.batch, m.rows, m.columns), m.strides, x.storage_offset() + m.offset)
-        slabs.append((view, m, own))
-    return slabs
+@functools.lru_cache(maxsize=4096)
+def _geometry(shape: Shape, strides: Shape, fmt: Format) -> list[tiling.Matrix]:
+    """[batch, N, K] slabs of a tensor, at best one long row: groups and bytes then follow each other without a gap."""
+    columns = shape[-1]
+    whole_groups = fmt.group[0] == -1 or (fmt.group[0] == 1 and fmt.group[1] > 0 and columns % fmt.group[1] == 0)
+    if whole_groups and columns * fmt.bits % 8 == 0 and tiling.is_contiguous(shape, strides):
+        n = math.prod(shape)
+        return [tiling.Matrix((), 1, 1, n, (n, n, 1), 0)]
+    return tiling.matrices(shape, strides, fmt)
+
+
+def _own(part: Tensor, m: tiling.Matrix) -> Tensor:
+    """The part of one slab; parts of one element belong to all of them."""
+    return part[m.index] if m.index and part.numel() > 1 else part
+
+
+def _view(x: Tensor, m: tiling.Matrix) -> Tensor:
+    """x from where the slab begins; kernels get the strides themselves."""
+    if m.offset == 0:
+        return x
+    return x.as_strided((m.batch, m.rows, m.columns), m.strides, x.storage_offset() + m.offset)
+
+
+def _partial(m: tiling.Matrix, fmt: Format) -> bool:
+    """Whether a row of codes ends inside a byte."""
+    return m.columns * fmt.bits % 8 != 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _grouped_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> tuple[int, tuple[Any, ...], tuple[Any, ...]]:
+    """Programs, integer arguments and constants of `group_kernel` for one slab."""
+    config, tiles = tuning.group_config(m.rows, m.columns, fmt)
+    constants = (fmt, mode, limit, _partial(m, fmt), config["M"], config["R"], config["GROUPS"], config["C"])
+    return m.batch * tiles[0] * tiles[1], (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides), (constants, config["num_warps"])
+
+
+@functools.lru_cache(maxsize=4096)
+def _row_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> tuple[int, tuple[Any, ...], tuple[Any, ...]]:
+    """The same for `row_kernel`."""
+    config = tuning.row_config()
+    sizes = (m.rows, m.columns, fmt.row_bytes(m.columns), *m.strides)
+    return m.batch * m.rows, sizes, ((fmt, mode, limit, _partial(m, fmt), config["BLOCK_N"]), config["num_warps"])
+
+
+@functools.lru_cache(maxsize=4096)
+def _flat_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> tuple[int, tuple[Any, ...], tuple[Any, ...]]:
+    """The same for `apply_kernel` and, with no mode, `dequantize_kernel`."""
+    config = tuning.flat_config(m.rows, m.columns, fmt)
+    tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
+    blocks = (config["BLOCK_M"], config["BLOCK_N"])
+    sizes = (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles)
+    if mode:
+        return m.batch * tiles[0] * tiles[1], (*sizes, *m.strides), ((fmt, mode, limit, _partial(m, fmt), *blocks), config["num_warps"])
+    return m.batch * tiles[0] * tiles[1], sizes, ((fmt, limit, *blocks), config["num_warps"])
+
+
+def _start(kernel: Any, plan: tuple[int, tuple[Any, ...], tuple[Any, ...]], *tensors: Tensor) -> None:
+    programs, integers, (constants, warps) = plan
+    launch(kernel, programs, (*tensors, *integers), constants, warps)
 
 
 def _launch(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None) -> None:
-    from tritonq.kernels.quantize import apply_kernel, group_kernel
+    from tritonq.kernels.quantize import apply_kernel, group_kernel, row_kernel
 
     mode = "quantize" if y is None else "qdq"
-    target = parts["qdata"] if y is None else y
-    one_pass = tuning.fits(fmt, tuple(x.shape))
-    if not given and not one_pass:
+    if not given and not tuning.fits(fmt, x.shape[-1]):
         _launch_scales(x, fmt, parts)
         given = True
-    raw_target = target if y is not None else _raw(target)
-    outputs = {"target": raw_target, **{k: _raw(v) for k, v in parts.items() if k in ("scale", "zero_point")}}
-    divisor = parts.get("tensor_scale", raw_target)
-    for view, m, own in _slabs(x, fmt, outputs):
-        scale, zero = own.get("scale", own["target"]), own.get("zero_point", own["target"])
-        shared = {"FMT": fmt, "MODE": mode, "LIMIT": _limit(x.dtype)}
+    target = _raw(parts["qdata"]) if y is None else y
+    scale = _raw(parts["scale"]) if "scale" in parts else target
+    zero = parts.get("zero_point", target)
+    divisor = parts.get("tensor_scale", target)
+    limit = _LIMITS[x.dtype]
+    for m in _geometry(x.shape, x.stride(), fmt):
+        own = (_view(x, m), _own(target, m), _own(scale, m), _own(zero, m), divisor)
         if given:
-            config = tuning.flat_config(m.rows, m.columns, fmt)
-            tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
-            apply_kernel[(m.batch * tiles[0] * tiles[1],)](
-                view, own["target"], scale, zero, divisor, m.rows, m.columns, *tiles, *m.strides, **shared, **config, **_OPTIONS
-            )  # fmt: skip
+            _start(apply_kernel, _flat_plan(m, fmt, mode, limit), *own)
+        elif tuning.loops_over_rows(fmt, m.columns):
+            _start(row_kernel, _row_plan(m, fmt, mode, limit), *own)
         else:
-            config, tiles = tuning.group_config(m.rows, m.columns, fmt)
-            group_kernel[(m.batch * tiles[0] * tiles[1],)](
-                view, own["target"], scale, zero, divisor, m.rows, m.columns, *tiles, *m.strides, **shared, **config, **_OPTIONS
-            )  # fmt: skip
+            _start(group_kernel, _grouped_plan(m, fmt, mode, limit), *own)
 
 
 def _launch_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
@@ -242,28 +299,29 @@ def _launch_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
     from tritonq.kernels.quantize import group_kernel
     from tritonq.kernels.stats import choose_kernel
 
-    scale, zero = _raw(parts["scale"]), parts.get("zero_point", _raw(parts["scale"]))
+    scale = _raw(parts["scale"])
+    zero = parts.get("zero_point", scale)
     divisor = parts.get("tensor_scale", scale)
-    if tuning.fits_tile(fmt, tuple(x.shape)):
-        for view, m, own in _slabs(x, fmt, {"scale": scale, "zero_point": zero}):
-            config, tiles = tuning.group_config(m.rows, m.columns, fmt)
-            group_kernel[(m.batch * tiles[0] * tiles[1],)](
-                view, own["scale"], own["scale"], own["zero_point"], divisor, m.rows, m.columns, *tiles, *m.strides,
-                FMT=fmt, MODE="scale", LIMIT=0.0, **config, **_OPTIONS,
-            )  # fmt: skip
+    if tuning.fits_tile(fmt, x.shape[-1]):
+        for m in _geometry(x.shape, x.stride(), fmt):
+            own = (_view(x, m), _own(scale, m), _own(scale, m), _own(zero, m), divisor)
+            _start(group_kernel, _grouped_plan(m, fmt, "scale", 0.0), *own)
         return
-    keys = torch.zeros((parts["scale"].numel(), 2), dtype=torch.int32, device=x.device).view(torch.uint32)
+    groups = scale.numel()
+    keys = torch.zeros((groups, 2), dtype=torch.int32, device=x.device)
     _launch_keys(x, fmt, keys, finite=False)
-    groups = parts["scale"].numel()
-    choose_kernel[(-(-groups // 256),)](keys, scale, zero, divisor, groups, FMT=fmt, BLOCK=256, **_OPTIONS)
+    launch(choose_kernel, -(-groups // 256), (keys.view(torch.uint32), scale, zero, divisor, groups), (fmt, 256), 4)
 
 
 def _launch_keys(x: Tensor, fmt: Format, keys: Tensor, finite: bool) -> None:
+    """Maximal keys of groups (or, with `finite`, of the finite elements of the tensor) into zero-filled keys [groups, 2]."""
     from tritonq.kernels.stats import keys_kernel
 
     rows, cols = fmt.group
     whole = finite or rows == -1
-    for view, m, own in _slabs(x, fmt, {"keys": keys.view(*fmt.scale_shape(tuple(x.shape)), 2) if not whole else keys}):
+    if not whole:
+        keys = keys.view(*fmt.scale_shape(tuple(x.shape)), 2)
+    for m in _geometry(x.shape, x.stride(), _WHOLE if whole else fmt):
         if whole:
             extents = (m.batch * m.rows, m.columns, m.batch * m.rows)
             per_column = per_row = groups = 1
@@ -273,31 +331,29 @@ def _launch_keys(x: Tensor, fmt: Format, keys: Tensor, finite: bool) -> None:
             groups = m.batch * per_column * per_row
         config = tuning.keys_config(extents[0], extents[1])
         splits = tuning.splits(groups, extents[0], extents[1], config)
-        keys_kernel[(groups * splits,)](
-            view, keys if whole else own["keys"], m.rows, m.columns, *extents, per_column, per_row, splits, *m.strides,
-            FMT=fmt, FINITE=finite, **config, **_OPTIONS,
-        )  # fmt: skip
+        own = keys if whole else keys[m.index]
+        integers = (m.rows, m.columns, *extents, per_column, per_row, splits, *m.strides)
+        constants = (fmt, finite, config["BLOCK_M"], config["BLOCK_N"])
+        tensors = (_view(x, m), own.view(torch.uint32))
+        launch(keys_kernel, groups * splits, (*tensors, *integers), constants, config["num_warps"])
+
+
+_WHOLE = get_format("fp8_e4m3_tensor")  # only its geometry: one group, whole bytes
 
 
 def _launch_tensor_scale(x: Tensor, fmt: Format, out: Tensor) -> None:
     from tritonq.kernels.stats import tensor_scale_kernel
 
-    with _device_of(x):
-        keys = torch.zeros((1, 2), dtype=torch.int32, device=x.device).view(torch.uint32)
-        _launch_keys(x, fmt, keys, finite=True)
-        tensor_scale_kernel[(1,)](keys, out, FMT=fmt, **_OPTIONS)
+    keys = torch.zeros((1, 2), dtype=torch.int32, device=x.device)
+    _launch_keys(x, fmt, keys, finite=True)
+    launch(tensor_scale_kernel, 1, (keys.view(torch.uint32), out), (fmt,), 1)
 
 
 def _launch_dequantize(parts: Parts, fmt: Format, y: Tensor) -> None:
     from tritonq.kernels.dequantize import dequantize_kernel
 
-    outputs = {"y": y, **{k: _raw(v) for k, v in parts.items() if k != "tensor_scale"}}
-    divisor = parts.get("tensor_scale", y)
-    with _device_of(y):
-        for _, m, own in _slabs(y, fmt, outputs):
-            config = tuning.flat_config(m.rows, m.columns, fmt)
-            tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
-            dequantize_kernel[(m.batch * tiles[0] * tiles[1],)](
-                own["qdata"], own["scale"], own.get("zero_point", own["scale"]), divisor, own["y"],
-                m.rows, m.columns, *tiles, FMT=fmt, LIMIT=_limit(y.dtype), **config, **_OPTIONS,
-            )  # fmt: skip
+    qdata, scale = _raw(parts["qdata"]), _raw(parts["scale"])
+    zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", y)
+    for m in _geometry(y.shape, y.stride(), fmt):
+        own = (_own(qdata, m), _own(scale, m), _own(zero, m), divisor, _own(y, m))
+        _start(dequantize_kernel, _flat_plan(m, fmt, "", _LIMITS[y.dtype]), *own)

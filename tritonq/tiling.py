@@ -47,9 +47,19 @@ def _merge(sizes: list[int], strides: list[int]) -> list[tuple[int, int, int]]:
     return merged
 
 
-def matrices(x: Tensor, fmt: Format) -> list[Matrix]:
-    """x as the fewest [batch, N, K] slabs that no copy is needed for. Rows of a block format stay whole matrices."""
-    shape, strides = list(x.shape), list(x.stride())
+def is_contiguous(shape: Shape, strides: Shape) -> bool:
+    """Whether elements follow each other in order."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def matrices(of_shape: Shape, of_strides: Shape, fmt: Format) -> list[Matrix]:
+    """The fewest [batch, N, K] slabs that need no copy. Rows of a block format stay whole matrices."""
+    shape, strides = list(of_shape), list(of_strides)
     keep = 2 if fmt.group[0] > 1 else 1
     lead = _merge(shape[:-keep], strides[:-keep])
     inner = [(shape[-2], strides[-2], 1)] if keep == 2 else []
@@ -60,9 +70,7 @@ def matrices(x: Tensor, fmt: Format) -> list[Matrix]:
     result = []
     for index in _indices(shape[:axes]):
         offset = sum(i * s for i, s in zip(index, strides, strict=False))
-        result.append(
-            Matrix(index, batch[0], row[0], shape[-1], (batch[1], row[1], strides[-1]), offset)  # fmt: skip
-        )
+        result.append(Matrix(index, batch[0], row[0], shape[-1], (batch[1], row[1], strides[-1]), offset))
     return result
 
 
@@ -91,7 +99,7 @@ class _Slab:
 def _slabs(x: Tensor, qdata: Tensor | None, scale: Tensor, zero_point: Tensor | None, fmt: Format) -> Iterator[_Slab]:
     """2-D slabs of x without copying it; parts are contiguous."""
     per_tensor = fmt.group[0] == -1
-    for m in matrices(x, fmt):
+    for m in matrices(tuple(x.shape), x.stride(), fmt):
         for b in range(m.batch):
             view = x.as_strided((m.rows, m.columns), m.strides[1:], x.storage_offset() + m.offset + b * m.strides[0])
 
@@ -158,6 +166,8 @@ def _windows(rows: int, columns: int, fmt: Format, budget: int) -> Iterator[list
                 scale_cols = slice(0, 1) if c == -1 else slice(j // c, -(-last_col // c))
                 yield [_Tile(slice(i, last_row), slice(j, last_col), slice(i // r, -(-last_row // r)), scale_cols, fmt)]
         return
+    if rows == 0 or columns == 0:
+        return
     group_rows, group_cols = (rows if r == -1 else r), (columns if c == -1 else c)
     single = replace(fmt, group=(-1, -1))
     col_step = min(group_cols, budget // 8 * 8)
@@ -179,8 +189,10 @@ def _load(slab: _Slab, tile: _Tile) -> Tensor:
 
 def _choose_together(tiles: list[tuple[_Slab, _Tile]], tensor_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Scale and zero point of tiles that form one group."""
-    ranges = [reference.group_range(_load(slab, tile), tile.fmt) for slab, tile in tiles]
-    hi, lo = torch.stack([h for h, _ in ranges]).amax(0), torch.stack([low for _, low in ranges]).amin(0)
+    hi, lo = reference.group_range(_load(*tiles[0]), tiles[0][1].fmt)
+    for slab, tile in tiles[1:]:  # a list of results would pin the heap between the tiles
+        high, low = reference.group_range(_load(slab, tile), tile.fmt)
+        hi, lo = torch.maximum(hi, high), torch.minimum(lo, low)
     return scales.choose(hi, lo, tiles[0][1].fmt, tensor_scale)
 
 

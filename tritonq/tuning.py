@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from tritonq.codecs.pack import chunk
-from tritonq.formats import Format, Shape
+from tritonq.formats import Format
 
 TILE = 4096  # elements a program handles where the group does not ask for more
 LARGEST_TILE = 32768  # elements of the largest group that stays in the registers of one program
-ELEMENTS_PER_THREAD = 16
+LONG_ROW = 1 << 17  # rows in between are read twice, the second time from the cache; longer ones by several programs
+ROW_TILE = 4096
+ROW_WARPS = 16
+ELEMENTS_PER_THREAD = 32
 
 Config = dict[str, Any]
 
@@ -20,7 +23,9 @@ def _power(n: int) -> int:
 
 
 def _warps(elements: int) -> int:
-    return min(16, max(1, elements // (32 * ELEMENTS_PER_THREAD)))
+    """Larger tiles give a thread more to do: several programs then share a multiprocessor and hide each other's waits."""
+    per_thread = ELEMENTS_PER_THREAD * (2 if elements > 2 * TILE else 1)
+    return min(16, max(1, elements // (32 * per_thread)))
 
 
 def _padded_group(fmt: Format, columns: int) -> tuple[int, int]:
@@ -28,20 +33,33 @@ def _padded_group(fmt: Format, columns: int) -> tuple[int, int]:
     return _power(rows), _power(columns if cols == -1 else cols)
 
 
-def fits_tile(fmt: Format, shape: Shape) -> bool:
+def fits_tile(fmt: Format, columns: int) -> bool:
     """Whether one program can hold a whole group."""
     if fmt.group[0] == -1:
         return False
-    rows, cols = _padded_group(fmt, shape[-1])
+    if fmt.group[1] == -1:
+        return columns <= LONG_ROW
+    rows, cols = _padded_group(fmt, columns)
     return rows * cols <= LARGEST_TILE
 
 
-def fits(fmt: Format, shape: Shape) -> bool:
+def fits(fmt: Format, columns: int) -> bool:
     """Whether one pass is enough: groups fit a tile and begin at whole bytes."""
-    if not fits_tile(fmt, shape):
+    if not fits_tile(fmt, columns):
         return False
     cols = fmt.group[1]
-    return cols == -1 or cols >= shape[-1] or cols % chunk(fmt.bits)[0] == 0
+    if cols == -1 or cols % chunk(fmt.bits)[0] == 0:
+        return True
+    return cols >= columns and _power(cols) >= 8  # one group a row; a tile of less than eight columns holds padding
+
+
+def loops_over_rows(fmt: Format, columns: int) -> bool:
+    """Whether `row_kernel` serves this format."""
+    return fmt.group == (1, -1) and _power(columns) > LARGEST_TILE
+
+
+def row_config() -> Config:
+    return {"BLOCK_N": ROW_TILE, "num_warps": ROW_WARPS}
 
 
 def group_config(rows: int, columns: int, fmt: Format) -> tuple[Config, tuple[int, int]]:
@@ -58,15 +76,23 @@ def group_config(rows: int, columns: int, fmt: Format) -> tuple[Config, tuple[in
     return config, (-(-group_rows // m), -(-group_columns // groups))
 
 
+def _block_n(columns: int) -> int:
+    """The widest tile that wastes at most a sixteenth of its lanes on a row; a narrow one where none does."""
+    for block in (TILE, TILE // 2, TILE // 4):
+        if -columns % block <= columns // 16:
+            return block
+    return min(TILE, max(8, _power(columns)))
+
+
 def flat_config(rows: int, columns: int, fmt: Format) -> Config:
     """Tile of `apply_kernel` and `dequantize_kernel`."""
-    block_n = min(TILE, max(8, _power(columns)))
+    block_n = _block_n(columns)
     block_m = min(max(1, TILE // block_n), _power(rows))
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": _warps(block_m * block_n)}
 
 
 def keys_config(rows: int, columns: int) -> Config:
-    block_n = min(TILE, _power(columns))
+    block_n = _block_n(columns)
     block_m = min(max(1, TILE // block_n), _power(rows))
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": _warps(block_m * block_n)}
 

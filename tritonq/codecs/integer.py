@@ -15,13 +15,17 @@ def _bounds(zero: Any, element: Any) -> tuple[Any, Any]:
     return -zero, (1 << element.bits) - 1 - zero
 
 
-def round(x: Tensor, zero: Any, element: Any) -> Tensor:
+def _rounded(x: Tensor, zero: Any, element: Any) -> Tensor:
     low, high = _bounds(zero, element)
     return x.clamp_(low, high).round_()  # integer bounds: clamping first rounds the same
 
 
+def round(x: Tensor, zero: Any, element: Any) -> Tensor:
+    return _rounded(x, zero, element).add_(0.0)  # -0 has no code
+
+
 def encode(x: Tensor, zero: Any, element: Any) -> Tensor:
-    return round(x, zero, element).add_(zero).to(torch.uint8)
+    return _rounded(x, zero, element).add_(zero).to(torch.uint8)
 
 
 def decode(code: Tensor, zero: Any, element: Any) -> Tensor:

@@ -13,7 +13,11 @@ def round(x, zero, ELEM: tl.constexpr):
 
 @triton.jit
 def encode(x, zero, ELEM: tl.constexpr):
-    return (round(x, zero, ELEM) + zero).to(tl.int32)
+    low = 0.0 - zero
+    x = tl.minimum(tl.maximum(x, low), low + ((1 << ELEM.bits) - 1))
+    # The low bits of x + 1.5 * 2^23 are the rounded integer.
+    rounded = (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+    return rounded + tl.cast(zero, tl.int32)
 
 
 @triton.jit

@@ -62,10 +62,11 @@ def round(x: Tensor, zero: Any, element: Any) -> Tensor:
 
 
 def encode(x: Tensor, zero: Any, element: Any) -> Tensor:
+    if element.bits == 16:  # scales; `round` would need numbers beyond fp32 for the top of bf16
+        return x.clamp_(-element.max, element.max).to(element.dtype).view(torch.int16)
     x = round(x, zero, element)
     if element.dtype is not None:  # exact: x is a number of that type
-        small = x.to(element.dtype)
-        return small.view(torch.uint8) if element.bits == 8 else small.view(torch.int16)
+        return x.to(element.dtype).view(torch.uint8)
     m_bits, smallest_normal = element.mbits, 2.0 ** (1 - element.bias)
     sign = (x.view(torch.int32) >> 31).bitwise_and_(1 << (element.bits - 1))
     x = x.abs_()

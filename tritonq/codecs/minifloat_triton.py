@@ -1,33 +1,85 @@
 """Device functions of `minifloat`; see `tritonq.codecs` for what each one does.
 
-Integer arithmetic on fp32 bits, the same on every target: no hardware conversion, so nothing to differ between GPUs.
+Integer arithmetic on fp32 bits, on every target alike. The two fp8 types that NVIDIA converts in hardware from sm_89 on take
+that conversion instead: round to nearest even, saturating, subnormals and the sign of zero kept, so the same codes.
 """
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
+
+
+@triton.constexpr_function
+def _hardware(element):
+    """The Triton type with the codes of `element` that this target converts to, or None."""
+    if not cuda_capability_geq(8, 9):
+        return None
+    kind = (element.ebits, element.mbits, element.special, element.signed)
+    return {(4, 3, "fn", True): tl.float8e4nv, (5, 2, "ieee", True): tl.float8e5}.get(kind)
 
 
 @triton.jit
-def _rounded_bits(magnitude, ELEM: tl.constexpr):
-    """fp32 bits + half a unit of the last mantissa bit kept, minus one where that bit is 0: ties go to even."""
-    SHIFT: tl.constexpr = 23 - ELEM.mbits
-    return magnitude + ((1 << (SHIFT - 1)) - 1) + ((magnitude >> SHIFT) & 1)
+def _magnitude(x, ELEM: tl.constexpr):
+    if ELEM.signed:
+        return tl.minimum(tl.abs(x), ELEM.max)
+    else:
+        return tl.minimum(tl.maximum(x, 0.0), ELEM.max)
+
+
+@triton.jit
+def _exponent(a, ELEM: tl.constexpr):
+    """Exponent field of a, at least that of the smallest normal number of ELEM."""
+    return tl.maximum(a.to(tl.int32, bitcast=True) & 0x7F800000, (128 - ELEM.bias) << 23)
+
+
+@triton.jit
+def _magic(exponent, ELEM: tl.constexpr):
+    """Bits of 1.5 * 2^(e + 23 - M): a sum with it is rounded to multiples of 2^(e - M), half to even, and counts them in its
+    low bits."""
+    return exponent + (((23 - ELEM.mbits) << 23) + 0x400000)
+
+
+@triton.jit
+def _powers(a, ELEM: tl.constexpr):
+    """Code of a >= 0 where there is no mantissa: neighbouring powers of two have codes of alternating parity."""
+    bits = a.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x3FFFFF + (((bits >> 23) + ELEM.bias + 1) & 1)) >> 23) - (127 - ELEM.bias)
+    small = (a > 2.0**-ELEM.bias).to(tl.int32)  # the midpoint of 0 and the smallest number is a tie, and 0 is even
+    return tl.where(a < 2.0 ** (1 - ELEM.bias), small, normal)
 
 
 @triton.jit
 def encode(x, zero, ELEM: tl.constexpr):
-    SHIFT: tl.constexpr = 23 - ELEM.mbits
-    SMALLEST_NORMAL: tl.constexpr = 2.0 ** (1 - ELEM.bias)
-    # Adding 2^(exponent of the smallest subnormal + 23) leaves a subnormal's code in the low bits of the sum.
-    MAGIC: tl.constexpr = 2.0 ** (24 - ELEM.bias - ELEM.mbits)
-    MAGIC_BITS: tl.constexpr = (127 + 24 - ELEM.bias - ELEM.mbits) << 23
-    if ELEM.signed:
-        a = tl.minimum(tl.abs(x), ELEM.max)
+    HARDWARE: tl.constexpr = _hardware(ELEM)
+    if HARDWARE is not None:
+        x = tl.minimum(tl.maximum(x, -ELEM.max), ELEM.max)
+        return x.to(HARDWARE).to(tl.uint8, bitcast=True).to(tl.int32)
+    return encode_bits(x, ELEM)
+
+
+@triton.jit
+def decode(code, zero, ELEM: tl.constexpr):
+    HARDWARE: tl.constexpr = _hardware(ELEM)
+    if HARDWARE is not None:
+        return code.to(tl.uint8).to(HARDWARE, bitcast=True).to(tl.float32)
+    return decode_bits(code, ELEM)
+
+
+@triton.jit
+def encode_bits(x, ELEM: tl.constexpr):
+    """`encode` by integer arithmetic on every target."""
+    a = _magnitude(x, ELEM)
+    if ELEM.mbits == 0:
+        code = _powers(a, ELEM)
+    elif ELEM.bias == 127:  # bf16: the upper half of fp32 bits, rounded
+        bits = a.to(tl.int32, bitcast=True)
+        SHIFT: tl.constexpr = 23 - ELEM.mbits
+        code = (bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1)) >> SHIFT
     else:
-        a = tl.minimum(tl.maximum(x, 0.0), ELEM.max)
-    normal = (_rounded_bits(a.to(tl.int32, bitcast=True), ELEM) >> SHIFT) - ((127 - ELEM.bias) << ELEM.mbits)
-    subnormal = (a + MAGIC).to(tl.int32, bitcast=True) - MAGIC_BITS
-    code = tl.where(a < SMALLEST_NORMAL, subnormal, normal)
+        exponent = _exponent(a, ELEM)
+        magic = _magic(exponent, ELEM)
+        steps = (a + magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) - magic
+        code = steps + (exponent >> (23 - ELEM.mbits)) - ((128 - ELEM.bias) << ELEM.mbits)
     if ELEM.signed:
         sign = (x.to(tl.int32, bitcast=True) >> (32 - ELEM.bits)) & (1 << (ELEM.bits - 1))
         if ELEM.special == "fnuz":
@@ -38,16 +90,16 @@ def encode(x, zero, ELEM: tl.constexpr):
 
 @triton.jit
 def round(x, zero, ELEM: tl.constexpr):
-    SHIFT: tl.constexpr = 23 - ELEM.mbits
-    SMALLEST_NORMAL: tl.constexpr = 2.0 ** (1 - ELEM.bias)
-    MAGIC: tl.constexpr = 2.0 ** (24 - ELEM.bias - ELEM.mbits)
-    if ELEM.signed:
-        a = tl.minimum(tl.abs(x), ELEM.max)
+    HARDWARE: tl.constexpr = _hardware(ELEM)
+    if HARDWARE is not None:
+        x = tl.minimum(tl.maximum(x, -ELEM.max), ELEM.max)
+        return x.to(HARDWARE).to(tl.float32)
+    a = _magnitude(x, ELEM)
+    if ELEM.mbits == 0:
+        y = decode_bits(_powers(a, ELEM), ELEM).to(tl.int32, bitcast=True)
     else:
-        a = tl.minimum(tl.maximum(x, 0.0), ELEM.max)
-    normal = (_rounded_bits(a.to(tl.int32, bitcast=True), ELEM) >> SHIFT) << SHIFT
-    subnormal = ((a + MAGIC) - MAGIC).to(tl.int32, bitcast=True)
-    y = tl.where(a < SMALLEST_NORMAL, subnormal, normal)
+        magic = _magic(_exponent(a, ELEM), ELEM).to(tl.float32, bitcast=True)
+        y = ((a + magic) - magic).to(tl.int32, bitcast=True)
     if ELEM.signed:
         sign = x.to(tl.int32, bitcast=True) & -2147483648
         if ELEM.special == "fnuz":
@@ -57,7 +109,8 @@ def round(x, zero, ELEM: tl.constexpr):
 
 
 @triton.jit
-def decode(code, zero, ELEM: tl.constexpr):
+def decode_bits(code, ELEM: tl.constexpr):
+    """`decode` by integer arithmetic on every target."""
     MAGNITUDE: tl.constexpr = (1 << (ELEM.ebits + ELEM.mbits)) - 1
     code = code.to(tl.int32)
     magnitude = code & MAGNITUDE

@@ -102,5 +102,6 @@ def choose_tensor_scale(amax: Tensor, fmt: Any) -> Tensor:
     """G = scale.max * element.max / amax (a divisor), 1 for an all-zero tensor; shape [1], fp32."""
     product = fmt.scale.max * fmt.element.max
     largest = torch.finfo(torch.float32).max
-    scale = torch.where(amax > 0, product / amax, 1.0).clamp(max=largest)
+    quotient = torch.full_like(amax, product) / amax  # a Python number over a tensor would multiply by a reciprocal
+    scale = torch.where(amax > 0, quotient, 1.0).clamp(max=largest)
     return scale.to(torch.float32).reshape(1)

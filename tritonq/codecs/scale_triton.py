@@ -3,10 +3,15 @@
 A group is reduced by unsigned integer maxima of *keys*, fp32 bits arranged so that a larger key means a larger element.
 Infinity and NaN have the largest keys, so the maximum also tells whether the group is finite; and a maximum of integers
 does not depend on the order of reduction.
+
+Stored scales are converted by integer arithmetic, not by the hardware: with Triton 3.6, e4m3 scales that went through a
+hardware conversion and back inside the NVFP4 QDQ kernel came out wrong on sm_90.
 """
 
 import triton
 import triton.language as tl
+
+from tritonq.codecs import minifloat_triton as minifloat
 
 
 @triton.jit
@@ -42,11 +47,38 @@ def low_key(x):
 
 
 @triton.jit
+def _over_constant(a, DIVISOR: tl.constexpr):
+    return tl.div_rn(a, tl.full(a.shape, DIVISOR, tl.float32))
+
+
+@triton.jit
+def _over_constant_coarse(a, DIVISOR: tl.constexpr):
+    """a / DIVISOR, correctly rounded where it is at least 2^-70 (see `quotient`); DIVISOR has at most 12 significant bits."""
+    INVERSE: tl.constexpr = 1.0 / DIVISOR
+    inverse = tl.full(a.shape, INVERSE, tl.float32)
+    q = tl.minimum(a * inverse, 3.4028234663852886e38)
+    return tl.fma(tl.fma(-q, tl.full(a.shape, DIVISOR, tl.float32), a), inverse, q)
+
+
+@triton.jit
+def _over_scalar(a, divisor):
+    """a / divisor, correctly rounded, for a between 2^-20 and 2^20 (see `quotient`): cheap unless it could underflow."""
+    if (divisor > 2.0**-60) & (divisor < 2.0**60):
+        b = tl.zeros_like(a) + divisor
+        inverse = tl.zeros_like(a) + tl.div_rn(1.0, divisor)
+        q = tl.fma(a, inverse, a * (tl.fma(-inverse, b, tl.zeros_like(a) + 1.0) * inverse))
+        result = tl.fma(tl.fma(-q, b, a), inverse, q)
+    else:
+        result = tl.div_rn(a, tl.zeros_like(a) + divisor)
+    return result
+
+
+@triton.jit
 def _exponent_bits(amax, FMT: tl.constexpr):
     ELEM: tl.constexpr = FMT.element
     RULE: tl.constexpr = FMT.scale.rule
     if RULE == "rceil":
-        amax = tl.div_rn(amax, tl.full(amax.shape, ELEM.max, tl.float32))
+        amax = _over_constant(amax, ELEM.max)
     bits = amax.to(tl.int32, bitcast=True)
     if RULE == "even":
         bits = bits + (1 << (22 - ELEM.mbits))
@@ -69,7 +101,7 @@ def _store_bits(raw, bad, FMT: tl.constexpr):
         bits = tl.where(bad, 0x7FC00000, bits)
     else:
         TYPE: tl.constexpr = FMT.scale.element
-        bits = TYPE.codec.encode(raw, 0, TYPE)
+        bits = minifloat.encode_bits(raw, TYPE)
         bits = tl.where((bits & ((1 << (TYPE.ebits + TYPE.mbits)) - 1)) == 0, 1, bits)
         bits = tl.where(bad, TYPE.nan_code, bits)
     return bits
@@ -86,9 +118,9 @@ def load(bits, tensor_scale, FMT: tl.constexpr):
         value = bits.to(tl.int32).to(tl.float32, bitcast=True)
     else:
         TYPE: tl.constexpr = FMT.scale.element
-        value = TYPE.codec.decode(bits, 0, TYPE)
+        value = minifloat.decode_bits(bits, TYPE)
         if FMT.tensor_scale:
-            value = tl.div_rn(value, tl.zeros_like(value) + tensor_scale)
+            value = _over_scalar(value, tensor_scale)
     return value
 
 
@@ -104,7 +136,7 @@ def choose(high, low, tensor_scale, FMT: tl.constexpr):
         hi = tl.maximum(tl.where(bad, 0, high_bits).to(tl.float32, bitcast=True), 0.0)
         lo = tl.minimum(tl.where(bad, 0, low_bits).to(tl.float32, bitcast=True), 0.0)
         LEVELS: tl.constexpr = (1 << ELEM.bits) - 1
-        bits = _store_bits(tl.div_rn(hi - lo, tl.full(hi.shape, LEVELS, tl.float32)), bad, FMT)
+        bits = _store_bits(_over_constant(hi - lo, LEVELS), bad, FMT)
         factor = load(bits, tensor_scale, FMT)
         zero = tl.minimum(tl.div_rn(0.0 - lo, factor), LEVELS)  # >= 0, so only the upper bound can be passed
         zero = tl.where(bad, 0.0, (zero + 12582912.0) - 12582912.0)
@@ -117,25 +149,60 @@ def choose(high, low, tensor_scale, FMT: tl.constexpr):
             if RULE == "full_range":
                 raw = tl.where((high & 1) == 1, 0.0 - amax, amax) * (1.0 / (1 << (ELEM.bits - 1)))  # a power of two
             elif RULE == "half_range":
-                raw = tl.div_rn(amax, tl.full(amax.shape, ((1 << ELEM.bits) - 1) / 2, tl.float32))
+                raw = _over_constant(amax, ((1 << ELEM.bits) - 1) / 2)
             else:
-                if FMT.tensor_scale:
-                    amax = amax * tensor_scale
-                raw = tl.div_rn(amax, tl.full(amax.shape, ELEM.max, tl.float32))
+                if FMT.tensor_scale:  # stored with a smallest number far above 2^-70
+                    raw = _over_constant_coarse(amax * tensor_scale, ELEM.max)
+                else:
+                    raw = _over_constant(amax, ELEM.max)
             bits = _store_bits(raw, bad, FMT)
         factor = load(bits, tensor_scale, FMT)
     return bits, factor, zero
 
 
 @triton.jit
-def divide(x, factor, FMT: tl.constexpr):
-    """x / factor, NaN replaced by 0. A power of two has an exact reciprocal, and multiplying by it rounds the same."""
-    if FMT.scale.is_exponent:
-        bits = 0x7F000000 - factor.to(tl.int32, bitcast=True)  # 2^k to 2^-k
-        bits = tl.where(factor == 2.0**127, 0x400000, bits)
-        bits = tl.where(factor == 2.0**-127, 0x7F000000, bits)
-        bits = tl.where(factor == factor, bits, 0x7FC00000)
-        y = x * bits.to(tl.float32, bitcast=True)
-    else:
-        y = tl.div_rn(x, tl.broadcast_to(factor, x.shape))
+def divide(x, factor):
+    """x / factor for any factor, NaN replaced by 0."""
+    y = tl.div_rn(x, tl.broadcast_to(factor, x.shape))
     return tl.where(y == y, y, 0.0)
+
+
+@triton.jit
+def reciprocal(factor, FMT: tl.constexpr):
+    """(shift, divisor, inverse, correction) with which `quotient` divides by a factor that `choose` returned.
+
+    shift is a power of two and divisor = factor * shift, in [2^-23, 4), so nothing below over- or underflows where it
+    matters. inverse is 1 / divisor rounded; inverse + correction is 1 / divisor to within 2^-47 of itself.
+    """
+    bits = factor.to(tl.int32, bitcast=True)
+    if FMT.scale.is_exponent:  # the reciprocal of a power of two is one, and exact
+        exact = tl.where(bits == 0x7F000000, 0x400000, 0x7F000000 - bits)
+        exact = tl.where(bits == 0x400000, 0x7F000000, exact).to(tl.float32, bitcast=True)
+        return exact, exact, exact, exact
+    exponent = (bits >> 23) & 0xFF
+    shift = (tl.maximum(253 - exponent, 1) << 23).to(tl.float32, bitcast=True)
+    divisor = factor * shift
+    inverse = tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), divisor)
+    correction = tl.fma(-inverse, divisor, tl.full(factor.shape, 1.0, tl.float32)) * inverse
+    return shift, divisor, inverse, correction
+
+
+@triton.jit
+def quotient(x, shift, divisor, inverse, correction, FMT: tl.constexpr):
+    """x / factor, correctly rounded, in four or five operations instead of a division's dozen.
+
+    Markstein: with q a faithful rounding of a / b and y the correctly rounded 1 / b, fma(fma(-q, b, a), y, q) is the
+    correctly rounded a / b, because a - b q is exact. x * inverse alone can be 1.5 units off, which `correction` mends;
+    where the divisor has at most 12 significant bits a - b q is exact all the same, and a / b keeps 2^-36 from the
+    midpoints of fp32, so the correction can go.
+    """
+    a = x * shift
+    if FMT.scale.is_exponent:
+        return a
+    q = a * inverse
+    if FMT.scale.element is None or FMT.tensor_scale:
+        q = tl.fma(a, inverse, a * correction)
+    q = tl.fma(-tl.fma(q, divisor, -a), inverse, q)
+    if not FMT.element.codec.offset_binary:  # -0 stays -0; these scales are positive
+        q = (q.to(tl.int32, bitcast=True) | (a.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)
+    return q

@@ -9,7 +9,7 @@ from tritonq.kernels import tile
 @triton.jit
 def dequantize_kernel(
     q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr, y_ptr,
-    N, K, tiles_m, tiles_n,
+    N, K, row_bytes, tiles_m, tiles_n,
     FMT: tl.constexpr, LIMIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y [batch, N, K] from packed codes; everything contiguous."""
@@ -21,8 +21,8 @@ def dequantize_kernel(
     first = tile_n * BLOCK_N
     col = first + tl.arange(0, BLOCK_N)
     row_mask = row < N
-    row_offset = (batch * N + row) * ((K * FMT.bits + 7) // 8)
-    codes = tile.load_codes(q_ptr, row_offset, row_mask, first * FMT.bits // 8, K, BLOCK_N, FMT)
+    BYTES: tl.constexpr = BLOCK_N * FMT.bits // 8
+    codes = tile.load_codes(q_ptr, batch * N + row, row_mask, row_bytes, tile_n * BYTES, BLOCK_N, FMT)
     tensor_scale = 1.0
     if FMT.tensor_scale:
         tensor_scale = tl.load(tensor_scale_ptr)

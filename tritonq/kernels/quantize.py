@@ -1,6 +1,6 @@
 """Quantize and QDQ in one pass: scale = choose(group), code = encode(x / scale), y = decode(code) * scale.
 
-`group_kernel` handles groups that fit a tile; `apply_kernel` takes the scales as given (precomputed, or from
+`group_kernel` handles groups that fit a tile and `row_kernel` those that are rows; `apply_kernel` takes the scales as given (precomputed, or from
 `tritonq.kernels.stats` for groups larger than a tile, or where codes of neighbouring groups share a byte).
 """
 
@@ -32,12 +32,13 @@ def _spread(per_group, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, C
 @triton.jit
 def group_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
-    N, K, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
-    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr,
+    N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
+    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
     M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """A tile of M x GROUPS groups, each padded to R x C elements (powers of two).
 
+    PARTIAL: a row's last byte is not full, so codes beyond the row have to be 0.
     MODE "quantize" writes codes to q_ptr, and scales; "qdq" writes values to q_ptr and no scales; "scale" only scales.
     """
     ELEM: tl.constexpr = FMT.element
@@ -90,27 +91,87 @@ def group_kernel(
             zero = _spread(zero, M, R, GROUPS, C)
         else:
             zero = ELEM.zero_code
-        factor = _spread(factor, M, R, GROUPS, C)
-        x = scales.divide(x, factor, FMT)
+        shift, divisor, inverse, correction = scales.reciprocal(factor, FMT)
+        x = scales.quotient(
+            x,
+            _spread(shift, M, R, GROUPS, C),
+            _spread(divisor, M, R, GROUPS, C),
+            _spread(inverse, M, R, GROUPS, C),
+            _spread(correction, M, R, GROUPS, C),
+            FMT,
+        )
+        x = tl.where(_spread(factor == factor, M, R, GROUPS, C), x, 0.0)
         if MODE == "qdq":
+            factor = _spread(factor, M, R, GROUPS, C)
             y = tile.saturate(ELEM.codec.round(x, zero, ELEM) * factor, LIMIT)
             offsets = (batch * N + row)[:, None] * K + col[None, :]
             tl.store(q_ptr + offsets, y.to(q_ptr.dtype.element_ty), mask)
         else:
-            codes = tl.where(mask, ELEM.codec.encode(x, zero, ELEM), 0)
-            row_offset = (batch * N + row) * ((K * FMT.bits + 7) // 8)
+            codes = ELEM.codec.encode(x, zero, ELEM)
+            if PARTIAL:
+                codes = tl.where(mask, codes, 0)
             if COLS == C or COLS == -1:
-                tile.store_codes(q_ptr, row_offset, row_mask, first * FMT.bits // 8, codes, K, 1, 0, FMT)
+                BYTES: tl.constexpr = GROUPS * C * FMT.bits // 8
+                tile.store_codes(q_ptr, batch * N + row, row_mask, row_bytes, tile_n * BYTES, codes, 1, 0, FMT)
             else:
                 BYTES: tl.constexpr = COLS * FMT.bits // 8  # whole: other groups take `apply_kernel`
-                tile.store_codes(q_ptr, row_offset, row_mask, tile_n * GROUPS * BYTES, codes, K, GROUPS, BYTES, FMT)
+                first_byte = tile_n * (GROUPS * BYTES)
+                tile.store_codes(q_ptr, batch * N + row, row_mask, row_bytes, first_byte, codes, GROUPS, BYTES, FMT)
+
+
+@triton.jit
+def row_kernel(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
+    N, K, row_bytes, stride_batch, stride_row, stride_col,
+    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One row, which is one group, a program: read once for the scale and again, from the cache, for the codes."""
+    ELEM: tl.constexpr = FMT.element
+    index = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
+    row_offset = (index // N) * stride_batch + (index % N) * stride_row
+    row_mask = index >= 0
+    high = tl.zeros([1, BLOCK_N], tl.uint32)
+    low = tl.zeros([1, BLOCK_N], tl.uint32)
+    for t in range(0, tl.cdiv(K, BLOCK_N)):
+        col = t * BLOCK_N + tl.arange(0, BLOCK_N)
+        offsets = row_offset[:, None] + col[None, :] * stride_col
+        x = tile.to_float32(tl.load(x_ptr + offsets, (col < K)[None, :], other=0.0))
+        high = tl.maximum(high, scales.high_key(x, FMT))
+        if FMT.zero_point:
+            low = tl.maximum(low, scales.low_key(x))
+    tensor_scale = 1.0
+    if FMT.tensor_scale:
+        tensor_scale = tl.load(tensor_scale_ptr)
+    stored, factor, zero = scales.choose(tl.max(high, 1), tl.max(low, 1), tensor_scale, FMT)
+    if MODE == "quantize":
+        tl.store(scale_ptr + index, stored.to(scale_ptr.dtype.element_ty))
+        if FMT.zero_point:
+            tl.store(zero_ptr + index, zero.to(tl.uint8))
+    shift, divisor, inverse, correction = scales.reciprocal(factor, FMT)
+    finite = (factor == factor)[:, None]
+    factor, zero = factor[:, None], zero[:, None]
+    for t in range(0, tl.cdiv(K, BLOCK_N)):
+        col = t * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (col < K)[None, :]
+        x = tile.to_float32(tl.load(x_ptr + row_offset[:, None] + col[None, :] * stride_col, mask, other=0.0))
+        x = scales.quotient(x, shift[:, None], divisor[:, None], inverse[:, None], correction[:, None], FMT)
+        x = tl.where(finite, x, 0.0)
+        if MODE == "qdq":
+            y = tile.saturate(ELEM.codec.round(x, zero, ELEM) * factor, LIMIT)
+            tl.store(q_ptr + (index * K)[:, None] + col[None, :], y.to(q_ptr.dtype.element_ty), mask)
+        else:
+            codes = ELEM.codec.encode(x, zero, ELEM)
+            if PARTIAL:
+                codes = tl.where(mask, codes, 0)
+            BYTES: tl.constexpr = BLOCK_N * FMT.bits // 8
+            tile.store_codes(q_ptr, index, row_mask, row_bytes, t * BYTES, codes, 1, 0, FMT)
 
 
 @triton.jit
 def apply_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
-    N, K, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
-    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr,
+    N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
+    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Codes ("quantize") or values ("qdq") for scales and zero points that are given."""
@@ -131,7 +192,7 @@ def apply_kernel(
     factor, zero = tile.load_factors(
         scale_ptr, zero_ptr, tensor_scale, batch, row, row_mask, first, N, K, BLOCK_N, FMT
     )
-    scaled = scales.divide(x, factor, FMT)
+    scaled = scales.divide(x, factor)
     # A scale that was passed in says nothing about x, so element types that have a NaN keep a non-finite x as NaN.
     lost = (x - x != 0.0) & (factor == factor)
     if MODE == "qdq":
@@ -144,6 +205,7 @@ def apply_kernel(
         codes = ELEM.codec.encode(scaled, zero, ELEM)
         if ELEM.nan_code >= 0:
             codes = tl.where(lost, ELEM.nan_code, codes)
-        codes = tl.where(mask, codes, 0)
-        row_offset = (batch * N + row) * ((K * FMT.bits + 7) // 8)
-        tile.store_codes(q_ptr, row_offset, row_mask, first * FMT.bits // 8, codes, K, 1, 0, FMT)
+        if PARTIAL:
+            codes = tl.where(mask, codes, 0)
+        BYTES: tl.constexpr = BLOCK_N * FMT.bits // 8
+        tile.store_codes(q_ptr, batch * N + row, row_mask, row_bytes, tile_n * BYTES, codes, 1, 0, FMT)

@@ -26,15 +26,15 @@ def saturate(y, LIMIT: tl.constexpr):
 
 @triton.jit
 def store_codes(
-    q_ptr, row_offset, row_mask, first_byte, codes, K, GROUPS: tl.constexpr, GROUP_BYTES: tl.constexpr, FMT: tl.constexpr
+    q_ptr, row, row_mask, row_bytes, first_byte, codes, GROUPS: tl.constexpr, GROUP_BYTES: tl.constexpr, FMT: tl.constexpr
 ):
-    """Pack int32 codes [M, COLS] and store them from `first_byte` of each row on; row_offset [M] is where a row begins.
+    """Pack int32 codes [M, COLS] and store them from `first_byte` of each row on; row [M] counts through the batch.
 
     With GROUPS > 1 the columns are that many padded groups, of which the first GROUP_BYTES are kept; with 1 they are
     consecutive. Bytes past the end of a row are not written.
     """
-    ROW_BYTES = (K * FMT.bits + 7) // 8
     M: tl.constexpr = codes.shape[0]
+    row_offset = row * row_bytes  # an argument, so that the compiler knows whether it is a multiple of 16
     if FMT.sign_flip != 0:
         codes = codes ^ FMT.sign_flip
     data = bits.pack(codes, FMT.bits).to(tl.uint8)
@@ -43,35 +43,35 @@ def store_codes(
     run = tl.arange(0, data.shape[1])
     if GROUPS == 1:
         byte = first_byte + run * WIDTH
-        keep = byte < ROW_BYTES
+        keep = byte < row_bytes
     else:
         byte = first_byte + (run // RUNS) * GROUP_BYTES + (run % RUNS) * WIDTH
-        keep = (byte < ROW_BYTES) & ((run % RUNS) * WIDTH < GROUP_BYTES)
+        keep = (byte < row_bytes) & ((run % RUNS) * WIDTH < GROUP_BYTES)
     if WIDTH == 1:
         tl.store(q_ptr + row_offset[:, None] + byte[None, :], data, row_mask[:, None] & keep[None, :])
     else:
         within = tl.arange(0, data.shape[2])
         byte = byte[:, None] + within[None, :]
-        mask = keep[:, None] & (within < WIDTH)[None, :] & (byte < ROW_BYTES)
+        mask = keep[:, None] & (within < WIDTH)[None, :] & (byte < row_bytes)
         mask = tl.reshape(row_mask, [M, 1, 1]) & mask[None, :, :]
         tl.store(q_ptr + tl.reshape(row_offset, [M, 1, 1]) + byte[None, :, :], data, mask)
 
 
 @triton.jit
-def load_codes(q_ptr, row_offset, row_mask, first_byte, K, COLS: tl.constexpr, FMT: tl.constexpr):
+def load_codes(q_ptr, row, row_mask, row_bytes, first_byte, COLS: tl.constexpr, FMT: tl.constexpr):
     """int32 codes [M, COLS] of consecutive columns; inverse of `store_codes`."""
-    ROW_BYTES = (K * FMT.bits + 7) // 8
-    M: tl.constexpr = row_offset.shape[0]
+    M: tl.constexpr = row.shape[0]
+    row_offset = row * row_bytes
     if 8 % FMT.bits == 0:
         byte = first_byte + tl.arange(0, COLS * FMT.bits // 8)
-        mask = row_mask[:, None] & (byte < ROW_BYTES)[None, :]
+        mask = row_mask[:, None] & (byte < row_bytes)[None, :]
         data = tl.load(q_ptr + row_offset[:, None] + byte[None, :], mask, other=0)
     else:
         WIDTH: tl.constexpr = 3 if FMT.bits == 6 else FMT.bits
         PER: tl.constexpr = 4 if FMT.bits == 6 else 8
         within = tl.arange(0, PER)
         byte = first_byte + tl.arange(0, COLS // PER)[:, None] * WIDTH + within[None, :]
-        mask = (within < WIDTH)[None, :] & (byte < ROW_BYTES)
+        mask = (within < WIDTH)[None, :] & (byte < row_bytes)
         data = tl.load(
             q_ptr + tl.reshape(row_offset, [M, 1, 1]) + byte[None, :, :],
             tl.reshape(row_mask, [M, 1, 1]) & mask[None, :, :],

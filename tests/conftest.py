@@ -1,0 +1,44 @@
+"""Backends shared by the tests.
+
+`device` runs a test on every backend of this process: "cpu" (tiled torch) and "cuda" where there is one (marker `gpu`), or,
+with TRITON_INTERPRET=1 set before the start, "interpret" (the kernels under Triton's interpreter, on CPU tensors).
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRET:
+    import interpreter
+
+    interpreter.apply()
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+    config.addinivalue_line("markers", "interpret: runs kernels in Triton's interpreter (TRITON_INTERPRET=1)")
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        if INTERPRET:
+            backends = [pytest.param("cpu", id="interpret", marks=pytest.mark.interpret)]
+        else:
+            backends = [pytest.param("cpu", id="cpu")]
+        if torch.cuda.is_available() and not INTERPRET:
+            backends.append(pytest.param("cuda", id="cuda", marks=pytest.mark.gpu))
+        metafunc.parametrize("device", backends)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_programs():
+    """An interpreted program costs about 3 ms whatever its tile."""
+    from tritonq import tuning
+
+    if INTERPRET:
+        tuning.TILE = 1 << 16

@@ -1,0 +1,373 @@
+"""Element types, scale types and packing against ml_dtypes, torch casts and the tables of `oracle` (laws 3, 4 and 7).
+
+Under TRITON_INTERPRET=1, and on a GPU, the device functions run through a small kernel; elsewhere the torch ones.
+"""
+
+import itertools
+import math
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+import torch
+import triton
+import triton.language as tl
+from conftest import INTERPRET
+
+from tritonq.codecs import pack as packing
+from tritonq.codecs import scale as scales
+from tritonq.codecs import pack_triton as device_pack
+from tritonq.codecs import scale_triton as device_scales
+from tritonq.formats import Format, ScaleType, get_element, integer, minifloat
+
+ML_DTYPES = {
+    "e2m1": ml_dtypes.float4_e2m1fn, "e2m3": ml_dtypes.float6_e2m3fn, "e3m2": ml_dtypes.float6_e3m2fn,
+    "e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2, "e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+    "e5m2fnuz": ml_dtypes.float8_e5m2fnuz, "e3m4ieee": ml_dtypes.float8_e3m4, "e4m3ieee": ml_dtypes.float8_e4m3,
+}  # fmt: skip
+TORCH = {
+    "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "e4m3fnuz": torch.float8_e4m3fnuz, "e5m2fnuz": torch.float8_e5m2fnuz,
+}  # fmt: skip
+# Element types whose value range or kind makes them corners: every X + M <= 7, and the kinds with NaN.
+GENERIC = [minifloat(e, m) for e in range(1, 8) for m in range(0, 8) if 1 <= e + m <= 7]
+KINDS = [minifloat(e, m, kind) for e, m, kind in ((2, 1, "fn"), (3, 4, "ieee"), (4, 3, "ieee"), (2, 5, "fnuz"), (3, 2, "fnuz"))]
+INTEGERS = [integer(bits) for bits in range(2, 9)]
+
+
+def numbers(element, count=None):
+    """All finite bf16 values, all representable values and midpoints with their neighbours, and random bit patterns."""
+    count = count or 1_000_000
+    bf16 = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+    rng = np.random.default_rng(0)
+    anything = rng.integers(0, 1 << 32, count, dtype=np.uint32).view(np.float32)
+    if element.ebits:
+        table = oracle.magnitudes(element.ebits, element.mbits, element.special)
+    else:
+        table = np.arange(2 ** (element.bits - 1) + 1, dtype=np.float64)
+    edges = np.concatenate([table, (table[1:] + table[:-1]) / 2]).astype(np.float32)
+    edges = np.concatenate([edges, np.nextafter(edges, np.float32(np.inf)), np.nextafter(edges, np.float32(-np.inf))])
+    with np.errstate(over="ignore"):
+        near = (rng.standard_normal(count) * float(table[-1]) / 2).astype(np.float32)
+    x = np.concatenate([bf16, anything, near, edges, -edges])
+    return x[~np.isnan(x)]
+
+
+@triton.jit
+def encode_kernel(x_ptr, code_ptr, value_ptr, zero, n, ELEM: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, i < n, other=0.0)
+    tl.store(code_ptr + i, ELEM.codec.encode(x, zero, ELEM), i < n)
+    tl.store(value_ptr + i, ELEM.codec.round(x, zero, ELEM), i < n)
+
+
+@triton.jit
+def decode_kernel(x_ptr, code_ptr, value_ptr, zero, n, ELEM: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(value_ptr + i, ELEM.codec.decode(tl.load(x_ptr + i, i < n, other=0), zero, ELEM), i < n)
+
+
+@triton.jit
+def scale_kernel(x_ptr, code_ptr, value_ptr, zero, n, ELEM: tl.constexpr, BLOCK: tl.constexpr):
+    """`ELEM` is a Format here and below."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, i < n, other=0.0)
+    bad = x - x != 0.0
+    bits = device_scales._store_bits(tl.where(bad, 0.0, x), bad, ELEM)
+    tl.store(code_ptr + i, bits, i < n)
+    tl.store(value_ptr + i, device_scales.load(bits, 1.0, ELEM), i < n)
+
+
+@triton.jit
+def exponent_kernel(x_ptr, code_ptr, value_ptr, zero, n, ELEM: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key = device_scales.high_key(tl.load(x_ptr + i, i < n, other=0.0), ELEM)
+    bits, factor, _ = device_scales.choose(key, key, 1.0, ELEM)
+    tl.store(code_ptr + i, bits, i < n)
+    tl.store(value_ptr + i, factor, i < n)
+
+
+@triton.jit
+def load_kernel(x_ptr, code_ptr, value_ptr, zero, n, ELEM: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(value_ptr + i, device_scales.load(tl.load(x_ptr + i, i < n, other=0), 1.0, ELEM), i < n)
+
+
+@triton.jit
+def pack_kernel(codes_ptr, data_ptr, back_ptr, BITS: tl.constexpr, M: tl.constexpr, COLS: tl.constexpr):
+    """Bytes as `pack` returns them: dense, or [M, runs, padded bytes of a run]; and the codes that `unpack` makes of them."""
+    cells = tl.arange(0, M)[:, None] * COLS + tl.arange(0, COLS)[None, :]
+    data = device_pack.pack(tl.load(codes_ptr + cells), BITS)
+    tl.store(back_ptr + cells, device_pack.unpack(data, BITS))
+    if 8 % BITS == 0:
+        WIDTH: tl.constexpr = COLS * BITS // 8
+        tl.store(data_ptr + tl.arange(0, M)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], data)
+    else:
+        PADDED: tl.constexpr = data.shape[2]
+        run = tl.arange(0, M)[:, None] * data.shape[1] + tl.arange(0, data.shape[1])[None, :]
+        tl.store(data_ptr + run[:, :, None] * PADDED + tl.arange(0, PADDED)[None, None, :], data)
+
+
+@triton.jit
+def bf16_kernel(x_ptr, y_ptr, total_ptr, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    y = tl.load(x_ptr + i, i < n, other=0.0).to(tl.bfloat16)
+    tl.store(y_ptr + i, y, i < n)
+    tl.store(total_ptr + i, y + y * 0.5, i < n)
+
+
+def run(x, element, device, zero=0):
+    """(codes, rounded values) of a codec on a backend."""
+    t = torch.from_numpy(np.array(x, np.float32))
+    if device == "cpu" and not INTERPRET:
+        code = element.codec.encode_ref(t.clone(), zero, element)
+        code = code if code.dtype is torch.uint8 else code.view(torch.int16).to(torch.int32) & 0xFFFF
+        return code.numpy().astype(np.int64), element.codec.round_ref(t.clone(), zero, element).numpy()
+    return launch(encode_kernel, t, element, device, zero)
+
+
+def launch(kernel, t, element, device, zero):
+    block = 1 << 17 if INTERPRET else 1024
+    t = t.to(device)
+    code = torch.empty(t.shape, dtype=torch.int32, device=device)
+    value = torch.empty(t.shape, dtype=torch.float32, device=device)
+    kernel[(-(-t.numel() // block),)](
+        t, code, value, float(zero), t.numel(), ELEM=element, BLOCK=block, enable_fp_fusion=False
+    )
+    return code.cpu().numpy().astype(np.int64), value.cpu().numpy()
+
+
+def decode(codes, element, device, zero=0):
+    if device == "cpu" and not INTERPRET:
+        return element.codec.decode_ref(torch.from_numpy(codes.astype(np.uint8)), zero, element).numpy()
+    return launch(decode_kernel, torch.from_numpy(codes.astype(np.int32)), element, device, zero)[1]
+
+
+def same(got, expected):
+    """Equal numbers, signs of zero included, NaN equal to NaN."""
+    np.testing.assert_array_equal(got, expected)
+    kept = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.signbit(got)[kept], np.signbit(expected)[kept])
+
+
+@pytest.mark.parametrize("name", ML_DTYPES)
+def test_against_ml_dtypes(name, device):
+    """All bf16 values, all midpoints, random fp32 values; inputs clamped to +-max, for tritonq saturates."""
+    element, dtype = get_element(name), ML_DTYPES[name]
+    x = numbers(element)
+    top = float(ml_dtypes.finfo(dtype).max)
+    assert element.max == top
+    expected = np.clip(x, -top, top).astype(dtype)
+    codes, rounded = run(x, element, device)
+    mask = 2**element.bits - 1
+    np.testing.assert_array_equal(codes, expected.view(np.uint8).astype(np.int64) & mask)
+    same(rounded, expected.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_against_torch_casts(name, device):
+    """torch's own cast as a second oracle."""
+    element = get_element(name)
+    x = numbers(element, 20_000)
+    expected = torch.from_numpy(x).clamp(-element.max, element.max).to(TORCH[name])
+    np.testing.assert_array_equal(run(x, element, device)[0], expected.view(torch.uint8).numpy())
+    codes = np.arange(256)
+    same(decode(codes, element, device), torch.arange(256, dtype=torch.uint8).view(TORCH[name]).float().numpy())
+
+
+@pytest.mark.parametrize("element", GENERIC + KINDS, ids=lambda e: e.name)
+def test_any_minifloat(element, device):
+    """Law 4 for every eXmY: encode, round and decode against a search of the table; no code beyond max."""
+    spec = (element.ebits, element.mbits, element.special)
+    x = numbers(element, 5_000)
+    codes, rounded = run(x, element, device)
+    expected = oracle.encode_minifloat(x, *spec)
+    np.testing.assert_array_equal(codes, expected)
+    same(rounded, oracle.decode_minifloat(expected, *spec))
+    assert np.abs(rounded).max() == element.max
+    every = np.arange(2**element.bits)
+    same(decode(every, element, device), oracle.decode_minifloat(every, *spec))
+
+
+@pytest.mark.parametrize("element", INTEGERS, ids=lambda e: e.name)
+def test_integers(element, device):
+    """code = clamp(rne(x) + z, 0, 2^b - 1) for every zero point; decode is its inverse on codes; 0 is never negative."""
+    levels = 2**element.bits - 1
+    x = numbers(element, 20_000)
+    middle = 2 ** (element.bits - 1)
+    for zero in (middle,) if INTERPRET else sorted({0, 1, middle, levels}):
+        codes, rounded = run(x, element, device, zero)
+        expected = np.clip(np.rint(np.clip(x.astype(np.float64), -1e9, 1e9)) + zero, 0, levels).astype(np.int64)
+        np.testing.assert_array_equal(codes, expected)
+        same(rounded, (expected - zero).astype(np.float32))
+        every = np.arange(levels + 1)
+        same(decode(every, element, device, zero), (every - zero).astype(np.float32))
+
+
+# ----------------------------------------------------------------------------------------------------------- scales
+
+
+def scale_format(name, rule="absmax", element=None):
+    return Format(f"test_{name}_{rule}", element or get_element("e2m1"), (1, 16), ScaleType(name, rule))
+
+
+def store(x, fmt, device):
+    """Storage bits and fp32 values of fp32 scales on a backend."""
+    t = torch.from_numpy(np.array(x, np.float32))
+    if device == "cpu" and not INTERPRET:
+        stored = scales.store(t, ~torch.isfinite(t), fmt)
+        value = scales.load(stored, fmt)
+        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[fmt.scale.dtype.itemsize]
+        bits = stored.view(width).numpy().astype(np.int64) % 2 ** (8 * fmt.scale.dtype.itemsize)
+        return bits, value.numpy()
+    bits, value = launch(scale_kernel, t, fmt, device, 0)
+    return bits % 2 ** (8 * fmt.scale.dtype.itemsize), value
+
+
+@pytest.mark.parametrize("name", ["e4m3", "ue5m3", "f16", "bf16", "f32"])
+def test_scale_storage(name, device):
+    """Rounded half to even, saturated, zero to the smallest positive number, non-finite to NaN."""
+    fmt = scale_format(name)
+    x = np.concatenate([numbers(get_element("e5m2"), 20_000), np.float32([np.nan, 114688, 1e5, 122880, 65504, 65519, 448, 464])])
+    if name == "ue5m3":
+        x = x[~(x < 0)]
+    bits, value = store(x, fmt, device)
+    finite = np.isfinite(x)
+    assert np.isnan(value[~finite]).all()
+    a = x[finite]
+    if name == "f32":
+        expected = np.where(a == 0, np.float32(2.0**-149), a)
+    else:
+        dtype = {"e4m3": ml_dtypes.float8_e4m3fn, "f16": np.float16, "bf16": ml_dtypes.bfloat16}.get(name)
+        if dtype is None:  # ue5m3: only the table knows it
+            code = oracle.encode_minifloat(a, 5, 3, "fn", False)
+            expected = oracle.decode_minifloat(code, 5, 3, "fn", False)
+            np.testing.assert_array_equal(bits[finite], np.maximum(code, 1))
+        else:
+            top = float(ml_dtypes.finfo(dtype).max)
+            expected = np.clip(a, -top, top).astype(dtype).astype(np.float32)
+        tiny = {"e4m3": 2.0**-9, "ue5m3": 2.0**-17, "f16": 2.0**-24, "bf16": 2.0**-133}[name]
+        expected = np.where(expected == 0, np.float32(tiny), expected)
+    np.testing.assert_array_equal(value[finite], expected)
+    nan = {oracle.SCALE_NAN[name]} if name != "f32" else {0x7FC00000}
+    assert set(bits[~finite].tolist()) <= nan
+
+
+def test_ue5m3_by_hand(device):
+    """Bias 15, max 114688 (0xFE), 0xFF is NaN; ties carry into the exponent; subnormals round to even, zero when nearest."""
+    cases = {1.0: 0x78, 114688.0: 0xFE, 1e9: 0xFE, 1.9375: 0x80, 1.0625: 0x78, 1.1875: 0x7A, 2.0**-17: 0x01, 1.5 * 2.0**-17: 0x02,
+             2.0**-14: 0x08, 7.5 * 2.0**-17: 0x08, 2.0**-18: 0x01, math.nan: 0xFF}  # fmt: skip
+    bits, value = store(list(cases), scale_format("ue5m3"), device)
+    assert bits.tolist() == list(cases.values())
+    assert value[1] == 114688 and np.isnan(value[-1])
+
+
+RULES = [("e2m1", r) for r in ("floor", "ceil", "rceil", "even")] + [(e, r) for e in ("e4m3", "e5m2", "int8", "e3m0") for r in ("floor", "even", "rceil")]  # fmt: skip
+
+
+@pytest.mark.parametrize("element,rule", RULES)
+def test_e8m0_rules(element, rule, device):
+    """The exponent rules on powers of two, their neighbours, subnormals and random magnitudes, by exact arithmetic."""
+    element = get_element(element)
+    fmt = scale_format("e8m0", rule, element)
+    powers = np.exp2(np.arange(-149, 128, 3.0)).astype(np.float32)
+    rng = np.random.default_rng(1)
+    anything = rng.integers(0, 0x7F800000, 300, dtype=np.uint32).view(np.float32)
+    mantissas = np.float32([1.25, 1.5, 1.75, 1.875, 1.9375, 1.96875, 1.9921875, 1.99609375])
+    a = np.concatenate([powers, np.nextafter(powers, np.float32(0)), np.nextafter(powers, np.float32(np.inf)), anything,
+                        mantissas, np.nextafter(mantissas, np.float32(0)), np.float32([0, oracle.F32_MAX, 448, 6, 127])])  # fmt: skip
+    expected = np.array([oracle.exponent(v, element, rule) for v in a])
+    if device == "cpu" and not INTERPRET:
+        t = torch.from_numpy(a)
+        stored, _ = scales.choose(t, -t, fmt, None)
+        bits, value = stored.view(torch.uint8).numpy().astype(np.int64), scales.load(stored, fmt).numpy()
+    else:
+        bits, value = launch(exponent_kernel, torch.from_numpy(a), fmt, device, 0)
+    np.testing.assert_array_equal(bits, expected)
+    np.testing.assert_array_equal(value, np.ldexp(np.float64(1), expected - 127).astype(np.float32))
+
+
+def test_e8m0_decodes_as_ml_dtypes(device):
+    """Every byte, 0 being 2^-127 and 0xFF NaN."""
+    every = np.arange(256, dtype=np.uint8)
+    fmt = scale_format("e8m0", "floor")
+    if device == "cpu" and not INTERPRET:
+        value = scales.load(torch.from_numpy(every).view(torch.float8_e8m0fnu), fmt).numpy()
+    else:
+        value = launch(load_kernel, torch.from_numpy(every.astype(np.int32)), fmt, device, 0)[1]
+    np.testing.assert_array_equal(value, every.view(ml_dtypes.float8_e8m0fnu).astype(np.float32))
+
+
+@pytest.mark.parametrize("name", ["e4m3", "ue5m3", "f16", "bf16"])
+def test_every_stored_scale_decodes(name, device):
+    ebits, mbits, kind, signed, size = oracle.SCALES[name]
+    every = np.arange(2 ** (8 * size))
+    if device == "cpu" and not INTERPRET:
+        raw = torch.from_numpy(every.astype(np.uint8 if size == 1 else np.uint16).view(np.uint8 if size == 1 else np.int16))
+        value = scales.load(raw.view(scale_format(name).scale.dtype), scale_format(name)).numpy()
+    else:
+        value = launch(load_kernel, torch.from_numpy(every.astype(np.int32)), scale_format(name), device, 0)[1]
+    if kind == "ieee":
+        dtype = np.float16 if name == "f16" else ml_dtypes.bfloat16
+        expected = every.astype(np.uint16).view(dtype).astype(np.float32)
+    else:
+        expected = oracle.decode_minifloat(every, ebits, mbits, kind, signed)
+    np.testing.assert_array_equal(value, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packing(bits, device):
+    """Law 3: a dense LSB-first bitstream, ceil(bits n / 8) bytes a row, for any n; unpack(pack(codes)) == codes."""
+    rng = np.random.default_rng(bits)
+    if device == "cpu" and not INTERPRET:
+        for n, rows in itertools.product((1, 2, 3, 7, 8, 9, 17, 64, 131), (1, 3)):
+            codes = rng.integers(0, 2**bits, (rows, n), dtype=np.uint8)
+            packed = packing.pack(torch.from_numpy(codes), bits)
+            assert packed.shape == (rows, -(-bits * n // 8))
+            for row, data in zip(codes, packed.numpy(), strict=True):
+                assert bytes(data) == oracle.pack(row, bits)
+            np.testing.assert_array_equal(packing.unpack(packed, bits, n).numpy(), codes)
+        return
+    n, per, width = 256, *packing.chunk(bits)
+    padded = width if 8 % bits == 0 else (4 if bits == 6 else 8)
+    codes = rng.integers(0, 2**bits, (2, n)).astype(np.int32)
+    data = torch.zeros(2 * n // per * padded, dtype=torch.int32, device=device)
+    back = torch.zeros((2, n), dtype=torch.int32, device=device)
+    pack_kernel[(1,)](torch.from_numpy(codes).to(device), data, back, BITS=bits, M=2, COLS=n)
+    rows = data.cpu().numpy().reshape(2, n // per, padded)
+    assert not rows[..., width:].any()
+    for row, got in zip(codes, rows[..., :width].reshape(2, -1), strict=True):
+        assert bytes(got.tolist()) == oracle.pack(row, bits)
+    np.testing.assert_array_equal(back.cpu().numpy(), codes)
+
+
+def test_packing_every_code():
+    """Law 3 for every code at every position of a run."""
+    for bits in range(2, 9):
+        codes = torch.arange(2**bits, dtype=torch.uint8).repeat(9)
+        for shift in range(8):
+            turned = codes.roll(shift)
+            assert torch.equal(packing.unpack(packing.pack(turned, bits), bits, turned.numel()), turned)
+
+
+def test_packing_leaves_strided_input_alone():
+    codes = torch.arange(60, dtype=torch.uint8).reshape(6, 10) % 8
+    view = codes.t()[:, ::2]
+    before = codes.clone()
+    packed = packing.pack(view, 3)
+    assert torch.equal(packed, packing.pack(view.contiguous(), 3)) and torch.equal(codes, before)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="concerns Triton's interpreter; run with TRITON_INTERPRET=1")
+def test_interpreter_shim():
+    """numerics.md trap 4: fp32 to bf16 rounds half to even, and bf16 arithmetic is arithmetic."""
+    x = torch.from_numpy(numbers(get_element("e5m2"), 20_000))
+    y = torch.empty(x.shape, dtype=torch.bfloat16)
+    total = torch.empty(x.shape, dtype=torch.bfloat16)
+    bf16_kernel[(1,)](x, y, total, x.numel(), BLOCK=1 << 18)
+    assert torch.equal(y, x.to(torch.bfloat16))
+    assert torch.equal(total.isnan(), (y + y * 0.5).isnan())
+    assert torch.equal(total.nan_to_num(), (y + y * 0.5).nan_to_num())

@@ -1,0 +1,217 @@
+"""Every kernel, with the arguments that `ops` launches it with, compiles for every target; on NVIDIA without spills.
+
+Launches are recorded instead of run, so signatures, specialisation and tuning are those of the real thing.
+"""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from conftest import INTERPRET
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from tritonq import launch, ops
+from tritonq.formats import FORMATS, get_format
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled; run without TRITON_INTERPRET")
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32), "gfx942": GPUTarget("hip", "gfx942", 64), "gfx950": GPUTarget("hip", "gfx950", 64),
+}  # fmt: skip
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.uint8: "*u8",
+         torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.uint32: "*u32"}  # fmt: skip
+REPRESENTATIVE = ("int4_g128", "int4_g128_asym", "int3_g128", "fp8_e4m3_channel", "fp8_e4m3_b128x128", "mxfp4",
+                  "nvfp4", "fp8_e4m3fnuz_channel", "e3m4_g48")  # fmt: skip
+WIDE_LOADS = ("int4_g128", "int8_channel", "fp8_e4m3_channel", "mxfp8", "mxfp4", "nvfp4")
+REGISTERS = 160  # of aligned input; odd shapes keep more offsets and masks alive
+
+
+class Launch:
+    """A kernel with one set of arguments."""
+
+    def __init__(self, kernel, args, kwargs):
+        self.kernel, names = kernel, kernel.arg_names
+        bound = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+        self.options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages", "enable_fp_fusion")}
+        self.signature, self.constants, self.attributes = {}, {}, {}
+        constexprs = {p.name for p in kernel.params if p.is_constexpr}
+        for i, name in enumerate(names):
+            value = bound[name]
+            if isinstance(value, torch.Tensor):
+                self.signature[name] = TYPES[value.dtype]
+                aligned = value.data_ptr() % 16 == 0
+            elif name in constexprs or value == 1:
+                self.signature[name], self.constants[name], aligned = "constexpr", value, False
+            else:
+                self.signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                aligned = value % 16 == 0
+            if aligned:
+                self.attributes[(i,)] = [["tt.divisibility", 16]]
+        shown = [self.constants[k] for k in ("MODE", "FINITE") if k in self.constants]
+        self.name = "-".join(map(str, (kernel.__name__, *shown)))
+        self.key = (self.name, repr(self.signature), repr(self.constants), repr(self.attributes), repr(self.options))
+
+    def source(self):
+        return ASTSource(self.kernel, self.signature, constexprs=self.constants, attrs=self.attributes)
+
+    def compile(self, target):
+        return triton.compile(self.source(), target=target, options=self.options)
+
+
+@cache
+def launches(name, shape=(64, 4096), dtype=torch.bfloat16):
+    """Distinct launches of quantize, qdq, dequantize, and qdq with given scales, of a contiguous tensor."""
+    return record(get_format(name), shape, dtype)
+
+
+def record(fmt, shape, dtype):
+    found = {}
+
+    def run(self, *args, grid=None, warmup=False, **kwargs):
+        found.setdefault((one := Launch(self, args, kwargs)).key, one)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", run)
+        patch.setattr(ops, "uses_triton", lambda x: True)
+        patch.setattr(launch, "_compiled", {})
+        x = torch.zeros(shape, dtype=dtype)
+        parts = ops.quantize(x, fmt)
+        ops.qdq(x, fmt)
+        ops.qdq(x, fmt, **{k: v for k, v in parts.items() if k != "qdata"})
+        ops.dequantize(parts, fmt, shape, dtype)
+    return tuple(found.values())
+
+
+@cache
+def cuobjdump():
+    path = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    assert path.is_file() or shutil.which("cuobjdump"), f"Triton ships cuobjdump, but {path} is missing"
+    return str(path) if path.is_file() else shutil.which("cuobjdump")
+
+
+def resources(cubin, folder):
+    """{"REG": ..., "STACK": ..., "LOCAL": ...} of a compiled kernel."""
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    text = subprocess.run([cuobjdump(), "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    assert usage.keys() == {"REG", "STACK", "LOCAL"}, text
+    return usage
+
+
+def check(one, target, folder, registers=REGISTERS):
+    compiled = one.compile(target)
+    if target.backend == "cuda":
+        usage = resources(compiled.asm["cubin"], folder)
+        assert usage["LOCAL"] == 0 and usage["STACK"] == 0, f"{one.name}: local memory {usage}"
+        assert usage["REG"] <= registers, f"{one.name}: {usage['REG']} registers"
+        assert not re.search(r"\b(ld|st)\.local", compiled.asm["ptx"]), one.name
+        assert "div.full" not in compiled.asm["ptx"] and "div.approx" not in compiled.asm["ptx"], f"{one.name}: inexact division"
+    else:
+        assert ".vgpr_spill_count: 0" in re.sub(r" +", " ", compiled.asm["amdgcn"]), f"{one.name}: spills"
+    return compiled
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles(target, name, tmp_path):
+    """Every code path on every target."""
+    for one in launches(name):
+        check(one, TARGETS[target], tmp_path)
+
+
+@pytest.mark.parametrize("name", [n for n in FORMATS if n not in REPRESENTATIVE])
+def test_registry_compiles(name, tmp_path):
+    for one in launches(name):
+        check(one, TARGETS["sm_90"], tmp_path)
+
+
+@pytest.mark.parametrize("name,shape,dtype", [
+    ("int4_g128", (7, 301), torch.float16), ("int3_g7", (5, 33), torch.float32), ("fp8_e4m3_tensor", (100, 999), torch.float64),
+    ("int4_tensor_asym", (100, 999), torch.bfloat16), ("fp8_e4m3_b256x256", (300, 700), torch.bfloat16), ("nvfp4", (3, 40), torch.float32),
+    ("int8_channel", (2, 300000), torch.bfloat16), ("fp8_e4m3_channel", (2, 14336), torch.bfloat16), ("int5_g20", (9, 45), torch.float16), ("mxfp8_rceil", (4, 4096), torch.float64),
+    ("e4m3_g32_ue5m3", (8, 96), torch.float32), ("int6_channel", (8, 5000), torch.bfloat16),
+])  # fmt: skip
+def test_odd_shapes_and_types_compile(name, shape, dtype, tmp_path):
+    """Unaligned sizes, groups larger than a tile, other input types: other specialisations of the same kernels."""
+    for one in launches(name, shape, dtype):
+        check(one, TARGETS["sm_80"], tmp_path, 192)
+
+
+def test_every_kernel_is_covered():
+    """The recorded launches contain every kernel of tritonq/kernels, in every mode."""
+    seen = {one.name for name in ("int4_g128", "int3_g7", "nvfp4", "fp8_e4m3_tensor", "int8_channel") for one in launches(name)}
+    seen |= {one.name for one in launches("int3_g7", (5, 33), torch.float32)}
+    for columns in (8192, 32768, 300000):
+        seen |= {one.name for one in launches("int8_channel", (2, columns))}
+    kernels = set()
+    for file in (Path(ops.__file__).parent / "kernels").glob("*.py"):
+        kernels |= set(re.findall(r"@triton\.jit\ndef (\w+_kernel)\(", file.read_text()))
+    assert kernels == {name.split("-")[0] for name in seen}
+    assert {f"group_kernel-{mode}" for mode in ("quantize", "qdq", "scale")} <= seen
+
+
+@pytest.mark.parametrize("name", WIDE_LOADS)
+def test_input_loads_are_16_bytes_wide(name):
+    """bf16 input comes in 16-byte global loads on sm_80 and later."""
+    kernels = [one for one in launches(name) if one.constants.get("MODE") in ("quantize", "qdq")]
+    assert kernels
+    for one in kernels:
+        ptx = one.compile(TARGETS["sm_90"]).asm["ptx"]
+        assert re.search(r"ld\.global[.\w:]*\.(v4\.(b32|u32|f32)|v8\.b16|v2\.(b64|u64))", ptx), one.name
+
+
+# -------------------------------------------------------------------------------------- cache keys (trap 6)
+
+EDIT = ("12582912.0) - 12582912.0", "12582912.0) - 12582912.0 + 0.0")
+
+
+def codec_with_source(folder, monkeypatch, edit):
+    """int4_g128 whose codec's device functions are a copy of the integer ones, edited or not."""
+    fmt = get_format("int4_g128")
+    source = Path(ops.__file__).parent.joinpath("codecs/integer_triton.py").read_text()
+    if edit:
+        assert EDIT[0] in source
+        source = source.replace(*EDIT)
+    path = folder / f"edited_{edit}" / "device_functions.py"
+    path.parent.mkdir()
+    path.write_text(source)
+    name = f"tritonq_test_device_{edit}"
+    spec = importlib.util.spec_from_file_location("tritonq_test_device", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    codec = replace(fmt.element.codec, device_module=name)
+    return replace(fmt, element=replace(fmt.element, codec=codec))
+
+
+def test_cache_key_follows_device_source(tmp_path, monkeypatch):
+    """numerics.md trap 6: editing a codec's device source must not serve a stale kernel."""
+    same, edited = (codec_with_source(tmp_path, monkeypatch, edit) for edit in (False, True))
+    assert same.name == edited.name
+    assert same.cache_key != edited.cache_key
+    assert get_format("int4_g128").cache_key == replace(get_format("int4_g128")).cache_key
+
+    def hashes(fmt):
+        return {one.name: one.source().hash() for one in record(fmt, (64, 256), torch.bfloat16)}
+
+    first, second = hashes(same), hashes(edited)
+    assert first.keys() == second.keys()
+    assert all(first[name] != second[name] for name in first), "Triton would serve a stale kernel"
+
+
+def test_scale_codec_is_part_of_the_cache_key():
+    """A scale stored as a minifloat brings its codec's source too."""
+    fmt = get_format("int4_g128")
+    assert fmt.scale.element.cache_key in fmt.cache_key and fmt.element.cache_key in fmt.cache_key

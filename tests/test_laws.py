@@ -1,0 +1,530 @@
+"""Laws 1 to 8 of numerics.md over every Format, listed or not, on every backend (see conftest).
+
+Expected values come from `oracle` on small tensors, and from `tritonq.reference` (law 2) on larger ones.
+"""
+
+import itertools
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import INTERPRET
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from oracle import assert_same, assert_same_parts
+
+from tritonq import ops, reference, tiling, tuning
+from tritonq.formats import FORMATS, get_format
+
+UNLISTED = (
+    "e3m4_g48", "int5_g20", "int3_g7", "int3_g64_asym", "e2m0_g16", "e1m2_b3x5", "int6_channel", "int4_tensor_asym",
+    "int3_g3_asym", "e5m1_b16x16_f16", "mxfp4_rceil", "mxfp8_ceil", "mxfp4_even", "int4_g128_half_range",
+    "int8_channel_absmax", "e4m3_g32_ue5m3", "e3m0_g32_e8m0_even", "int4_g128_f16", "fp8_e4m3_channel_bf16",
+    "int8_g32_e8m0_floor", "int7_b2x6_absmax", "e4m3ieee_g16_e4m3", "int2_tensor", "e1m0_g5", "int8_g16_asym",
+    "int4_g3", "int2_g3_asym", "e2m3_g3", "int8_g3", "int4_g1",
+)  # fmt: skip
+NAMES = tuple(dict.fromkeys((*FORMATS, *UNLISTED)))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+every_format = pytest.mark.parametrize("name", NAMES)
+
+
+def examples(device, native, interpreted):
+    """Deterministic hypothesis settings. Interpreted programs are slow, and on a GPU each new shape may compile a kernel."""
+    return settings(
+        max_examples=interpreted if INTERPRET or device == "cuda" else native, derandomize=True, deadline=None, database=None,
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- inputs
+
+
+def values(shape, dtype, seed, kind="normal"):
+    """A tensor of `shape`: "normal", "wide" (any magnitude of the dtype), "ties" (multiples of a half), "top" (near the max)."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape)
+    info = torch.finfo(dtype)
+    if kind == "wide":
+        low, high = math.log2(info.tiny) - 8, math.log2(info.max) - 1
+        x = np.sign(x) * np.exp2(rng.uniform(low, high, size=tuple(1 for _ in shape)) + rng.uniform(-8, 0.9, shape))
+    elif kind == "ties":
+        x = np.rint(4 * x) / 2
+    elif kind == "top":
+        x = np.sign(x) * float(info.max) * np.where(np.abs(x) > 1.0, 1.0, rng.uniform(0.5, 1.0, shape))
+    elif kind == "tiny":
+        x = np.rint(3 * x) * info.smallest_normal * info.eps
+    return torch.from_numpy(np.ascontiguousarray(x)).to(dtype).reshape(shape)
+
+
+def lay_out(x, layout):
+    """The same values with other strides."""
+    if layout == "step":  # every second element, every third row, from an offset
+        wide = x.new_zeros(*(2 * s + 1 for s in x.shape))
+        view = wide[tuple(slice(1, None, 2) for _ in x.shape)]
+        view.copy_(x)
+        return view
+    if layout == "transposed" and x.ndim >= 2:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "permuted" and x.ndim >= 3:
+        order = [x.ndim - 1, *range(x.ndim - 1)]
+        return x.permute(order).contiguous().permute([*range(1, x.ndim), 0])
+    if layout == "swapped" and x.ndim >= 3:
+        return x.transpose(0, -2).contiguous().transpose(0, -2)
+    if layout == "expanded":
+        return x[..., :1].expand(x.shape)
+    if layout == "expanded_rows" and x.ndim >= 2:
+        return x[..., :1, :].expand(x.shape)
+    return x.contiguous()
+
+
+LAYOUTS = ("contiguous", "transposed", "step", "permuted", "swapped", "expanded", "expanded_rows")
+KINDS = ("normal", "wide", "ties", "top", "tiny")
+
+
+@st.composite
+def tensors(draw, fmt, layouts=LAYOUTS, kinds=KINDS, limit=6000):
+    """Any floating tensor of 1 to 4 dimensions that `fmt` takes, ragged last groups included."""
+    rows, cols = fmt.group
+    cols = cols if cols > 0 else draw(st.sampled_from((8, 33, 64)))
+    k = draw(st.sampled_from(sorted({1, 2, max(1, cols - 1), cols, cols + 1, 2 * cols, 2 * cols + 3, 5})))
+    lead = draw(st.lists(st.integers(1, 4), min_size=1 if rows > 1 else 0, max_size=3))
+    if rows > 1:
+        lead[-1] = draw(st.sampled_from((1, rows - 1, rows, rows + 2)))
+    while math.prod(lead) * k > limit and len(lead) > 1:
+        del lead[0]
+    dtype, layout = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(layouts))
+    x = values((*lead, k), dtype, draw(st.integers(0, 1000)), draw(st.sampled_from(kinds)))
+    return lay_out(x, layout)
+
+
+def storage_bits(scale):
+    """Raw storage bits of scales, flat int64, NaN canonical as the oracle writes it."""
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[scale.dtype.itemsize]
+    return scale.cpu().contiguous().view(width).numpy().astype(np.int64).ravel() % 2 ** (8 * scale.dtype.itemsize)
+
+
+def check_against_oracle(parts, y, expected, fmt, dtype):
+    """Stored bytes, scales and values of a backend against the oracle's."""
+    got = storage_bits(parts["scale"])
+    name = fmt.scale.name
+    nan = np.array([math.isnan(oracle.load_scale(int(b), name)) for b in got], bool)
+    got = np.where(nan, oracle.SCALE_NAN[name], got)
+    np.testing.assert_array_equal(got, expected.scale, "scale")
+    if fmt.zero_point:
+        np.testing.assert_array_equal(parts["zero_point"].cpu().numpy().ravel(), expected.zero_point, "zero point")
+    if fmt.tensor_scale:
+        assert float(parts["tensor_scale"]) == float(expected.tensor_scale)
+    data = parts["qdata"].cpu().view(torch.uint8).numpy()
+    np.testing.assert_array_equal(data, oracle.qdata(expected.codes, fmt), "qdata")
+    target = oracle.output(expected.values, str(dtype).removeprefix("torch."))
+    got = y.cpu().to(torch.float64).numpy()
+    np.testing.assert_array_equal(got, target, "values")
+    numbers = ~np.isnan(target)
+    np.testing.assert_array_equal(np.signbit(got)[numbers], np.signbit(target)[numbers], "signs")
+
+
+# ----------------------------------------------------------------------------------------------------------- laws
+
+
+@every_format
+def test_qdq_is_dequantize_of_quantize(name, device):
+    """Law 1, and the parts that Format.storage promises; law 2 against reference on the same input."""
+    fmt = get_format(name)
+
+    @examples(device, 60, 5)
+    @given(tensors(fmt))
+    def check(x):
+        expected = reference.quantize(x, fmt)
+        x = x.to(device)
+        parts = ops.quantize(x, fmt)
+        shape = tuple(x.shape)
+        assert {k: (tuple(v.shape), v.dtype) for k, v in parts.items()} == fmt.storage(shape)
+        assert_same_parts(parts, expected)
+        y = ops.dequantize(parts, fmt, shape, x.dtype)
+        assert_same(ops.qdq(x, fmt), y, "qdq")
+        assert_same(y.cpu(), reference.dequantize(expected, fmt, shape, x.dtype), "dequantize")
+        assert bool(torch.isfinite(y).all()), "finite input gives finite output"
+
+    check()
+
+
+@every_format
+def test_oracle(name, device):
+    """Law 2: every byte and value is what the specification says."""
+    fmt = get_format(name)
+
+    @examples(device, 40, 3)
+    @given(tensors(fmt, limit=600))
+    def check(x):
+        expected = oracle.quantize(x.to(torch.float64).numpy(), fmt)
+        parts = ops.quantize(x.to(device), fmt)
+        check_against_oracle(parts, ops.qdq(x.to(device), fmt), expected, fmt, x.dtype)
+
+    check()
+
+
+@every_format
+def test_packed_bytes_decode(name, device):
+    """Law 3: rows take ceil(bits n / 8) bytes of an LSB-first bitstream; any code and any finite scale decodes by the book."""
+    fmt = get_format(name)
+    element = fmt.element
+    rows, k = (2, 2 ** min(7, element.bits) + 3) if not INTERPRET else (1, 2**element.bits + 3)
+    codes = np.resize(np.random.default_rng(0).permutation(2**element.bits), (rows, k))
+    if element.special == "ieee":  # infinity is never written
+        codes = np.where(codes % 2 ** (element.bits - 1) == (2**element.ebits - 1) << element.mbits, 0, codes)
+    shapes = fmt.storage((rows, k))
+    assert shapes["qdata"][0][-1] == -(-element.bits * k // 8)
+    count = math.prod(shapes["scale"][0])
+    scale_name = fmt.scale.name
+    choices = [1, 3, oracle.SCALE_NAN[scale_name]] + [oracle.store_scale(s, scale_name) for s in (0.125, 1, 2, 64)]
+    scale = np.resize(choices, count)
+    zero = np.resize(np.arange(2**element.bits), count) if fmt.zero_point else None
+    data = torch.from_numpy(oracle.qdata(codes, fmt))
+    width = {1: np.uint8, 2: np.uint16, 4: np.uint32}[oracle.SCALE_BYTES[scale_name]]
+    signed = {1: np.uint8, 2: np.int16, 4: np.int32}[oracle.SCALE_BYTES[scale_name]]
+    parts = {
+        "qdata": data.view(fmt.qdtype),
+        "scale": torch.from_numpy(scale.astype(width).view(signed)).view(fmt.scale.dtype).reshape(shapes["scale"][0]),
+    }
+    if fmt.zero_point:
+        parts["zero_point"] = torch.from_numpy(zero.astype(np.uint8)).reshape(shapes["scale"][0])
+    if fmt.tensor_scale:
+        parts["tensor_scale"] = torch.tensor([3.0])
+    for key, part in parts.items():
+        assert (tuple(part.shape), part.dtype) == shapes[key]
+    expected = oracle.dequantize(codes, fmt, scale, zero, 3.0 if fmt.tensor_scale else None)
+    parts = {key: part.to(device) for key, part in parts.items()}
+    for dtype in DTYPES:
+        y = ops.dequantize(parts, fmt, (rows, k), dtype)
+        target = oracle.output(expected, str(dtype).removeprefix("torch."))
+        np.testing.assert_array_equal(y.cpu().to(torch.float64).numpy(), target)
+
+
+def unit_parts(fmt, shape):
+    """Scales that stand for 1 and, with zero points, the middle of the range."""
+    shapes = fmt.storage(shape)
+    one = torch.tensor(oracle.store_scale(1.0, fmt.scale.name), dtype=torch.int64)
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[fmt.scale.dtype.itemsize]
+    parts = {"scale": one.to(width).view(fmt.scale.dtype).expand(shapes["scale"][0]).contiguous()}
+    if fmt.zero_point:
+        parts["zero_point"] = torch.full(shapes["scale"][0], 2 ** (fmt.bits - 1), dtype=torch.uint8)
+    if fmt.tensor_scale:
+        parts["tensor_scale"] = torch.ones(1)
+    return parts
+
+
+@every_format
+def test_representable_values_midpoints_monotone(name, device):
+    """Law 4, with scale 1: values encode to themselves, midpoints to the even code, in order, up to element.max."""
+    fmt = get_format(name)
+    element = fmt.element
+    if element.ebits:
+        positive = oracle.magnitudes(element.ebits, element.mbits, element.special)
+        exact = np.concatenate([-positive[::-1], positive])
+        even = [c + c % 2 for c in range(len(positive) - 1)]
+        ties = (positive[1:] + positive[:-1]) / 2
+        tie_values = positive[even]
+        points, point_values = np.concatenate([-ties, ties]), np.concatenate([-tie_values, tie_values])
+    else:
+        exact = np.arange(-(2 ** (element.bits - 1)), 2 ** (element.bits - 1), dtype=np.float64)
+        points = exact[:-1] + 0.5
+        point_values = np.array([2 * math.floor(p / 2 + 0.5) for p in points], float)
+    top = exact[-1]
+    assert element.max == top
+    ramp = np.sort(np.random.default_rng(0).uniform(exact[0] * 1.2, top * 1.2, 300))
+    beyond = np.array([top * 1.001, top * 4, 1e30, -1e30, exact[0] * 4])
+    x = torch.from_numpy(np.concatenate([exact, points, beyond, ramp]).astype(np.float32))
+    x = x.unsqueeze(0)
+    given_parts = {k: v.to(device) for k, v in unit_parts(fmt, tuple(x.shape)).items()}
+    y = ops.qdq(x.to(device), fmt, **given_parts).cpu()
+    parts = ops.quantize(x.to(device), fmt, **given_parts)
+    assert_same(ops.dequantize(parts, fmt, tuple(x.shape), x.dtype).cpu(), y)
+    y = y.to(torch.float64).numpy()[0]
+    n, m = len(exact), len(points)
+    np.testing.assert_array_equal(y[:n], exact)
+    np.testing.assert_array_equal(y[n : n + m], point_values)
+    np.testing.assert_array_equal(y[n + m : n + m + 5], [top, top, top, exact[0], exact[0]])
+    assert (np.diff(y[n + m + 5 :]) >= 0).all()
+    codes = oracle.encode(x.numpy()[0], fmt, np.float32(1), 2 ** (fmt.bits - 1))
+    np.testing.assert_array_equal(parts["qdata"].cpu().view(torch.uint8).numpy(), oracle.qdata(codes[None], fmt))
+
+
+@every_format
+def test_non_finite_input_poisons_its_group(name, device):
+    """Law 5: its group dequantizes to NaN, its scale is NaN, and no other group notices."""
+    fmt = get_format(name)
+    rows, cols = fmt.group
+    k = 3 * cols + 1 if cols > 0 else 40
+    n = 2 * rows + 1 if rows > 1 else 5
+    bad_values = (math.nan, math.inf, -math.inf)
+    for dtype, bad in itertools.product((torch.bfloat16, torch.float64) if not INTERPRET else DTYPES[:1], bad_values):
+        x = values((n, k), dtype, 1)
+        x[n // 2, k // 2] = bad
+        x[0, 0] = -bad
+        expected = oracle.quantize(x.to(torch.float64).numpy(), fmt)
+        view, _, groups = oracle.regions((n, k), fmt)
+        for index, where in groups:
+            poisoned = not np.isfinite(x.to(torch.float64).numpy().reshape(view)[where]).all()
+            assert np.isnan(expected.values.reshape(view)[where]).all() == poisoned
+            assert (expected.scale[index] == oracle.SCALE_NAN[fmt.scale.name]) == poisoned
+        parts = ops.quantize(x.to(device), fmt)
+        y = ops.qdq(x.to(device), fmt)
+        assert_same(y, ops.dequantize(parts, fmt, (n, k), dtype))
+        check_against_oracle(parts, y, expected, fmt, dtype)
+        assert_same_parts(parts, reference.quantize(x, fmt))
+
+
+@every_format
+def test_zeros(name, device):
+    """Laws 6 and 7: a group of zeros gives zero codes and zeros, with e8m0 byte 0 or a finite positive scale."""
+    fmt = get_format(name)
+    signed_zero = fmt.element.ebits and fmt.element.special != "fnuz"
+    rows, cols = fmt.group
+    shape = (max(2, rows), 2 * cols + 1 if cols > 0 else 24)
+    x = torch.zeros(shape, dtype=torch.bfloat16)
+    x[:, ::2] = -0.0
+    parts = ops.quantize(x.to(device), fmt)
+    for scale in storage_bits(parts["scale"]):
+        assert scale == 0 if fmt.scale.name == "e8m0" else 0 < oracle.load_scale(int(scale), fmt.scale.name) < math.inf
+    y = ops.dequantize(parts, fmt, shape, x.dtype)
+    assert bool((y == 0).all())
+    assert_same(ops.qdq(x.to(device), fmt), y)
+    codes = oracle.encode(x.to(torch.float32).numpy(), fmt, np.float32(1), 0)
+    zero_code = {True: 0, False: 2 ** (fmt.bits - 1)}[bool(fmt.element.ebits) or fmt.zero_point]
+    assert set(np.unique(codes % 2 ** (fmt.bits - 1) if fmt.element.ebits else codes)) == {zero_code}
+    np.testing.assert_array_equal(parts["qdata"].cpu().view(torch.uint8).numpy(), oracle.qdata(codes, fmt))
+    if signed_zero:
+        assert_same(y.cpu(), x)
+
+
+@every_format
+def test_signed_zeros(name, device):
+    """Law 7: zeros, and what rounds to zero, keep their sign beside other numbers; fnuz has no -0."""
+    fmt = get_format(name)
+    if not fmt.element.ebits:
+        pytest.skip("integers have one zero")
+    x = values((max(1, fmt.group[0]) + 1, 48), torch.float32, 3)
+    x[:, 1::4], x[:, 2::4] = -0.0, 1e-30
+    x[:, 3::8] = -1e-30
+    parts = ops.quantize(x.to(device), fmt)
+    for y in (ops.dequantize(parts, fmt, tuple(x.shape), x.dtype).cpu(), ops.qdq(x.to(device), fmt).cpu()):
+        if fmt.element.special == "fnuz":
+            assert not torch.signbit(y[y == 0]).any()
+        else:
+            assert torch.equal(torch.signbit(y), torch.signbit(x))
+
+
+def forget_plans():
+    """Drop what ops and tiling remember about tile sizes."""
+    for module in (ops, tiling, tuning):
+        for function in vars(module).values():
+            if hasattr(function, "cache_clear"):
+                function.cache_clear()
+
+
+@pytest.fixture
+def any_plan():
+    yield
+    forget_plans()
+
+
+def tile_sizes():
+    return (1 << 10, 1 << 16) if INTERPRET else (8, 64, 1000, 1 << 12, 1 << 20)
+
+
+@every_format
+def test_any_tile(name, device, any_plan, monkeypatch):
+    """Law 8: the same bits whatever the tile, on the CPU and for kernels, and for groups larger than one."""
+    fmt = get_format(name)
+    rows, cols = fmt.group
+    x = values((2 * rows + 1 if 1 < rows < 100 else 7, 3 * cols + 5 if cols > 0 else 515), torch.bfloat16, 5)
+    if INTERPRET:
+        x = x[:3]
+    expected = reference.quantize(x, fmt)
+    for size in tile_sizes():
+        monkeypatch.setattr(tiling, "TILE_ELEMENTS", size)
+        monkeypatch.setattr(tuning, "TILE", max(256, size) if device == "cpu" else min(max(64, size), 1 << 14))
+        if size == tile_sizes()[0]:
+            monkeypatch.setattr(tuning, "LARGEST_TILE", 256)  # larger groups go through their keys
+        forget_plans()
+        parts = ops.quantize(x.to(device), fmt)
+        assert_same_parts(parts, expected, f"tile {size}")
+        y = ops.dequantize(parts, fmt, tuple(x.shape), x.dtype)
+        assert_same(ops.qdq(x.to(device), fmt), y, f"qdq, tile {size}")
+        assert_same(y.cpu(), reference.dequantize(expected, fmt, tuple(x.shape), x.dtype), f"dequantize, tile {size}")
+        monkeypatch.undo()
+        if INTERPRET:
+            monkeypatch.setattr(tuning, "TILE", 1 << 16)
+
+
+@every_format
+def test_any_strides(name, device):
+    """Law 8: strides do not matter; the result is contiguous and the input left alone."""
+    fmt = get_format(name)
+    rows, cols = fmt.group
+    shape = (2, 2, 3 if rows <= 1 else min(rows, 8) + 1, 2 * cols + 1 if 0 < cols < 200 else 50)
+    layouts = LAYOUTS[1:] if not INTERPRET else LAYOUTS[1:4]
+    for layout, ndim in itertools.product(layouts, (4,) if INTERPRET else (2, 3, 4)):
+        x = lay_out(values(shape[-ndim:], torch.float32, ndim), layout).to(device)
+        before = x.clone()
+        parts, y = ops.quantize(x, fmt), ops.qdq(x, fmt)
+        assert_same(x, before, "input")
+        assert_same_parts(parts, ops.quantize(before.contiguous(), fmt), layout)
+        assert_same(y, ops.dequantize(parts, fmt, tuple(x.shape), x.dtype), layout)
+        assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("name", NAMES if not INTERPRET else ("int4_g128_asym", "nvfp4", "mxfp4", "fp8_e4m3_tensor", "e1m2_b3x5"))
+def test_no_elements(name, device):
+    """0 elements in any dimension: parts of the promised shapes, scales those of zeros, an empty result."""
+    fmt = get_format(name)
+    for shape in ((0,), (0, 64), (3, 0), (2, 0, 5), (0, 0), (2, 3, 0), (1, 2, 0, 4)):
+        if fmt.group[0] > 1 and len(shape) < 2:
+            continue
+        x = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+        parts = ops.quantize(x, fmt)
+        assert {k: (tuple(v.shape), v.dtype) for k, v in parts.items()} == fmt.storage(shape)
+        for bits in storage_bits(parts["scale"]):
+            assert bits == 0 if fmt.scale.name == "e8m0" else 0 < oracle.load_scale(int(bits), fmt.scale.name) < math.inf
+        for y in (ops.qdq(x, fmt), ops.dequantize(parts, fmt, shape, x.dtype)):
+            assert tuple(y.shape) == shape and y.dtype is x.dtype
+
+
+LARGE = {
+    "int8_channel": (2, 40000), "int6_channel": (2, 33333), "fp8_e4m3_channel": (1, 65537), "int4_tensor_asym": (3, 20001),
+    "fp8_e4m3_tensor": (2, 2, 9000), "fp8_e4m3_b256x256": (2, 300, 700), "int4_g65536": (2, 70001), "nvfp4": (3, 8192),
+    "int3_g50000_asym": (2, 60003), "int8_b512x100_absmax": (600, 333),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_groups_larger_than_a_tile(name, device):
+    """Laws 1, 2 and 5 where one group does not fit a tile, contiguous and not."""
+    fmt = get_format(name)
+    for layout, bad in (("contiguous", None), ("transposed", math.inf)):
+        x = lay_out(values(LARGE[name], torch.bfloat16, 7), layout)
+        if bad is not None:
+            x[..., -1, -1] = bad
+        expected = reference.quantize(x, fmt)
+        parts = ops.quantize(x.to(device), fmt)
+        assert_same_parts(parts, expected)
+        y = ops.dequantize(parts, fmt, tuple(x.shape), x.dtype)
+        assert_same(ops.qdq(x.to(device), fmt), y)
+        assert_same(y.cpu(), reference.dequantize(expected, fmt, tuple(x.shape), x.dtype))
+        assert bool(y[..., -1, -1].isnan().all()) == (bad is not None)
+
+
+@every_format
+def test_given_parts_are_used_verbatim(name, device):
+    """A scale, zero point or tensor scale passed in comes back as it is, and the codes follow it by the book."""
+    fmt = get_format(name)
+    shape = (3, 2 * fmt.group[1] + 1 if fmt.group[1] > 0 else 21)
+    shapes = fmt.storage(shape)
+    x = values(shape, torch.float32, 11)
+    rng = np.random.default_rng(2)
+    count = math.prod(shapes["scale"][0])
+    bits = np.array([oracle.store_scale(s, fmt.scale.name) for s in np.exp2(rng.integers(-3, 3, count))])
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[fmt.scale.dtype.itemsize]
+    own = {"scale": torch.from_numpy(bits).to(width).view(fmt.scale.dtype).reshape(shapes["scale"][0])}
+    zero = rng.integers(0, 2**fmt.bits, count)
+    if fmt.zero_point:
+        own["zero_point"] = torch.from_numpy(zero).to(torch.uint8).reshape(shapes["scale"][0])
+    if fmt.tensor_scale:
+        own["tensor_scale"] = torch.tensor([1.5])
+    on_device = {k: v.to(device) for k, v in own.items()}
+    parts = ops.quantize(x.to(device), fmt, **on_device)
+    for key, part in own.items():
+        assert_same(parts[key].cpu(), part, key)
+    expected = oracle.quantize(x.numpy(), fmt, bits, zero, np.float32(1.5) if fmt.tensor_scale else None)
+    if not fmt.zero_point:
+        expected.zero_point[:] = 0
+    check_against_oracle(parts, ops.qdq(x.to(device), fmt, **on_device), expected, fmt, x.dtype)
+    if fmt.tensor_scale:  # alone: the scales are chosen under it
+        expected = oracle.quantize(x.numpy(), fmt, tensor_scale=np.float32(1.5))
+        only = {"tensor_scale": on_device["tensor_scale"]}
+        check_against_oracle(ops.quantize(x.to(device), fmt, **only), ops.qdq(x.to(device), fmt, **only), expected, fmt, x.dtype)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if get_format(n).element.nan_code >= 0])
+def test_given_scale_keeps_nan_where_the_element_can(name, device):
+    """Law 5 with a scale that says nothing about x: elements with a NaN code store NaN."""
+    fmt = get_format(name)
+    x = values((2, 40), torch.float32, 13)
+    x[0, 3], x[1, 5], x[1, 38] = math.nan, math.inf, -math.inf
+    own = {k: v.to(device) for k, v in unit_parts(fmt, (2, 40)).items()}
+    y = ops.qdq(x.to(device), fmt, **own).cpu()
+    parts = ops.quantize(x.to(device), fmt, **own)
+    assert_same(ops.dequantize(parts, fmt, (2, 40), x.dtype).cpu(), y)
+    assert torch.equal(y.isnan(), ~x.isfinite())
+
+
+def edge_cases():
+    """(format, values) that sit on an edge of a scale rule; the oracle knows the answers."""
+    top = oracle.F32_MAX
+    powers = [math.ldexp(1.0, e) for e in (-149, -140, -128, -127, -126, -125, 0, 1, 126, 127)]
+    around = [float(np.nextafter(np.float32(p), np.float32(d))) for p in powers[2:] for d in (0, np.inf)]
+    rounding = [math.ldexp(m, e) for m in (1.125, 1.25, 1.5, 1.75, 1.874999, 1.875, 1.9375, 1.96875, 1.99) for e in (-127, -3, 5)]
+    for name in ("mxfp8", "mxfp8_ceil", "mxfp8_rceil", "mxfp8_even", "mxfp4", "mxfp4_ceil", "mxfp4_rceil", "mxfp4_even",
+                 "int8_g32_e8m0_even", "mxfp6_e3m2_rceil", "e4m3_g32_ue5m3", "nvfp4", "int4_g32", "int4_g32_f16", "int8_g32_f32",
+                 "int4_g32_asym", "int4_g32_asym_f32", "fp8_e4m3_g32", "int3_g32_half_range"):  # fmt: skip
+        yield name, [*powers, *around, *rounding, top, -top, top / 2, 448.0, 6.0, 448.00003, 6.0000005, 65504.0, 1e-45, 3e-39]
+
+
+@pytest.mark.parametrize("name,numbers", list(edge_cases()), ids=lambda v: v if isinstance(v, str) else "")
+def test_scale_edges(name, numbers, device):
+    """Scale rules on powers of two and their neighbours, subnormals and the largest numbers (law 2, against the oracle)."""
+    fmt = get_format(name)
+    g = fmt.group[1]
+    x = np.zeros((len(numbers), g), np.float32)
+    x[:, 3], x[:, 5], x[:, 7] = numbers, -np.array(numbers, np.float32) / 3, np.array(numbers, np.float32) * 0.71
+    if fmt.tensor_scale:  # one tensor scale hides the others' edges
+        rows = [x[i : i + 1] for i in range(0, len(x), 9 if INTERPRET else 1)]
+    else:
+        rows = [x]
+    for row in rows:
+        t = torch.from_numpy(row)
+        parts = ops.quantize(t.to(device), fmt)
+        check_against_oracle(parts, ops.qdq(t.to(device), fmt), oracle.quantize(row, fmt), fmt, t.dtype)
+
+
+def test_full_range_tie_is_positive(device):
+    """m is the element of largest magnitude, the positive one on a tie; s = -m / 2^(b-1)."""
+    x = torch.tensor([[-8.0, 8.0, 1.0, 0.0], [8.0, -8.0, 1.0, 0.0], [-8.0, 7.0, 1.0, 0.0]], device=device)
+    parts = ops.quantize(x, "int4_g4_f32")
+    assert parts["scale"].cpu().ravel().tolist() == [-1.0, -1.0, 1.0]
+
+
+def test_fp64_saturates_instead_of_becoming_infinite(device):
+    """Law 5 the other way: 1e300 is finite, so its group is."""
+    x = torch.tensor([[1e300, -1e300, 1.0, 0.0]], dtype=torch.float64, device=device)
+    y = ops.qdq(x, "int8_g4_f32")
+    assert y.dtype is torch.float64 and bool(y.isfinite().all())
+    assert y[0, 0] > 3e38 and y[0, 1] < -3e38
+
+
+def test_nvfp4_tensor_scale_ignores_non_finite_elements(device):
+    """G = 448 * 6 / amax over finite elements; a non-finite element poisons its own group only."""
+    x = values((4, 64), torch.bfloat16, 17).to(device)
+    clean = ops.tensor_scale(x, "nvfp4")
+    amax = float(x.abs().max())
+    assert float(clean) == float(np.float32(2688.0) / np.float32(amax))
+    position = int(x.abs().float().argmin())
+    x.view(-1)[position] = math.inf
+    assert float(ops.tensor_scale(x, "nvfp4")) == float(clean)
+    y = ops.qdq(x, "nvfp4").reshape(-1, 16)
+    assert y.isnan().all(1).tolist() == [i == position // 16 for i in range(16)]
+
+
+def test_rceil_never_saturates(device):
+    """RCEIL cannot saturate: |x / s| <= max for every group."""
+    x = torch.from_numpy(np.random.default_rng(3).standard_normal((512, 32)).astype(np.float32))
+    x *= torch.exp2(torch.linspace(-110, 110, 512)).unsqueeze(1)
+    for name in ("mxfp4_rceil", "mxfp8_rceil", "mxfp6_e2m3_rceil"):
+        fmt = get_format(name)
+        scale = ops.quantize(x.to(device), fmt)["scale"].cpu().float()
+        assert bool((x.abs() / scale <= oracle.element_max(fmt.element)).all())
+        assert not fmt.saturates

@@ -1,0 +1,88 @@
+"""Modules import only leftward in the order of docs/design.md; imports inside functions count."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import tritonq.formats
+
+PACKAGE = Path(tritonq.formats.__file__).parent
+LAYERS = (
+    ("formats", "codecs"), ("reference", "kernels"), ("tuning", "tiling", "launch"), ("ops",), ("autograd", "ste"), ("tensor",),
+    ("offload", "nn"), ("calibrate", "io"), ("integrations", "cli", "demo", "__main__"),
+)  # fmt: skip
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
+
+
+def top(path):
+    """First component below tritonq: kernels/quantize.py is "kernels"."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported(source, package):
+    """(line, top-level part of tritonq) of every import; "" stands for the package itself."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join([*package.split(".")[: len(package.split(".")) - node.level + 1], *([base] if base else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names] if base == "tritonq" else [base]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "tritonq":
+                part = parts[1] if len(parts) > 1 else ""
+                known = part in RANK or (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").exists()
+                yield node.lineno, part if part and known else ""
+
+
+def violations(source, own, package):
+    for line, part in imported(source, package):
+        if part == own:
+            continue
+        if part == "":  # the public names: everything
+            if RANK[own] < len(LAYERS) - 1:
+                yield line, "tritonq"
+        elif RANK[part] > RANK[own]:
+            yield line, part
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_left(path):
+    own = top(path)
+    assert own in RANK, f"{path.name} has no place in the layers; give it one here and in docs/design.md"
+    package = ".".join(("tritonq", *path.relative_to(PACKAGE).parent.parts))
+    assert list(violations(path.read_text(), own, package)) == []
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if top(p) == "kernels" or p.stem.endswith("_triton")], ids=lambda p: p.name)
+def test_kernels_do_not_know_torch(path):
+    """Only @triton.jit functions: no allocation, no torch, no reference."""
+    tree = ast.parse(path.read_text())
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not {n for n in names if n.split(".")[0] == "torch" or n == "tritonq.reference"}
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+    decorators = {"triton.jit", "triton.constexpr_function"}
+    assert all(decorators & {ast.unparse(d) for d in f.decorator_list} for f in functions)
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if RANK.get(top(p), 0) < RANK["tensor"]], ids=lambda p: p.name)
+def test_below_tensor_nothing_knows_qtensor(path):
+    tree = ast.parse(path.read_text())
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    assert "QTensor" not in names
+
+
+def test_the_check_sees_imports():
+    bad = "def f():\n    from tritonq import ops\n    from tritonq.nn.schemes import X\n    import tritonq.cli\n    from . import tiling\n"
+    assert [part for _, part in violations(bad, "reference", "tritonq")] == ["ops", "nn", "cli", "tiling"]
+    good = "import torch\nfrom tritonq.codecs import pack\nfrom tritonq import formats, reference\nfrom .kernels import tile\n"
+    assert list(violations(good, "ops", "tritonq")) == []
+    assert list(violations("from ..tensor import T", "io", "tritonq.io")) == []
+    assert list(violations("import tritonq as tq", "nn", "tritonq.nn")) == [(1, "tritonq")]

@@ -1,0 +1,300 @@
+"""File to file: quantize a checkpoint without holding the model.
+
+Plan all output files from the headers of the input, then stream: read a weight through the memory map, quantize it, write
+its tensors to their places. In memory is one weight's output and a tile.
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq import ops
+from tritonq.io import card, compressed_tensors, folder, structure, writer
+from tritonq.io.plan import Plan, Weight, make_plan
+from tritonq.io.report import LayerError, Report, measure
+from tritonq.io.source import Source, natural, open_source
+from tritonq.nn.schemes import Scheme, get_scheme
+from tritonq.nn.select import Selection
+from tritonq.reference import Parts
+
+
+def quantize_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    scheme: str | Scheme,
+    *,
+    group_size: int | None = None,
+    ignore: Iterable[str] = (),
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "2GB",
+    force: bool = False,
+    progress: bool = True,
+) -> Report:
+    """Quantize the checkpoint `src` to the folder `dst`, which transformers and vLLM load without tritonq.
+
+    Args:
+        src: a folder of safetensors, a hub id, or a GGUF file.
+        dst: appears when complete. A run that was killed is resumed by the same call, to the same bytes.
+        scheme: a Scheme or its name, such as "W4A16"; `tritonq.SCHEMES` lists them.
+        group_size: elements of a row that share a scale, where the scheme leaves that open.
+        ignore: modules to leave dense besides the defaults: full names, last names, or `re:` and a regex.
+        device: where weights are quantized; by default a GPU if there is one. The bytes do not depend on it.
+        dtype: convert floating tensors to this first, as if the source were stored in it.
+        max_shard_size: bytes of an output file: a number, or a text such as "2GB".
+        force: replace a checkpoint at `dst`.
+        progress: show a bar if stderr is a terminal.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError, PermissionError: one line naming the culprit and the way out; `dst` is
+            then as it was before.
+    """
+    begin = time.perf_counter()
+    scheme, limit = get_scheme(scheme), writer.parse_size(max_shard_size)
+    compressed_tensors.layout(scheme.weight_format(dtype or torch.bfloat16, group_size), scheme.input_format)
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    selection, target = Selection(ignore), _device(device)
+    if dtype is not None and dtype not in ops.FLOATS:
+        raise ValueError(f"dtype must be bfloat16, float16, float32 or float64, got {dtype}")
+    destination = folder.Destination(dst, force, src)
+    with open_source(src, destination.scratch, dtype) as source:
+        if "quantization_config" in source.config or "compression_config" in source.config:
+            raise ValueError(
+                f"{source.name} is already quantized (its config.json says so); start from the original model"
+            )
+        plan = make_plan(source, structure.of_source(source), scheme, selection, group_size, dtype)
+        quantizer = Quantizer(source, plan, scheme, dtype, target)
+        files = writer.split(quantizer.entries(), limit)
+        fingerprint = {
+            "source": source.stamp,
+            "scheme": repr(scheme),
+            "options": [group_size, list(ignore), str(dtype), limit],
+            "version": _version(),
+        }
+        notes = list(plan.notes)
+        with destination.writing() as path:
+            manifest = folder.Manifest(path, fingerprint)
+            with _progress(files, progress) as done:
+                folder.write_shards(path, files, manifest, quantizer.notes, quantizer.restore, done)
+            config, changed = _config(source, plan, scheme, dtype)
+            notes += changed
+            folder.copy_companions(source.folder, path)
+            writer.write_json(path / "config.json", config)
+            report = _report(source, plan, scheme, quantizer, files, notes, str(dst))
+            (path / "README.md").write_text(_card(source, plan, scheme, report), encoding="utf-8")
+    report.seconds = time.perf_counter() - begin
+    return report
+
+
+class Quantizer:
+    """Makes the output tensors of a plan, one weight at a time, and collects their errors."""
+
+    def __init__(
+        self, source: Source, plan: Plan, scheme: Scheme, dtype: torch.dtype | None, device: torch.device
+    ) -> None:
+        self.errors: dict[str, LayerError] = {}
+        self._source, self._plan, self._dtype, self._device = source, plan, dtype, device
+        self._inputs = scheme.input_format
+        self._shared: dict[str, Parts] | None = None
+
+    def entries(self) -> list[writer.Entry]:
+        """What has to be written, in natural order of names."""
+        entries = [self._dense(name) for name in self._plan.dense]
+        entries += [self._weight(weight) for weight in self._plan.weights]
+        return sorted(entries, key=lambda entry: natural(entry.name))
+
+    def notes(self, entries: list[writer.Entry]) -> dict[str, Any]:
+        found = {entry.name: self.errors[entry.name] for entry in entries if entry.name in self.errors}
+        return {"errors": {name: [error.signal, error.noise] for name, error in found.items()}}
+
+    def restore(self, notes: dict[str, Any]) -> None:
+        self.errors.update({name: LayerError(*pair) for name, pair in notes["errors"].items()})
+
+    def _dense(self, name: str) -> writer.Entry:
+        info = self._source.tensors[name]
+        floating = info.dtype in ops.FLOATS
+        stored = self._dtype if floating and self._dtype else info.dtype
+
+        def make() -> dict[str, Tensor]:
+            tensor = self._source.load(name)
+            if floating and name.rpartition(".")[2] in ("weight", "bias"):
+                _check_finite(tensor, name, stored)
+            return {name: tensor}
+
+        return writer.Entry(name, {name: (info.shape, stored)}, make)
+
+    def _weight(self, weight: Weight) -> writer.Entry:
+        specs = compressed_tensors.specs(weight.fmt, self._inputs, weight.shape)
+
+        def make() -> dict[str, Tensor]:
+            x = self._load(weight)
+            given = self._scales().get(weight.key or "", {})
+            parts = ops.quantize(x, weight.fmt, **given)
+            self.errors[weight.name] = measure(x, parts, weight.fmt)
+            parts = {name: part.cpu() for name, part in parts.items()}
+            tensors = compressed_tensors.encode(parts, weight.fmt, self._inputs, weight.shape)
+            return {f"{weight.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
+
+        return writer.Entry(weight.name, {f"{weight.name}.{suffix}": spec for suffix, spec in specs.items()}, make)
+
+    def _load(self, weight: Weight) -> Tensor:
+        x = self._source.load(weight.source)
+        if weight.piece is not None:
+            x = x[weight.piece.expert, weight.piece.start : weight.piece.stop]
+        name = weight.source if weight.piece is None else f"{weight.source}[{weight.piece.expert}]"
+        _check_finite(x, name, weight.dtype)
+        return x.to(device=self._device, dtype=weight.dtype)
+
+    def _scales(self) -> dict[str, Parts]:
+        """Tensor-wide scales of weights that share them, wherever they lie: those of all members as one tensor."""
+        if self._shared is not None:
+            return self._shared
+        members: dict[str, list[Weight]] = collections.defaultdict(list)
+        for weight in self._plan.weights:
+            if weight.key is not None:
+                members[weight.key].append(weight)
+        self._shared = {}
+        for key, weights in members.items():
+            fmt = weights[0].fmt
+            # A rule looks at the extremes of its group, so the extremes of all members have the scale of all of them.
+            extremes = torch.stack([e.double() for weight in weights for e in torch.aminmax(self._load(weight))])
+            if fmt.tensor_scale:
+                self._shared[key] = {"tensor_scale": ops.tensor_scale(extremes, fmt)}
+            else:
+                parts = ops.quantize(extremes, fmt)
+                self._shared[key] = {name: part for name, part in parts.items() if name != "qdata"}
+        return self._shared
+
+
+def _check_finite(x: Tensor, name: str, stored: torch.dtype) -> None:
+    """ValueError for NaN or infinity, also where storing x as `stored` would make one."""
+    if not x.numel():
+        return
+    low, high = torch.aminmax(x)  # propagates NaN, and makes no temporary
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        flat = x.reshape(-1)
+        bad = sum(int((~torch.isfinite(part)).sum()) for part in flat.split(1 << 22))
+        raise ValueError(f"{name} holds {bad} elements that are NaN or infinite; repair or fetch the model again")
+    extremes = torch.stack([low, high]).to(stored)
+    if not bool(torch.isfinite(extremes).all()):
+        raise ValueError(
+            f"{name} reaches {float(high)} and {float(low)}, beyond {str(stored)[6:]}; use --dtype bfloat16"
+        )
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device} cannot be used: {str(error).splitlines()[0]}") from None
+    return found
+
+
+def _version() -> str:
+    try:
+        return metadata.version("tritonq")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def _main_dtype(plan: Plan) -> torch.dtype:
+    """dtype of most of the quantized elements."""
+    counts: collections.Counter[torch.dtype] = collections.Counter()
+    for weight in plan.weights:
+        counts[weight.dtype] += weight.shape[0] * weight.shape[1]
+    return counts.most_common(1)[0][0]
+
+
+def _config(source: Source, plan: Plan, scheme: Scheme, dtype: torch.dtype | None) -> tuple[dict[str, Any], list[str]]:
+    """config.json of the export. Readers cast scales to its dtype, so that has to be the dtype of the weights."""
+    name = str(_main_dtype(plan))[6:]
+    config, notes = _with_dtype(source.config, name if dtype else None), []
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if config.get(key) not in (None, name):
+        notes.append(f"config.json said {config[key]} and the weights are {name}: it says {name} now")
+    config[key] = name
+    config["quantization_config"] = compressed_tensors.quantization_config(
+        scheme, plan.weights[0].fmt, list(plan.ignore)
+    )
+    return dict(sorted(config.items())), notes
+
+
+def _with_dtype(config: Any, name: str | None) -> Any:
+    """A copy of a config with the dtypes in it, also those of nested configs, replaced."""
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: name if name and key in ("dtype", "torch_dtype") and isinstance(value, str) else _with_dtype(value, name)
+        for key, value in config.items()
+    }
+
+
+def _report(
+    source: Source,
+    plan: Plan,
+    scheme: Scheme,
+    quantizer: Quantizer,
+    files: dict[str, list[writer.Entry]],
+    notes: list[str],
+    path: str,
+) -> Report:
+    entries = {entry.name: entry.nbytes for group in files.values() for entry in group}
+    elements = sum(weight.shape[0] * weight.shape[1] for weight in plan.weights)
+    layers = {weight.name: quantizer.errors[weight.name] for weight in plan.weights}
+    return Report(
+        path=path,
+        scheme=scheme.name,
+        format=plan.weights[0].fmt.name,
+        quantized=len(plan.weights),
+        dense=len(plan.dense),
+        bytes_before=source.nbytes,
+        bytes_after=sum(entries.values()),
+        bits_per_weight=8 * sum(weight.fmt.nbytes(weight.shape) for weight in plan.weights) / max(1, elements),
+        layers=layers,
+        notes=tuple(notes),
+        seconds=0.0,
+    )
+
+
+def _card(source: Source, plan: Plan, scheme: Scheme, report: Report) -> str:
+    return card.model_card(
+        base=source.name,
+        scheme=scheme,
+        fmt=plan.weights[0].fmt,
+        layers=report.layers,
+        quantized=report.quantized,
+        dense=report.dense,
+        bits_per_weight=report.bits_per_weight,
+        notes=report.notes,
+        causal=any("CausalLM" in name for name in source.config.get("architectures") or ()),
+        licence=card.licence(source.folder),
+    )
+
+
+@contextmanager
+def _progress(files: dict[str, list[writer.Entry]], show: bool) -> Iterator[Any]:
+    """A callback for finished entries; a bar with the time left where somebody watches."""
+    import sys
+
+    if not show or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("quantizing", total=sum(entry.nbytes for group in files.values() for entry in group))
+        yield lambda entry: bar.update(task, advance=entry.nbytes, description=entry.name[-48:])
