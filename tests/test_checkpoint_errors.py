@@ -267,6 +267,16 @@ def test_a_failure_keeps_what_force_would_replace(folder, tmp_path):
     assert models.files(out) == before
 
 
+def test_two_runs_at_once(folder, tmp_path):
+    from tritonq.io.folder import Destination
+
+    with Destination(tmp_path / "out", False).writing() as partial:
+        (partial / "config.json").write_text("{}")
+        with pytest.raises(FileExistsError, match="another run"):
+            quantize_checkpoint(folder, tmp_path / "out", "W4A16", progress=False)
+    assert (tmp_path / "out/config.json").exists()
+
+
 def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch):
     from tritonq.io import writer
 

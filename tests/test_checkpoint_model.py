@@ -35,7 +35,7 @@ class Quantized(torch.Tensor):
 
 
 def quantize_in_memory(model, scheme, ignore=()):
-    """Linear layers and fused experts of a model as `Quantized`; NVFP4's divisor shared by layers that runtimes fuse."""
+    """Linear layers and fused experts as `Quantized`; NVFP4's divisor shared by layers that runtimes fuse."""
     scheme, selection = get_scheme(scheme), Selection(ignore)
     found = [
         (name, module, parameter)
@@ -120,12 +120,12 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match=r"down_proj.*\[256, 200\].*groups of 32"):
         save_pretrained(odd, tmp_path / "odd")
     blocks = quantize_in_memory(models.build("qwen3moe", moe_intermediate_size=192), Scheme("B", "fp8_e4m3_b128x128"))
-    with pytest.raises(ValueError, match="begins at row 192 .* block of 128"):
+    with pytest.raises(ValueError, match=r"begins at row 192 .* block of 128"):
         save_pretrained(blocks, tmp_path / "blocks")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "NVFP4", "FP8", "W4A16_ASYM", "FP8_BLOCK"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", ["llama_tied", "qwen3moe"])
 def test_quantize_in_place_then_save(kind, scheme, tmp_path):
     quantize = pytest.importorskip("tritonq.nn.quantize")

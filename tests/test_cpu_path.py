@@ -26,8 +26,8 @@ def test_several_tiles_equal_the_reference(name, shape, monkeypatch):
     """Law 2 over several tiles: rows, columns, batches and groups that end inside one."""
     monkeypatch.setattr(tiling, "TILE_ELEMENTS", 1 << 16)
     fmt = get_format(name)
-    if fmt.group[0] > 1 and shape[0] == 1:
-        shape = (33, 30_001)
+    if fmt.group[0] > 1 and shape[-2] < 100:  # blocks of mostly padding: slow, and no other path
+        shape = (130, 9_001)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     expected = reference.quantize(x, fmt)
     parts = ops.quantize(x, fmt)

@@ -398,6 +398,7 @@ LARGE = {
     "int8_channel": (2, 40000), "int6_channel": (2, 33333), "fp8_e4m3_channel": (1, 65537), "int4_tensor_asym": (3, 20001),
     "fp8_e4m3_tensor": (2, 2, 9000), "fp8_e4m3_b256x256": (2, 300, 700), "int4_g65536": (2, 70001), "nvfp4": (3, 8192),
     "int3_g50000_asym": (2, 60003), "int8_b512x100_absmax": (600, 333),
+    "int4_channel_asym": (3, 40003), "int3_channel": (2, 140001), "e3m4_channel": (2, 200000),
 }  # fmt: skip
 
 

@@ -1,0 +1,34 @@
+"""tritonq: a JIT quantization engine for PyTorch."""
+
+from tritonq.autograd import qdq
+from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, minifloat, register
+from tritonq.io.checkpoint import quantize_checkpoint
+from tritonq.io.model import save_pretrained
+from tritonq.nn.linear import QLinear
+from tritonq.nn.quantize import quantize_
+from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
+from tritonq.tensor import QTensor, dequantize, quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FORMATS",
+    "SCHEMES",
+    "ElementType",
+    "Format",
+    "QLinear",
+    "QTensor",
+    "ScaleType",
+    "Scheme",
+    "dequantize",
+    "get_format",
+    "get_scheme",
+    "integer",
+    "minifloat",
+    "qdq",
+    "quantize",
+    "quantize_",
+    "quantize_checkpoint",
+    "register",
+    "save_pretrained",
+]

@@ -130,6 +130,36 @@ def qdq(
     return y
 
 
+def qdq_backward(
+    x: Tensor,
+    dy: Tensor,
+    fmt: Format | str,
+    *,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
+) -> Tensor:
+    """dy where x / scale lies within the element's range, 0 where QDQ clipped it; the scales are computed again."""
+    fmt = get_format(fmt)
+    check_input(x, fmt)
+    dx = torch.empty(x.shape, dtype=dy.dtype, device=x.device)
+    if x.device.type == "meta" or x.numel() == 0:
+        return dx
+    needed = {name: part for name, part in fmt.storage(tuple(x.shape)).items() if name != "qdata"}
+    parts = {name: torch.empty(s, dtype=d, device=x.device) for name, (s, d) in needed.items()}
+    given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
+    if fmt.tensor_scale and tensor_scale is None:
+        parts["tensor_scale"].copy_(_tensor_scale(x, fmt))
+    if not given:
+        if uses_triton(x):
+            with _device_of(x):
+                _launch_scales(x, fmt, parts)
+        else:
+            tiling.choose(x, fmt, parts)
+    tiling.clip_gradient(x, dy.contiguous(), fmt, parts, dx)
+    return dx
+
+
 def dequantize(parts: Parts, fmt: Format | str, shape: Shape, dtype: torch.dtype) -> Tensor:
     """Values of `shape` and `dtype` (rounded once, from fp32; saturating) from contiguous parts."""
     fmt = get_format(fmt)
@@ -152,6 +182,10 @@ def tensor_scale(x: Tensor, fmt: Format | str) -> Tensor:
     check_input(x, fmt)
     if not fmt.tensor_scale:
         raise ValueError(f"{fmt.name} has no tensor_scale")
+    return _tensor_scale(x, fmt)
+
+
+def _tensor_scale(x: Tensor, fmt: Format) -> Tensor:
     if uses_triton(x) and x.numel():
         out = torch.empty(1, dtype=torch.float32, device=x.device)
         with _device_of(x):

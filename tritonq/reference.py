@@ -152,6 +152,16 @@ def encode_decode(
     return ungrouped(values, shape, fmt)
 
 
+def clipped(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format
+) -> Tensor:
+    """Where x / scale lies outside the element's range before rounding; overwrites x."""
+    shape = tuple(x.shape)
+    zero = _zero(zero_point, fmt)
+    groups, _ = _divided(x, spread(scales.load(scale, fmt, tensor_scale), fmt), zero, fmt)
+    return ungrouped(fmt.element.codec.clipped_ref(groups, zero, fmt.element), shape, fmt)
+
+
 def saturate(values: Tensor, dtype: torch.dtype) -> Tensor:
     """fp32 values clamped to the finite range of `dtype`, in place: finite input gives finite output. NaN stays."""
     if dtype is torch.float64:

@@ -208,10 +208,30 @@ def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
     return scales.choose_tensor_scale(amax, fmt)
 
 
-def encode(x: Tensor, fmt: Format, parts: reference.Parts, given: bool, y: Tensor | None = None) -> None:
+def choose(x: Tensor, fmt: Format, parts: reference.Parts) -> None:
+    """Fill parts["scale"] and zero_point only."""
+    encode(x, fmt, parts, given=False, scales_only=True)
+
+
+def clip_gradient(x: Tensor, dy: Tensor, fmt: Format, parts: reference.Parts, dx: Tensor) -> None:
+    """dx = dy where x / scale lies within the element's range, 0 elsewhere; dy and dx contiguous."""
+    scale, zero_point, divisor = parts["scale"], parts.get("zero_point"), parts.get("tensor_scale")
+    gradients = _slabs(dy, dx, scale, zero_point, fmt)
+    for slab, gradient in zip(_slabs(x, dx, scale, zero_point, fmt), gradients, strict=True):
+        for tiles in _windows(*slab.x.shape, fmt, _tile_budget(x.device)):
+            for tile in tiles:
+                tile_scale, tile_zero = tile.of(slab.scale), tile.of(slab.zero_point)
+                assert tile_scale is not None and slab.qdata is not None
+                clipped = reference.clipped(_load(slab, tile), tile_scale, tile_zero, divisor, tile.fmt)
+                slab.qdata[tile.rows, tile.cols] = gradient.x[tile.rows, tile.cols].masked_fill(clipped, 0.0)
+
+
+def encode(
+    x: Tensor, fmt: Format, parts: reference.Parts, given: bool, y: Tensor | None = None, scales_only: bool = False
+) -> None:
     """Fill parts["scale"] (and zero_point) unless `given`, and parts["qdata"], or with `y` that tensor (QDQ)."""
     scale, zero_point, divisor = parts["scale"], parts.get("zero_point"), parts.get("tensor_scale")
-    out = parts["qdata"] if y is None else y
+    out = None if scales_only else parts["qdata"] if y is None else y
     budget = _tile_budget(x.device)
     slabs = list(_slabs(x, out, scale, zero_point, fmt))
     groups = [[(slab, tile) for tile in tiles] for slab in slabs for tiles in _windows(*slab.x.shape, fmt, budget)]
@@ -232,7 +252,7 @@ def encode(x: Tensor, fmt: Format, parts: reference.Parts, given: bool, y: Tenso
             tile_scale.copy_(chosen.reshape(tile_scale.shape))
             if tile_zero is not None and zero is not None:
                 tile_zero.copy_(zero.reshape(tile_zero.shape))
-        for slab, tile in tiles:
+        for slab, tile in [] if scales_only else tiles:
             x32 = _load(slab, tile) if x32 is None else x32
             assert slab.qdata is not None
             if y is None:

@@ -44,7 +44,8 @@ def model_card(
     body = [
         f"# {base.rpartition('/')[2]}, quantized to {scheme.name}",
         "",
-        f"Weights of {quantized} linear layers of `{base}` in the format `{fmt.name}` ({bits_per_weight:.2f} bits a weight with "
+        f"Weights of {quantized} linear layers of `{base}` in the format `{fmt.name}` "
+        f"({bits_per_weight:.2f} bits a weight with "
         f"scales), {inputs}; {dense} other tensors unchanged. Rounded without calibration data by tritonq.",
         "",
     ]

@@ -4,13 +4,13 @@ transformers and vLLM read it without tritonq. Everything follows from the field
 
 | format | element, scale | tensors for a weight [N, K] |
 |---|---|---|
-| pack-quantized | int2..8, floating | weight_packed i32 [N, ceil(K b / 32)], weight_scale [N, K/g], weight_shape i64 [2] |
+| pack-quantized | int2..8, floating | weight_packed i32 [N, ceil(K b / 32)], weight_scale [N, K/g], weight_shape [2] |
 | | with zero points | + weight_zero_point i32 [ceil(N b / 32), K/g], packed along rows |
 | int-quantized | int8 a row with integer inputs | weight i8, weight_scale [N, 1] |
 | float-quantized | e4m3, floating | weight f8, weight_scale [1], [N, 1] or [N/r, K/c] |
 | mxfp8-quantized | e4m3, e8m0 by 32 | weight f8, weight_scale u8 [N, K/32] |
 | mxfp4-pack-quantized | e2m1, e8m0 by 32 | weight_packed u8 [N, K/2], weight_scale u8 [N, K/32] |
-| nvfp4-pack-quantized | e2m1, e4m3 by 16 | the same, weight_scale f8 [N, K/16], weight_global_scale f32 [1], a divisor |
+| nvfp4-pack-quantized | e2m1, e4m3 by 16 | the same, weight_scale f8 [N, K/16], weight_global_scale [1] a divisor |
 
 Codes are dense and LSB-first, offset-binary for integers: apart from padding rows to whole words, tritonq's own bytes.
 """
@@ -97,8 +97,8 @@ def specs(fmt: Format, inputs: Format | None, shape: Shape) -> dict[str, Spec]:
 def encode(parts: Parts, fmt: Format, inputs: Format | None, shape: Shape) -> dict[str, Tensor]:
     """The tensors that `specs` lists from the parts of a weight [N, K]. May overwrite `parts`.
 
-    Without calibration data nothing is known about the range of the inputs: their tensor scale, where the layout wants one,
-    is 1.
+    Without calibration data nothing is known about the range of the inputs: their tensor scale, where the layout wants
+    one, is 1.
     """
     scale = parts["scale"]
     tensors = {"weight_scale": scale.view(torch.uint8) if fmt.scale.is_exponent else scale}

@@ -67,12 +67,13 @@ class Destination:
             raise PermissionError(
                 f"cannot create {self.path}: {error.strerror} at {self.path.parent}; choose another destination"
             ) from None
-        try:
-            yield self.partial
-            self._publish()
-        except Exception:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            raise
+        with _alone(self.partial, self.path):
+            try:
+                yield self.partial
+                self._publish()
+            except Exception:
+                shutil.rmtree(self.partial, ignore_errors=True)
+                raise
 
     def _publish(self) -> None:
         (self.partial / MANIFEST).unlink(missing_ok=True)
@@ -83,6 +84,27 @@ class Destination:
             self.path.rename(self._old)
         self.partial.rename(self.path)
         _remove(self._old)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, path: Path) -> Iterator[None]:
+    """Keep a second run out of `folder`; the lock goes with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"another run is writing {path}; wait for it, or choose another destination"
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
@@ -144,7 +166,7 @@ def write_shards(
     restore: Callable[[dict[str, Any]], None] | None = None,
     done: Callable[[writer.Entry], None] | None = None,
 ) -> None:
-    """Write files and their index; those that `manifest` knows are kept, `restore` is given what `notes` said of them."""
+    """Write files and their index; those that `manifest` knows are kept, `restore` gets what `notes` said of them."""
     for name, entries in files.items():
         found = manifest.finished(folder / name) if manifest else None
         if found is not None:

@@ -29,8 +29,9 @@ def save_pretrained(
 ) -> Path:
     """Write a transformers model that `tritonq.quantize_` quantized to the folder `dst`; returns its path.
 
-    The tensors are those that `quantize_checkpoint` makes of the dense checkpoint, byte for byte, under its names: experts that
-    the model holds as one parameter become one 2-D weight each. Save the tokenizer beside it with its own `save_pretrained`.
+    The tensors are those that `quantize_checkpoint` makes of the dense checkpoint, byte for byte, under its names:
+    experts that the model holds as one parameter become one 2-D weight each. Save the tokenizer beside it with its own
+    `save_pretrained`.
 
     Args:
         model: a `PreTrainedModel` whose quantized parameters are QTensors.
@@ -39,8 +40,8 @@ def save_pretrained(
         force: replace a checkpoint at `dst`.
 
     Raises:
-        ValueError: the model is not quantized, or its formats or shapes have no such layout. FileExistsError, PermissionError:
-            as for `quantize_checkpoint`.
+        ValueError: the model is not quantized, or its formats or shapes have no such layout.
+        FileExistsError, PermissionError, OSError: as for `quantize_checkpoint`.
     """
     if format not in EXPORTS:
         raise ValueError(f"unknown export format {format!r}; known: {', '.join(EXPORTS)}")
@@ -140,8 +141,8 @@ def _quantized_entries(model: Any, name: str, value: Any, scheme: Scheme) -> lis
         group = max(group, inputs.group_size)
     if shape[-1] % group:
         raise ValueError(
-            f"{name} has shape {list(shape)}, and runtimes need its {shape[-1]} columns in whole groups of {group}; quantize "
-            "with a group size that divides them, or ignore it"
+            f"{name} has shape {list(shape)}, and runtimes need its {shape[-1]} columns in whole groups of {group}; "
+            "quantize with a group size that divides them, or ignore it"
         )
     if len(shape) == 2:
         (key,) = structure.checkpoint_tensors(model, {name: torch.empty(shape, device="meta")})

@@ -1,4 +1,4 @@
-"""The plan of an export, from names and shapes alone: which tensors are quantized, what they become, who shares a scale."""
+"""The plan of an export, from names and shapes alone: what is quantized, what it becomes, who shares a scale."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def make_plan(
     """Decide about every tensor of `source`.
 
     Raises:
-        ValueError: nothing to quantize, an ignore entry that matches nothing, experts of one layer treated differently, groups
-            that do not fit, or a format without a layout.
+        ValueError: nothing to quantize, an ignore entry that matches nothing, experts of one layer treated differently,
+            groups that do not fit, or a format without a layout.
     """
     weights: list[Weight] = []
     dense: list[str] = []
@@ -68,13 +68,14 @@ def make_plan(
         names = [module, role.module]
         if role.kind in ("expert", "fused"):  # role.module is a parameter: its module may be meant as well
             names.append(role.module.rpartition(".")[0])
-        wanted = not any([selection.ignores(name) for name in names])  # a list: every entry that matches counts as used
+        ignored = [selection.ignores(name) for name in names]  # all are asked: every entry that matches counts as used
+        wanted = not any(ignored)
         if role.kind == "other" or info.dtype not in FLOATS:
             dense.append(key)
             continue
-        pieces = [(piece, piece.name, piece.stop - piece.start) for piece in role.pieces]
-        if role.kind != "fused":
-            pieces = [(None, module, info.shape[0])]
+        pieces: list[tuple[Piece | None, str, int]] = [(None, module, info.shape[0])]
+        if role.kind == "fused":
+            pieces = [(piece, piece.name, piece.stop - piece.start) for piece in role.pieces]
         if role.kind != "linear":
             decisions.setdefault(role.module, set()).add(wanted)
         if not wanted:
@@ -112,8 +113,8 @@ def make_plan(
 
 
 def _ignore(source: Source, structure: Structure, weights: list[Weight], dense: list[str]) -> tuple[str, ...]:
-    """Names for the reader's `ignore`: every linear module that stays dense, and dense modules that other runtimes build as
-    linear layers (routers, transposed layers) under their checkpoint names."""
+    """Names for the reader's `ignore`: every linear module that stays dense, and dense modules that other runtimes
+    build as linear layers (routers, transposed layers) under their checkpoint names."""
     quantized = {structure.roles[weight.source].module for weight in weights}
     stays = {name for name in structure.linears if name not in quantized}
     for key in dense:
@@ -136,8 +137,8 @@ def _check_groups(weights: list[Weight], scheme: Scheme) -> None:
             along = max(along, inputs.group_size)
         if weight.shape[1] % along:
             raise ValueError(
-                f"{weight.name}.weight has shape {list(weight.shape)}, and runtimes need its {weight.shape[1]} columns in "
-                f"whole groups of {along} for {scheme.name}; {_way_out(weights, weight, scheme)}"
+                f"{weight.name}.weight has shape {list(weight.shape)}, and runtimes need its {weight.shape[1]} columns "
+                f"in whole groups of {along} for {scheme.name}; {_way_out(weights, weight, scheme)}"
             )
 
 
@@ -149,4 +150,4 @@ def _way_out(weights: list[Weight], culprit: Weight, scheme: Scheme) -> str:
             fitting.sort(key=lambda size: (size & (size - 1) != 0, size > 128, -size))  # powers of two first
             others = f" (also {', '.join(map(str, fitting[1:4]))})" if fitting[1:] else ""
             return f"use --group-size {fitting[0]}{others}"
-    return f"leave it dense with --ignore {culprit.name}, or take a scheme with one scale a row such as W8A16 or FP8_DYNAMIC"
+    return f"leave it dense with --ignore {culprit.name}, or take a scheme with one scale a row: W8A16, FP8_DYNAMIC"

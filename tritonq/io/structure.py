@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows `start:stop` of one expert of a fused tensor [experts, rows, columns], and their name as a checkpoint tensor."""
+    """Rows `start:stop` of one expert of a fused tensor [experts, rows, columns], and their name in a checkpoint."""
 
     name: str
     expert: int
@@ -34,8 +34,8 @@ class Role:
     """What a checkpoint tensor is in the loaded model.
 
     Attributes:
-        kind: "linear": weight of an nn.Linear; "expert": one expert's part of a fused parameter; "fused": such a parameter
-            as a whole; "other": anything else, left alone.
+        kind: "linear": weight of an nn.Linear; "expert": one expert's part of a fused parameter; "fused": such a
+            parameter as a whole; "other": anything else, left alone.
         module: loaded module (linear, other) or parameter (expert, fused).
         embedding: an embedding's table, which no runtime takes for a linear layer.
         pieces: of a fused tensor.
@@ -175,14 +175,14 @@ def _check_shape(key: str, shape: Shape, expected: Shape) -> None:
 
 
 def checkpoint_tensors(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameters of a transformers model as a checkpoint of it names and cuts them (what save_pretrained would write)."""
+    """Parameters of a transformers model as its save_pretrained would name and cut them."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(model, tensors)
 
 
 def fused_pieces(model: Any, name: str, shape: Shape) -> tuple[Piece, ...]:
-    """How a checkpoint holds the fused experts [E, N, K] `name`; () where it does not hold them as 2-D [rows, K] pieces.
+    """How a checkpoint holds the fused experts [E, N, K] `name`; () where those are not 2-D [rows, K] pieces.
 
     Asks transformers to undo the fusion of a tensor whose elements are their own row numbers.
     """
@@ -203,8 +203,8 @@ def fused_pieces(model: Any, name: str, shape: Shape) -> tuple[Piece, ...]:
     return tuple(sorted(pieces, key=lambda piece: (piece.expert, piece.start)))
 
 
-# Without a model definition: what common architectures call 2-D weights that are not those of a linear layer, and GPT-2's
-# layers, which hold theirs transposed.
+# Without a model definition: what common architectures call 2-D weights that are not those of a linear layer, and
+# GPT-2's layers, which hold theirs transposed.
 _NOT_LINEAR = re.compile(
     r"(emb|wte|wpe|shared$|relative_attention_bias|norm|(^|\.)ln|router|(^|\.)gate$|lm_head|conv|c_attn$|c_fc$|c_proj$|\bpos)",
     re.IGNORECASE,

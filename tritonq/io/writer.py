@@ -1,7 +1,7 @@
 """Writing safetensors without holding them: sizes are known beforehand, so each tensor goes straight to its place.
 
-A file is 8 bytes with the length of a JSON header (little-endian), the header, and the tensors without gaps. Inside a file
-tensors are ordered by width of their elements and then by name, so that each starts at a multiple of its width.
+A file is 8 bytes with the length of a JSON header (little-endian), the header, and the tensors without gaps. Inside a
+file tensors are ordered by width of their elements and then by name, so that each starts at a multiple of its width.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def parse_size(size: int | str) -> int:
 
 
 def split(entries: Iterable[Entry], max_bytes: int) -> dict[str, list[Entry]]:
-    """File name -> entries: filled in the given order to at most `max_bytes` each (a larger entry has a file of its own)."""
+    """File name -> entries, filled in the given order to at most `max_bytes`; a larger entry has its own file."""
     groups: list[list[Entry]] = []
     room = 0
     for entry in entries:
@@ -102,12 +103,12 @@ def write_file(path: Path, entries: Sequence[Entry], done: Callable[[Entry], Non
     return digest(path)
 
 
-def _write_tensor(file: object, tensor: Tensor, dtype: torch.dtype) -> None:
+def _write_tensor(file: BinaryIO, tensor: Tensor, dtype: torch.dtype) -> None:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     step = flat.numel() if flat.dtype is dtype else _TILE
     for start in range(0, flat.numel(), max(1, step)):
         part = flat[start : start + step].to(dtype)
-        file.write(memoryview(part.view(torch.uint8).numpy()))  # type: ignore[attr-defined]
+        file.write(part.view(torch.uint8).numpy().data)
 
 
 def digest(path: Path) -> str:

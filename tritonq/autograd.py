@@ -1,0 +1,87 @@
+"""Gradients: the straight-through estimator of QDQ, and a linear layer that keeps its weight quantized for backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq import ops
+from tritonq.formats import Format, Shape, get_format
+from tritonq.reference import Parts
+
+
+class _QDQ(torch.autograd.Function):
+    """Forward dequantize(quantize(x)); backward the identity where x was not clipped, 0 where it was."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fmt: Format, given: Parts) -> Tensor:
+        ctx.fmt, ctx.names = fmt, tuple(given)
+        ctx.save_for_backward(*((x, *given.values()) if fmt.saturates else ()))
+        return ops.qdq(x, fmt, **given)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        if not ctx.fmt.saturates:
+            return grads[0], None, None
+        x, *given = ctx.saved_tensors
+        return ops.qdq_backward(x, grads[0], ctx.fmt, **dict(zip(ctx.names, given, strict=True))), None, None
+
+
+def qdq(
+    x: Tensor,
+    fmt: Format | str,
+    *,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
+) -> Tensor:
+    """dequantize(quantize(x, fmt)) in one pass, differentiable straight through.
+
+    Args:
+        x: floating tensor [..., K], any strides.
+        fmt: a Format or its name.
+        scale, zero_point, tensor_scale: used verbatim instead of being computed; shapes as in `Format.storage`.
+
+    Returns:
+        Contiguous tensor of x's shape and dtype. Its gradient is passed on where |x / scale| is within the element's range
+        before rounding, and is 0 elsewhere.
+
+    Raises:
+        ValueError: unknown format, or a shape it cannot group. TypeError: x is not floating.
+    """
+    fmt = get_format(fmt)
+    given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
+    present = {name: value for name, value in given.items() if value is not None}
+    if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+        return _QDQ.apply(x, fmt, present)
+    return ops.qdq(x, fmt, **present)
+
+
+class _Linear(torch.autograd.Function):
+    """x @ dequantize(weight).T; backward dequantizes again instead of keeping the dense weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fmt: Format, shape: Shape, names: tuple[str, ...], *parts: Tensor) -> Tensor:
+        ctx.fmt, ctx.shape, ctx.names = fmt, shape, names
+        ctx.save_for_backward(*parts)
+        weight = ops.dequantize(dict(zip(names, parts, strict=True)), fmt, shape, x.dtype)
+        return torch.nn.functional.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (dy,) = grads
+        weight = ops.dequantize(dict(zip(ctx.names, ctx.saved_tensors, strict=True)), ctx.fmt, ctx.shape, dy.dtype)
+        return (dy @ weight, None, None, None, *[None for _ in ctx.saved_tensors])
+
+
+def linear(x: Tensor, parts: Parts, fmt: Format, shape: Shape, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times a quantized weight [N, K] transposed, plus bias [N]; computed in x's dtype."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if bias is None else bias.to(x.dtype)
+    if torch.is_grad_enabled() and x.requires_grad:
+        y = _Linear.apply(x, fmt, shape, tuple(parts), *parts.values())
+        return y if bias is None else y + bias
+    return torch.nn.functional.linear(x, ops.dequantize(parts, fmt, shape, x.dtype), bias)

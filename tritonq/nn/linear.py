@@ -1,0 +1,52 @@
+"""A linear layer whose weight is a QTensor: dequantize, then multiply."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonq.autograd import qdq
+from tritonq.formats import Format
+
+
+class QLinear(nn.Linear):
+    """nn.Linear with a quantized weight [out_features, in_features] and, optionally, inputs quantized on the fly.
+
+    `input_format` is the Format of the inputs (None leaves them alone); with a two-level format `input_global_scale` is its
+    tensor-wide divisor, fp32 [1]. Without calibration data that is 1, which covers inputs up to 2688 in magnitude.
+    """
+
+    input_format: Format | None
+    input_global_scale: Tensor | None
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear, weight: nn.Parameter, input_format: Format | None) -> QLinear:
+        """A QLinear with the bias and flags of `linear` and the given weight."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = weight
+        self.register_parameter("bias", linear.bias)
+        self.input_format = input_format
+        needs_divisor = input_format is not None and input_format.tensor_scale
+        divisor = torch.ones(1, dtype=torch.float32, device=weight.device) if needs_divisor else None
+        self.register_buffer("input_global_scale", divisor, persistent=needs_divisor)
+        self.train(linear.training)
+        for name, hook in linear.__dict__.items():
+            if name.endswith("_hooks") and hook:
+                self.__dict__[name] = hook
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.input_format is not None:
+            given: dict[str, Any] = {}
+            if self.input_global_scale is not None:
+                given["tensor_scale"] = self.input_global_scale
+            input = qdq(input, self.input_format, **given)
+        return nn.functional.linear(input, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        inputs = "" if self.input_format is None else f", inputs={self.input_format.name}"
+        return f"{super().extra_repr()}, weight={getattr(self.weight, 'format', None) and self.weight.format.name}{inputs}"

@@ -1,0 +1,142 @@
+"""`quantize_`: the linear layers and fused experts of a model, in place."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from tritonq import ops
+from tritonq.formats import Format
+from tritonq.nn.linear import QLinear
+from tritonq.nn.schemes import Scheme, get_scheme
+from tritonq.nn.select import Selection, sharing_key
+from tritonq.tensor import QTensor, quantize
+
+
+def progress_bar(enabled: bool) -> Progress:
+    """A bar with an ETA on stderr; silent where stderr is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not (enabled and sys.stderr.isatty()))
+
+
+def expert_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """(module, parameter name, module name) of fused expert weights: floating parameters [E, out, in] of modules that are
+    called or classed as experts."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts"):
+            if getattr(module, "is_transposed", False):  # [E, in, out]: groups would run along the wrong axis
+                continue
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3 and parameter.is_floating_point() and not isinstance(parameter, QTensor):
+                    yield module, key, f"{name}.{key}" if name else key
+
+
+def check_finite(q: QTensor, dense: Tensor, name: str) -> None:
+    """ValueError that names the parameter and counts its non-finite elements; a group that holds one has a NaN scale."""
+    scale = q.scale
+    if scale.dtype is torch.uint8 or scale.dtype.itemsize == 1:
+        scale = scale.view(torch.uint8) if scale.dtype is torch.uint8 else scale.to(torch.float32)
+    bad = (scale == 0xFF) if scale.dtype is torch.uint8 else ~torch.isfinite(scale)
+    if bool(bad.any()):
+        count = sum(int((~torch.isfinite(row)).sum()) for row in dense.reshape(-1, dense.shape[-1]).split(1024))
+        raise ValueError(
+            f"{name} has {count} non-finite element{'s' if count != 1 else ''} (NaN or infinity) in {tuple(dense.shape)}; "
+            "repair the weights, or leave the layer out with ignore"
+        )
+
+
+def _shared_divisors(weights: list[tuple[str, Tensor, Format]]) -> dict[str, Tensor]:
+    """Tensor-wide divisors by module name where several layers share one: the smallest of the set."""
+    sets: dict[str, list[tuple[str, Tensor, Format]]] = {}
+    for name, weight, fmt in weights:
+        key = sharing_key(name, fmt)
+        if key is not None and fmt.tensor_scale:
+            sets.setdefault(key, []).append((name, weight, fmt))
+    shared = {}
+    for members in sets.values():
+        scales = [ops.tensor_scale(weight.detach(), fmt) for _, weight, fmt in members]
+        smallest = torch.stack([scale.cpu() for scale in scales]).amin(0)
+        shared.update({name: smallest for name, _, _ in members})
+    return shared
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: str | Scheme,
+    *,
+    ignore: Iterable[str] = (),
+    group_size: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Quantize the linear layers of `model` in place, fused experts (rank-3 parameters) included; returns the model.
+
+    Output heads, embeddings and MoE routers stay as they are. Layers become `nn.Linear` subclasses whose `.weight` is a
+    QTensor parameter; parameter names do not change.
+
+    Args:
+        scheme: a name of `SCHEMES`, such as "W4A16", "FP8_DYNAMIC", "MXFP4A16", "NVFP4".
+        ignore: more modules to leave alone: full names, last names such as "down_proj", or "re:" with a regex.
+        group_size: another group size than the scheme's, for integer schemes with groups.
+        device: where to quantize, such as "cuda"; the result stays where the weight was.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: unknown scheme, an ignore entry that matches nothing, nothing to quantize, or a weight with NaN or
+            infinity (which is named; the model is then unchanged).
+    """
+    scheme = get_scheme(scheme)
+    selection = Selection(ignore)
+    linears, experts, ignored = [], [], []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not isinstance(module.weight, QTensor) and module.weight.is_floating_point():
+            if selection.ignores(name):
+                ignored.append(name)
+            else:
+                linears.append((name, module))
+    for module, key, name in expert_parameters(model):
+        if not selection.ignores(name) and not selection.ignores(name.rpartition(".")[0]):
+            experts.append((name, module, key))
+    selection.check_all_used([name for name, _ in linears])
+    if not linears and not experts:
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantize (all ignored, or quantized already)")
+
+    weights = [(name, module.weight) for name, module in linears] + [(n, getattr(m, key)) for n, m, key in experts]
+    jobs = [(name, weight, scheme.weight_format(weight.dtype, group_size)) for name, weight in weights]
+    divisors = _shared_divisors(jobs)
+    quantized: dict[int, nn.Parameter] = {}  # by identity: tied weights stay tied
+    with progress_bar(progress) as bar:
+        task = bar.add_task(f"quantizing to {scheme.name}", total=len(jobs))
+        for name, weight, fmt in jobs:
+            if id(weight) not in quantized:
+                where = weight.device if device is None else torch.device(device)
+                dense = weight.detach().to(where)
+                divisor = divisors.get(name)
+                q = quantize(dense, fmt, tensor_scale=None if divisor is None else divisor.to(where))
+                check_finite(q, dense, name)
+                quantized[id(weight)] = nn.Parameter(q.to(weight.device), requires_grad=False)
+            bar.advance(task)
+    for name, module in linears:
+        layer = QLinear.adopt(module, quantized[id(module.weight)], scheme.input_format)
+        if name:
+            model.set_submodule(name, layer)
+        else:
+            raise ValueError("a bare nn.Linear cannot be replaced in place; put it into a module")
+    for _, module, key in experts:
+        setattr(module, key, quantized[id(getattr(module, key))])
+    model.tritonq_scheme = scheme  # type: ignore[assignment]
+    model.tritonq_group_size = group_size  # type: ignore[assignment]
+    model.tritonq_ignored = tuple(ignored)  # type: ignore[assignment]
+    return model
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters, quantized ones as they are stored."""
+    seen = {id(p): p for p in model.parameters()}
+    return sum(p.format.nbytes(tuple(p.shape)) if isinstance(p, QTensor) else math.prod(p.shape) * p.element_size() for p in seen.values())

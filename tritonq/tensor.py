@@ -1,0 +1,479 @@
+"""QTensor: a quantized tensor that behaves like the tensor it stands for.
+
+All parts lie in one byte buffer, `_buf`; a `Layout` says where. Parts are views made on demand, so that moving a QTensor is
+moving one buffer, no view can lose its dtype, and no live view keeps an old buffer.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from tritonq import autograd, ops
+from tritonq.formats import Format, Shape, get_format
+from tritonq.reference import Parts
+
+aten = torch.ops.aten
+
+Segment = tuple[str, int, Shape, Shape, torch.dtype]  # name, byte offset, shape, stride, dtype
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a quantized tensor of `shape` lie in its buffer of `nbytes` bytes."""
+
+    format: Format
+    shape: Shape
+    segments: tuple[Segment, ...]
+    nbytes: int
+
+    @staticmethod
+    @functools.lru_cache(maxsize=4096)
+    def of(fmt: Format, shape: Shape) -> Layout:
+        """The layout of a fresh tensor: parts one after the other, codes aligned to 256 bytes and scales to 16."""
+        segments, end = [], 0
+        for name, (part, dtype) in fmt.storage(shape).items():
+            alignment = 256 if name == "qdata" else 16
+            start = -(-end // alignment) * alignment
+            segments.append((name, start, part, _contiguous(part), dtype))
+            end = start + math.prod(part) * dtype.itemsize
+        return Layout(fmt, shape, tuple(segments), end)
+
+    def part(self, buf: Tensor, segment: Segment) -> Tensor:
+        _, offset, shape, stride, dtype = segment
+        extent = sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1 if math.prod(shape) else 0
+        return buf[offset : offset + extent * dtype.itemsize].view(dtype).as_strided(shape, stride)
+
+
+def _contiguous(shape: Shape) -> Shape:
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
+
+
+class QTensor(Tensor):
+    """A tensor stored in a `Format`. `shape` and `dtype` are those it dequantizes to.
+
+    Made by `tritonq.quantize`. Moving, cloning, saving, slicing along whole groups and copying keep it quantized; arithmetic
+    dequantizes; writing into it in any other way than `copy_` is an error, because the write would be lost.
+    """
+
+    _buf: Tensor
+    _layout: Layout
+
+    @staticmethod
+    def __new__(cls, source: Any, layout: Layout | None = None, dtype: torch.dtype | None = None, **kwargs: Any) -> QTensor:
+        """QTensor(buffer, layout, dtype), or QTensor(existing, requires_grad=...), an alias (accelerate's constructor)."""
+        requires_grad = kwargs.get("requires_grad", False)
+        if isinstance(source, QTensor):
+            alias = cls._wrap(source._buf, source._layout, source.dtype)
+            return alias.requires_grad_(requires_grad)
+        if layout is None or dtype is None:
+            raise TypeError("QTensor takes an existing QTensor, or a buffer with its layout and dtype; see tritonq.quantize")
+        return cls._wrap(source, layout, dtype).requires_grad_(requires_grad)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    @classmethod
+    def _wrap(cls, buf: Tensor, layout: Layout, dtype: torch.dtype) -> QTensor:
+        self = Tensor._make_wrapper_subclass(
+            cls, layout.shape, strides=_contiguous(layout.shape), dtype=dtype, device=buf.device, requires_grad=False
+        )
+        self._buf, self._layout = buf, layout
+        return self
+
+    # ------------------------------------------------------------------------------------------------- parts
+
+    @property
+    def format(self) -> Format:
+        return self._layout.format
+
+    def parts(self) -> Parts:
+        """Views of the parts by name, shaped as `format.storage(shape)` says."""
+        return {segment[0]: self._layout.part(self._buf, segment) for segment in self._layout.segments}
+
+    def _part(self, name: str) -> Tensor | None:
+        for segment in self._layout.segments:
+            if segment[0] == name:
+                return self._layout.part(self._buf, segment)
+        return None
+
+    @property
+    def qdata(self) -> Tensor:
+        """Codes, packed uint8 [..., ceil(K * bits / 8)], or the torch dtype itself for 8-bit floats and symmetric int8."""
+        part = self._part("qdata")
+        assert part is not None
+        return part
+
+    @property
+    def scale(self) -> Tensor:
+        part = self._part("scale")
+        assert part is not None
+        return part
+
+    @property
+    def zero_point(self) -> Tensor | None:
+        return self._part("zero_point")
+
+    @property
+    def tensor_scale(self) -> Tensor | None:
+        """The tensor-wide divisor of two-level formats, fp32 [1]."""
+        return self._part("tensor_scale")
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """Dense contiguous tensor of `dtype` (default: this tensor's): (code - zero_point) * scale in fp32, rounded once."""
+        parts = {name: part.contiguous() for name, part in self.parts().items()}
+        return ops.dequantize(parts, self.format, tuple(self.shape), dtype or self.dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        grad = ", requires_grad=True" if self.requires_grad else ""
+        return f"QTensor(shape={tuple(self.shape)}, format={self.format.name}, dtype={self.dtype}, device={self.device}{grad})"
+
+    # ----------------------------------------------------------------------------------- identity and storage
+
+    @property
+    def data(self) -> QTensor:  # type: ignore[override]
+        """A new alias of this tensor, as of any tensor; assigning moves the parameter to what is assigned."""
+        return QTensor._wrap(self._buf, self._layout, self.dtype)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if not isinstance(value, QTensor):
+            raise TypeError(f"the data of a QTensor ({self.format.name}) is a QTensor, got {type(value).__name__}; quantize it first")
+        torch._C.TensorBase.data.__set__(self, QTensor._wrap(value._buf, value._layout, value.dtype))  # type: ignore[attr-defined]
+        self._buf, self._layout = value._buf, value._layout
+
+    def data_ptr(self) -> int:
+        """Pointer of the codes: a wrapper's own is 0, which tools take for a sign of tied tensors."""
+        return self.qdata.data_ptr()
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Layout, torch.dtype]]:
+        return ["_buf"], (self._layout, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, outer_size: Any, outer_stride: Any) -> QTensor:
+        layout, dtype = meta
+        return QTensor._wrap(inner["_buf"], layout, dtype)
+
+    def _is_parameter(self) -> bool:
+        return bool(getattr(self, "_is_param", False))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
+        if id(self) in memo:
+            return memo[id(self)]
+        copy = _rebuild(self._buf.clone(), *self._description(), self.requires_grad, self._is_parameter())
+        memo[id(self)] = copy
+        return copy
+
+    def _description(self) -> tuple[Any, ...]:
+        layout = self._layout
+        return layout.format.name, tuple(layout.shape), layout.segments, layout.nbytes, self.dtype
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        buf = self._buf if self._buf.untyped_storage().nbytes() <= self._layout.nbytes + 256 else self._buf.clone()
+        return _rebuild, (buf, *self._description(), self.requires_grad, self._is_parameter())
+
+    # ------------------------------------------------------------------------------------------------ dispatch
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear:
+            x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            if isinstance(weight, QTensor) and not isinstance(x, QTensor) and weight.ndim == 2:
+                parts = {name: part.contiguous() for name, part in weight.parts().items()}
+                return autograd.linear(x, parts, weight.format, tuple(weight.shape), bias)
+        with torch._C.DisableTorchFunctionSubclass():  # a dense result is a plain tensor
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            result = handler(func, args, kwargs)
+            if result is not NotImplemented:
+                return result
+        _refuse_lost_writes(func, args, kwargs)
+        args, kwargs = pytree.tree_map_only(QTensor, QTensor.dequantize, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _refuse_lost_writes(func: Any, args: Any, kwargs: Any) -> None:
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = kwargs.get(argument.name) if argument.name in kwargs else args[index] if index < len(args) else None
+            if isinstance(value, QTensor):
+                raise RuntimeError(
+                    f"{func} would write into a quantized tensor ({value.format.name}); dequantize it, change the result and "
+                    "write it back with copy_, which quantizes"
+                )
+
+
+def _rebuild(
+    buf: Tensor, name: str, shape: Shape, segments: tuple[Segment, ...], nbytes: int, dtype: torch.dtype,
+    requires_grad: bool, is_parameter: bool,
+) -> QTensor:  # fmt: skip
+    layout = Layout(get_format(name), tuple(shape), tuple((n, o, tuple(s), tuple(t), d) for n, o, s, t, d in segments), nbytes)
+    tensor = QTensor._wrap(buf, layout, dtype).requires_grad_(requires_grad)
+    if is_parameter:
+        tensor._is_param = True  # type: ignore[attr-defined]
+    return tensor
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {}
+
+
+def _implements(*operations: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        _HANDLERS.update(dict.fromkeys(operations, handler))
+        return handler
+
+    return register
+
+
+def _same(q: QTensor, buf: Tensor, dtype: torch.dtype | None = None) -> QTensor:
+    return QTensor._wrap(buf, q._layout, dtype or q.dtype)
+
+
+def _fresh(q: QTensor) -> QTensor:
+    """Uninitialised, of the same format and shape."""
+    layout = Layout.of(q.format, tuple(q.shape))
+    return QTensor._wrap(torch.empty(layout.nbytes, dtype=torch.uint8, device=q.device), layout, q.dtype)
+
+
+@_implements(aten.detach.default, aten.alias.default)
+def _alias(func: Any, args: Any, kwargs: Any) -> Any:
+    return _same(args[0], args[0]._buf)
+
+
+def _compact(q: QTensor) -> bool:
+    return q._layout == Layout.of(q.format, tuple(q.shape)) and q._buf.numel() == q._layout.nbytes
+
+
+@_implements(aten.clone.default)
+def _clone(func: Any, args: Any, kwargs: Any) -> Any:
+    q = args[0]
+    if _compact(q):
+        return _same(q, q._buf.clone())
+    out = _fresh(q)
+    for name, part in q.parts().items():
+        out.parts()[name].copy_(part)
+    return out
+
+
+@_implements(aten._to_copy.default)
+def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
+    q = args[0]
+    dtype, device = kwargs.get("dtype") or q.dtype, kwargs.get("device") or q.device
+    if not dtype.is_floating_point or dtype.itemsize == 1:
+        return NotImplemented
+    q = q if _compact(q) else q.clone()
+    buf = q._buf.to(device, non_blocking=kwargs.get("non_blocking", False), copy=True)
+    if kwargs.get("pin_memory"):
+        buf = buf.pin_memory()
+    return _same(q, buf, dtype)
+
+
+@_implements(aten.copy_.default)
+def _copy(func: Any, args: Any, kwargs: Any) -> Any:
+    target, source = args[0], args[1]
+    if not isinstance(target, QTensor):
+        return target.copy_(source.dequantize().to(target.dtype))
+    if tuple(target.shape) != tuple(source.shape):
+        raise RuntimeError(f"copy_ into a QTensor of shape {tuple(target.shape)} from shape {tuple(source.shape)}")
+    if isinstance(source, QTensor) and source.format == target.format:
+        for (_, part), new in zip(target.parts().items(), source.parts().values(), strict=True):
+            part.copy_(new)
+        return target
+    dense = source.dequantize() if isinstance(source, QTensor) else source
+    for name, part in ops.quantize(dense.detach().to(target.device), target.format).items():
+        target.parts()[name].copy_(part)
+    return target
+
+
+@_implements(aten.empty_like.default)
+def _empty_like(func: Any, args: Any, kwargs: Any) -> Any:
+    q = args[0]
+    layout = Layout.of(q.format, tuple(q.shape))
+    buf = torch.empty(
+        layout.nbytes, dtype=torch.uint8, device=kwargs.get("device") or q.device, pin_memory=kwargs.get("pin_memory") or False
+    )
+    return QTensor._wrap(buf, layout, kwargs.get("dtype") or q.dtype)
+
+
+@_implements(aten.new_zeros.default, aten.zeros_like.default)
+def _zeros(func: Any, args: Any, kwargs: Any) -> Any:
+    q = args[0]
+    shape = tuple(args[1]) if func is aten.new_zeros.default else tuple(q.shape)
+    zeros = torch.zeros((), dtype=kwargs.get("dtype") or q.dtype, device=kwargs.get("device") or q.device).expand(shape)
+    if len(shape) == 0 or not zeros.dtype.is_floating_point:
+        return zeros.clone()
+    return quantize(zeros, q.format)
+
+
+@_implements(aten.is_pinned.default)
+def _is_pinned(func: Any, args: Any, kwargs: Any) -> Any:
+    return args[0]._buf.is_pinned()
+
+
+@_implements(aten._pin_memory.default)
+def _pin_memory(func: Any, args: Any, kwargs: Any) -> Any:
+    return _same(args[0], args[0]._buf.pin_memory())
+
+
+@_implements(aten.record_stream.default)
+def _record_stream(func: Any, args: Any, kwargs: Any) -> Any:
+    args[0]._buf.record_stream(args[1])
+
+
+@_implements(aten.view.default, aten._unsafe_view.default)
+def _view(func: Any, args: Any, kwargs: Any) -> Any:
+    q, shape = args[0], tuple(args[1])
+    return _alias(func, args, kwargs) if shape == tuple(q.shape) else NotImplemented
+
+
+def _axis(q: QTensor, dim: int, name: str) -> int | None:
+    """How many elements along `dim` share one entry of the part `name` there; None where the part does not extend along it."""
+    rows, cols = q.format.group
+    if name == "tensor_scale" or (rows == -1 and name != "qdata"):
+        return None
+    from_end = dim - q.ndim
+    if from_end == -1:
+        if name == "qdata":
+            return 0  # bytes, not elements
+        return None if cols == -1 else cols
+    return rows if from_end == -2 and name != "qdata" else 1
+
+
+def _window(q: QTensor, dim: int, start: int, stop: int) -> QTensor | None:
+    """q[start:stop] along `dim` as a view of the same buffer, or None where it would cut through a group or a byte."""
+    size, fmt = q.shape[dim], q.format
+    segments, shape = [], [*q.shape]
+    shape[dim] = stop - start
+    if dim == q.ndim - 1 and (fmt.group[1] == -1 or fmt.group[0] == -1):
+        return None  # a different row or tensor would have another scale; dequantize
+    for name, part in q.parts().items():
+        per = _axis(q, dim, name)
+        if per is None:
+            sliced = part
+        elif per == 0:
+            if start * fmt.bits % 8 or (stop * fmt.bits % 8 and stop != size):
+                return None
+            sliced = part.narrow(dim, start * fmt.bits // 8, fmt.row_bytes(stop) - start * fmt.bits // 8)
+        else:
+            if start % per or (stop % per and stop != size):
+                return None
+            sliced = part.narrow(dim, start // per, -(-stop // per) - start // per)
+        segments.append(_segment(q, name, sliced))
+    return QTensor._wrap(q._buf, Layout(fmt, tuple(shape), tuple(segments), q._layout.nbytes), q.dtype)
+
+
+def _segment(q: QTensor, name: str, part: Tensor) -> Segment:
+    offset = part.storage_offset() * part.dtype.itemsize - q._buf.storage_offset()
+    return name, offset, tuple(part.shape), tuple(part.stride()), part.dtype
+
+
+@_implements(aten.slice.Tensor)
+def _slice(func: Any, args: Any, kwargs: Any) -> Any:
+    q, dim, start, stop, step = (*args, *(None,) * (5 - len(args)))
+    dim = (dim or 0) % q.ndim
+    if (step or 1) != 1:
+        return NotImplemented
+    first, last, _ = slice(start, stop).indices(q.shape[dim])
+    window = _window(q, dim, first, max(first, last))
+    return NotImplemented if window is None else window
+
+
+@_implements(aten.split.Tensor, aten.split_with_sizes.default)
+def _split(func: Any, args: Any, kwargs: Any) -> Any:
+    q, sizes = args[0], args[1]
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % q.ndim
+    if isinstance(sizes, int):
+        total = q.shape[dim]
+        sizes = [min(sizes, total - i) for i in range(0, total, sizes)]
+    pieces, start = [], 0
+    for size in sizes:
+        pieces.append(_window(q, dim, start, start + size))
+        start += size
+    return NotImplemented if any(piece is None for piece in pieces) else pieces
+
+
+@_implements(aten.select.int)
+def _select(func: Any, args: Any, kwargs: Any) -> Any:
+    q, dim, index = args
+    dim, index = dim % q.ndim, index % q.shape[dim]
+    inner = 2 if q.format.group[0] > 1 else 1
+    if dim >= q.ndim - inner or q.ndim - 1 < inner:
+        return NotImplemented  # the axes that groups run along
+    segments = []
+    for name, part in q.parts().items():
+        sliced = part if _axis(q, dim, name) is None else part.select(dim, index)
+        segments.append(_segment(q, name, sliced))
+    shape = tuple(n for d, n in enumerate(q.shape) if d != dim)
+    return QTensor._wrap(q._buf, Layout(q.format, shape, tuple(segments), q._layout.nbytes), q.dtype)
+
+
+@_implements(aten.unbind.int)
+def _unbind(func: Any, args: Any, kwargs: Any) -> Any:
+    q, dim = args[0], (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % args[0].ndim
+    pieces = [_select(None, (q, dim, i), {}) for i in range(q.shape[dim])]
+    return NotImplemented if any(piece is NotImplemented for piece in pieces) else pieces
+
+
+# ---------------------------------------------------------------------------------------------------- public functions
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format | str,
+    *,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> QTensor:
+    """Quantize a tensor.
+
+    Args:
+        x: floating tensor [..., K] of >= 1 dimension, any strides, any size. Groups run along the last axis, blocks along the
+            last two; a last group that is not full is a shorter group.
+        fmt: a Format or its name, such as "int4_g128", "mxfp4", "nvfp4", "fp8_e4m3_b128x128", "e3m4_g48".
+        scale, zero_point, tensor_scale: used verbatim instead of being computed; shapes and dtypes as `fmt.storage(x.shape)`.
+        device: where to compute and keep the result; default x's device.
+
+    Returns:
+        A QTensor of x's shape and dtype.
+
+    Raises:
+        ValueError: unknown format, or a shape it cannot group. TypeError: x is not floating.
+    """
+    fmt = get_format(fmt)
+    ops.check_input(x, fmt)
+    x = x.detach() if device is None else x.detach().to(device)
+    layout = Layout.of(fmt, tuple(x.shape))
+    buf = torch.empty(layout.nbytes, dtype=torch.uint8, device=x.device)
+    result = QTensor._wrap(buf, layout, x.dtype)
+    ops.quantize(x, fmt, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, out=result.parts())
+    return result
+
+
+def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Dense tensor of a QTensor; see `QTensor.dequantize`."""
+    if not isinstance(q, QTensor):
+        raise TypeError(f"expected a QTensor, got {type(q).__name__}")
+    return q.dequantize(dtype)
+
+
+torch.serialization.add_safe_globals([QTensor, _rebuild])
