@@ -1,8 +1,8 @@
 """Kernels against a copy, on a GPU: `python -m bench.kernels [--formats ...] [--shape 4096x14336] [--out FILE]`.
 
-Each op is verified against the CPU path first, bit for bit, then timed: median of many event-timed repeats, on random data
-larger than the L2 cache. "of copy" is (bytes that must move / time) over the bandwidth of `copy_` on a tensor of the same
-size in the same run. Formats with a tensor-wide scale have to read their input twice; the bytes say so.
+Each op is verified against the CPU path first, bit for bit, then timed: median of many event-timed repeats, on random
+data larger than the L2 cache. "of copy" is (bytes that must move / time) over the bandwidth of `copy_` on a tensor of
+the same size in the same run. Formats with a tensor-wide scale have to read their input twice; the bytes say so.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ ISSUE_FORMATS = ("int4_g128", "int8_channel", "fp8_e4m3_channel", "mxfp8", "mxfp
 
 
 def time_us(fn: Any, repeats: int = 30, inner: int = 10) -> float:
-    """Median microseconds of one call on the device: `inner` calls captured in a CUDA graph, so that no host time counts."""
+    """Median microseconds of one call on the device: `inner` calls captured in a CUDA graph, so that no host time
+    counts."""
     fn()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -104,7 +105,8 @@ def bench_format(fmt: Format, x: torch.Tensor, host: torch.Tensor, copy_bandwidt
         rows.append(
             {
                 "format": fmt.name, "op": op, "shape": list(shape), "dtype": str(x.dtype).removeprefix("torch."),
-                "us": round(us, 2), "eager_us": round(eager, 2), "bytes": nbytes, "of_copy": round(nbytes / (us * 1e-6) / copy_bandwidth, 4),
+                "us": round(us, 2), "eager_us": round(eager, 2), "bytes": nbytes,
+                "of_copy": round(nbytes / (us * 1e-6) / copy_bandwidth, 4),
             }
         )  # fmt: skip
     return rows
@@ -123,7 +125,10 @@ def _small_calls(x: torch.Tensor) -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.split("\n")[0]
     return {
         "gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__, "triton": triton.__version__,
@@ -149,7 +154,11 @@ def run(formats: list[str], shape: tuple[int, int], dtype: torch.dtype = torch.b
     for name in formats:
         rows = bench_format(get_format(name), x, host, bandwidth)
         result["rows"] += rows
-        print(f"{name:24}", "  ".join(f"{r['op']} {r['us']:.1f} us ({r['eager_us']:.0f}) {100 * r['of_copy']:.0f}%" for r in rows), flush=True)
+        print(
+            f"{name:24}",
+            "  ".join(f"{r['op']} {r['us']:.1f} us ({r['eager_us']:.0f}) {100 * r['of_copy']:.0f}%" for r in rows),
+            flush=True,
+        )
     return result
 
 

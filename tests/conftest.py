@@ -1,7 +1,8 @@
 """Backends shared by the tests.
 
-`device` runs a test on every backend of this process: "cpu" (tiled torch) and "cuda" where there is one (marker `gpu`), or,
-with TRITON_INTERPRET=1 set before the start, "interpret" (the kernels under Triton's interpreter, on CPU tensors).
+`device` runs a test on every backend of this process: "cpu" (tiled torch) and "cuda" where there is one (marker
+`gpu`), or, with TRITON_INTERPRET=1 set before the start, "interpret" (the kernels under Triton's interpreter, on CPU
+tensors).
 """
 
 import os

@@ -1,7 +1,8 @@
-"""A slow, independent oracle in numpy and Python integers, written from the specification (numerics.md), group by group.
+"""A slow, independent oracle in numpy and Python integers, group by group, from the specification (numerics.md).
 
-It takes nothing from tritonq but the declared fields of a Format: bits, ebits, mbits, special, group, scale name and rule.
-fp32 arithmetic is numpy's fp32 arithmetic; everything else is exact (float64 of few bits, Fraction, table search).
+It takes nothing from tritonq but the declared fields of a Format: bits, ebits, mbits, special, group, scale name and
+rule. fp32 arithmetic is numpy's fp32 arithmetic; everything else is exact (float64 of few bits, Fraction, table
+search).
 """
 
 import functools
@@ -20,7 +21,7 @@ F32_MAX = float(np.finfo(np.float32).max)
 
 
 def minifloat_value(code, ebits, mbits, special="", signed=True):
-    """OCP MX 1.0 section 5.3: (-1)^s 2^(e - bias) (1 + m / 2^M), subnormals at e = 0; bias 2^(X-1) - 1, fnuz one more."""
+    """OCP MX 1.0 section 5.3: (-1)^s 2^(e - bias) (1 + m / 2^M), subnormal at e = 0; bias 2^(X-1) - 1, fnuz +1."""
     bias = 2 ** (ebits - 1) - 1 + (special == "fnuz")
     sign = code >> (ebits + mbits) if signed else 0
     e, m = (code >> mbits) % 2**ebits, code % 2**mbits
@@ -222,7 +223,8 @@ def to_float32(x):
 
 
 def quantize(x, fmt, scale=None, zero_point=None, tensor_scale=None):
-    """Parts of an array: codes (int64, shape of x), scale (storage bits, flat), zero_point (flat), tensor_scale, values.
+    """Parts of an array: codes (int64, shape of x), scale (storage bits, flat), zero_point (flat), tensor_scale,
+    values.
 
     `scale` (storage bits), `zero_point` and `tensor_scale` given are used verbatim.
     """
@@ -274,7 +276,7 @@ def output(values, dtype):
 
 
 def pack(codes, bits):
-    """One row of codes to bytes: the Python integer sum(code_i << (bits * i)), little-endian, ceil(bits n / 8) bytes."""
+    """One row to bytes: the Python integer sum(code_i << (bits * i)), little-endian, ceil(bits n / 8) bytes."""
     word = sum(int(c) << (bits * i) for i, c in enumerate(codes))
     return word.to_bytes(-(-bits * len(codes) // 8), "little")
 
@@ -301,7 +303,11 @@ def bits_of(t: torch.Tensor) -> np.ndarray:
     """Raw bits as unsigned integers, every NaN the same."""
     t = t.detach().cpu().contiguous()
     unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[t.dtype.itemsize]
-    raw = t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.dtype.itemsize]).numpy().view(unsigned)
+    raw = (
+        t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.dtype.itemsize])
+        .numpy()
+        .view(unsigned)
+    )
     if t.dtype.is_floating_point:
         raw = np.where(torch.isnan(t.to(torch.float64)).numpy(), np.iinfo(unsigned).max, raw)
     return raw

@@ -27,9 +27,11 @@ pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not c
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32), "gfx942": GPUTarget("hip", "gfx942", 64), "gfx950": GPUTarget("hip", "gfx950", 64),
+    "sm_120": GPUTarget("cuda", 120, 32), "gfx942": GPUTarget("hip", "gfx942", 64), "gfx950": GPUTarget("hip",
+    "gfx950", 64),
 }  # fmt: skip
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.uint8: "*u8",
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
+         torch.uint8: "*u8",
          torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.uint32: "*u32"}  # fmt: skip
 REPRESENTATIVE = ("int4_g128", "int4_g128_asym", "int3_g128", "fp8_e4m3_channel", "fp8_e4m3_b128x128", "mxfp4",
                   "nvfp4", "fp8_e4m3fnuz_channel", "e3m4_g48")  # fmt: skip
@@ -104,7 +106,9 @@ def resources(cubin, folder):
     """{"REG": ..., "STACK": ..., "LOCAL": ...} of a compiled kernel."""
     file = folder / "kernel.cubin"
     file.write_bytes(cubin)
-    text = subprocess.run([cuobjdump(), "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [cuobjdump(), "--dump-resource-usage", file], capture_output=True, text=True, check=True
+    ).stdout
     usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     assert usage.keys() == {"REG", "STACK", "LOCAL"}, text
     return usage
@@ -117,7 +121,9 @@ def check(one, target, folder, registers=REGISTERS):
         assert usage["LOCAL"] == 0 and usage["STACK"] == 0, f"{one.name}: local memory {usage}"
         assert usage["REG"] <= registers, f"{one.name}: {usage['REG']} registers"
         assert not re.search(r"\b(ld|st)\.local", compiled.asm["ptx"]), one.name
-        assert "div.full" not in compiled.asm["ptx"] and "div.approx" not in compiled.asm["ptx"], f"{one.name}: inexact division"
+        assert "div.full" not in compiled.asm["ptx"] and "div.approx" not in compiled.asm["ptx"], (
+            f"{one.name}: inexact division"
+        )
     else:
         assert ".vgpr_spill_count: 0" in re.sub(r" +", " ", compiled.asm["amdgcn"]), f"{one.name}: spills"
     return compiled
@@ -137,12 +143,23 @@ def test_registry_compiles(name, tmp_path):
         check(one, TARGETS["sm_90"], tmp_path)
 
 
-@pytest.mark.parametrize("name,shape,dtype", [
-    ("int4_g128", (7, 301), torch.float16), ("int3_g7", (5, 33), torch.float32), ("fp8_e4m3_tensor", (100, 999), torch.float64),
-    ("int4_tensor_asym", (100, 999), torch.bfloat16), ("fp8_e4m3_b256x256", (300, 700), torch.bfloat16), ("nvfp4", (3, 40), torch.float32),
-    ("int8_channel", (2, 300000), torch.bfloat16), ("fp8_e4m3_channel", (2, 65536), torch.bfloat16), ("int5_g20", (9, 45), torch.float16), ("mxfp8_rceil", (4, 4096), torch.float64),
-    ("e4m3_g32_ue5m3", (8, 96), torch.float32), ("int6_channel", (8, 5000), torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,shape,dtype",
+    [
+        ("int4_g128", (7, 301), torch.float16),
+        ("int3_g7", (5, 33), torch.float32),
+        ("fp8_e4m3_tensor", (100, 999), torch.float64),
+        ("int4_tensor_asym", (100, 999), torch.bfloat16),
+        ("fp8_e4m3_b256x256", (300, 700), torch.bfloat16),
+        ("nvfp4", (3, 40), torch.float32),
+        ("int8_channel", (2, 300000), torch.bfloat16),
+        ("fp8_e4m3_channel", (2, 65536), torch.bfloat16),
+        ("int5_g20", (9, 45), torch.float16),
+        ("mxfp8_rceil", (4, 4096), torch.float64),
+        ("e4m3_g32_ue5m3", (8, 96), torch.float32),
+        ("int6_channel", (8, 5000), torch.bfloat16),
+    ],
+)
 def test_odd_shapes_and_types_compile(name, shape, dtype, tmp_path):
     """Unaligned sizes, groups larger than a tile, other input types: other specialisations of the same kernels."""
     for one in launches(name, shape, dtype):
@@ -151,7 +168,11 @@ def test_odd_shapes_and_types_compile(name, shape, dtype, tmp_path):
 
 def test_every_kernel_is_covered():
     """The recorded launches contain every kernel of tritonq/kernels, in every mode."""
-    seen = {one.name for name in ("int4_g128", "int3_g7", "nvfp4", "fp8_e4m3_tensor", "int8_channel") for one in launches(name)}
+    seen = {
+        one.name
+        for name in ("int4_g128", "int3_g7", "nvfp4", "fp8_e4m3_tensor", "int8_channel")
+        for one in launches(name)
+    }
     seen |= {one.name for one in launches("int3_g7", (5, 33), torch.float32)}
     for columns in (8192, 40000, 100_000, 300_000):
         seen |= {one.name for one in launches("int8_channel", (2, columns))}

@@ -98,7 +98,8 @@ print(max(peak[0], anonymous()) - start - size)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and steers glibc")
 @pytest.mark.parametrize("name,layout,what", [
     ("int4_g128", "contiguous", "qdq"), ("int4_g128", "transposed", "qdq"), ("fp8_e4m3_tensor", "contiguous", "qdq"),
-    ("nvfp4", "contiguous", "qdq"), ("int3_g128", "transposed", "quantize"), ("int8_channel", "contiguous", "dequantize"),
+    ("nvfp4", "contiguous", "qdq"), ("int3_g128", "transposed", "quantize"), ("int8_channel", "contiguous",
+    "dequantize"),
 ])  # fmt: skip
 @pytest.mark.parametrize("heap", ["live", "default"])
 def test_scratch_memory(name, layout, what, heap):
@@ -106,6 +107,8 @@ def test_scratch_memory(name, layout, what, heap):
 
     "live" maps every tensor on its own, so memory that is free does not count; "default" has the heap's holes as well.
     """
+    if heap == "default" and (name, what) not in (("int4_g128", "qdq"), ("fp8_e4m3_tensor", "qdq")):
+        pytest.skip("the heap is looked at twice only")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     if heap == "live":
         env["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)

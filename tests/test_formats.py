@@ -23,11 +23,17 @@ UNLISTED = (
 @pytest.mark.parametrize("name", [*FORMATS, *UNLISTED])
 def test_names_round_trip(name):
     fmt = get_format(name)
-    assert fmt.name == name and get_format(fmt.name) == fmt and get_format(fmt) is fmt and hash(fmt) == hash(get_format(name))
+    assert (
+        fmt.name == name
+        and get_format(fmt.name) == fmt
+        and get_format(fmt) is fmt
+        and hash(fmt) == hash(get_format(name))
+    )
 
 
 # OCP MX 1.0 tables 1 to 4, OCP OFP8; e3m4 and the others use every code: (2 - 2^-M) 2^(2^X - 1 - bias).
-MAXIMA = {"e2m1": 6, "e2m3": 7.5, "e3m2": 28, "e4m3": 448, "e5m2": 57344, "e3m4": 31, "e4m3fnuz": 240, "e5m2fnuz": 57344,
+MAXIMA = {"e2m1": 6, "e2m3": 7.5, "e3m2": 28, "e4m3": 448, "e5m2": 57344, "e3m4": 31, "e4m3fnuz": 240,
+          "e5m2fnuz": 57344,
           "fp8_e4m3": 448, "fp8_e5m2": 57344, "e2m0": 4, "e1m2": 3.5, "e3m0": 16, "e4m3ieee": 240, "e3m4ieee": 15.5,
           "int2": 1, "int3": 3, "int4": 7, "int8": 127}  # fmt: skip
 
@@ -56,7 +62,10 @@ def test_defaults_of_names():
     for name in ("mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4"):
         assert fields[name] == ((1, 32), "e8m0", "floor", False, False)
     assert fields["nvfp4"] == ((1, 16), "e4m3", "absmax", False, True)
-    assert get_format("int4_g128_half_range").scale.rule == "half_range" and get_format("mxfp4_rceil").scale.rule == "rceil"
+    assert (
+        get_format("int4_g128_half_range").scale.rule == "half_range"
+        and get_format("mxfp4_rceil").scale.rule == "rceil"
+    )
 
 
 STORAGE = {
@@ -65,10 +74,12 @@ STORAGE = {
                                      "zero_point": ((2, 5, 2), torch.uint8)},
     ("int8_channel", (4, 7)): {"qdata": ((4, 7), torch.int8), "scale": ((4, 1), torch.bfloat16)},
     ("fp8_e4m3_tensor", (2, 3, 5)): {"qdata": ((2, 3, 5), torch.float8_e4m3fn), "scale": ((1,), torch.float32)},
-    ("fp8_e4m3_b128x128", (2, 200, 300)): {"qdata": ((2, 200, 300), torch.float8_e4m3fn), "scale": ((2, 2, 3), torch.float32)},
+    ("fp8_e4m3_b128x128", (2, 200, 300)): {"qdata": ((2, 200, 300), torch.float8_e4m3fn), "scale": ((2, 2, 3),
+    torch.float32)},
     ("mxfp4", (65,)): {"qdata": ((33,), torch.uint8), "scale": ((3,), torch.float8_e8m0fnu)},
     ("mxfp6_e3m2", (2, 33)): {"qdata": ((2, 25), torch.uint8), "scale": ((2, 2), torch.float8_e8m0fnu)},
-    ("nvfp4", (2, 17)): {"qdata": ((2, 9), torch.uint8), "scale": ((2, 2), torch.float8_e4m3fn), "tensor_scale": ((1,), torch.float32)},
+    ("nvfp4", (2, 17)): {"qdata": ((2, 9), torch.uint8), "scale": ((2, 2), torch.float8_e4m3fn),
+    "tensor_scale": ((1,), torch.float32)},
     ("e4m3_g32_ue5m3", (2, 0)): {"qdata": ((2, 0), torch.float8_e4m3fn), "scale": ((2, 0), torch.uint8)},
     ("int8_channel", (2, 0)): {"qdata": ((2, 0), torch.int8), "scale": ((2, 1), torch.bfloat16)},
     ("fp8_e4m3fnuz_channel", (1,)): {"qdata": ((1,), torch.float8_e4m3fnuz), "scale": ((1,), torch.float32)},
@@ -94,8 +105,10 @@ def test_unknown_name_lists_the_known():
         get_format(4)
 
 
-@pytest.mark.parametrize("name", ["int9_g8", "int1_g8", "e5m5_g16", "fp8_e3m2_g16", "int4_g0", "int4_gx", "mxfp5", "mxfp8_e3m2",
-                                  "mxfp6", "nf5_g64", "e0m3_g16", "int4_g128_foo", "fp8_e4m3_g32_asym", "int4_g32_ue5m3_full_range", ""])  # fmt: skip
+@pytest.mark.parametrize("name", ["int9_g8", "int1_g8", "e5m5_g16", "fp8_e3m2_g16", "int4_g0", "int4_gx", "mxfp5",
+                                  "mxfp8_e3m2",
+                                  "mxfp6", "nf5_g64", "e0m3_g16", "int4_g128_foo", "fp8_e4m3_g32_asym",
+                                  "int4_g32_ue5m3_full_range", ""])  # fmt: skip
 def test_impossible_names_are_value_errors(name):
     with pytest.raises(ValueError) as error:
         get_format(name)
@@ -125,11 +138,14 @@ def test_given_part_errors_name_part_and_shapes():
 
 @pytest.mark.parametrize("change", [
     {"zero_point": True}, {"group": (0, 4)}, {"group": (-1, 4)}, {"group": (2, -1)}, {"scale": ScaleType("f64")},
-    {"scale": ScaleType("bf16", "floor")}, {"scale": ScaleType("e8m0", "absmax")}, {"scale": ScaleType("ue5m3", "full_range")},
+    {"scale": ScaleType("bf16", "floor")}, {"scale": ScaleType("e8m0", "absmax")}, {"scale": ScaleType("ue5m3",
+    "full_range")},
 ])  # fmt: skip
 def test_contradictory_formats_are_refused(change):
     with pytest.raises(ValueError, match="bad"):
-        replace(get_format("mxfp4") if change == {"zero_point": True} else get_format("int4_g128"), name="bad", **change)
+        replace(
+            get_format("mxfp4") if change == {"zero_point": True} else get_format("int4_g128"), name="bad", **change
+        )
 
 
 def test_impossible_elements_are_refused():
@@ -194,7 +210,9 @@ def branches_on_names(source, scale_too):
             sides = [node.left, *node.comparators]
             if any(_is_name(s, scale_too) for s in sides) and any(_has_string(s) for s in sides):
                 found.append(node.lineno)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_name(node.func.value, scale_too):
+        elif (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and _is_name(node.func.value, scale_too)
+        ):
             found.append(node.lineno)  # startswith, split, ...
         elif isinstance(node, ast.Match) and _is_name(node.subject, scale_too):
             found.append(node.lineno)
@@ -214,7 +232,12 @@ def test_nothing_branches_on_a_name(path):
 
 
 def test_the_check_for_names_sees_them():
-    for bad in ("fmt.name == 'int4'", "x.element.name in ('e2m1',)", "FMT.name.startswith('mx')", "fmt.scale.name != 'e8m0'"):
+    for bad in (
+        "fmt.name == 'int4'",
+        "x.element.name in ('e2m1',)",
+        "FMT.name.startswith('mx')",
+        "fmt.scale.name != 'e8m0'",
+    ):
         assert branches_on_names(f"if {bad}: pass", True) == [1]
     for good in ("path.name == 'config.json'", "fmt.bits == 4", "other.name == fmt.name", "fmt.scale.rule == 'floor'"):
         assert branches_on_names(f"if {good}: pass", True) == []

@@ -28,7 +28,7 @@ def test_import_time():
 def test_import_is_lean():
     code = "import torch, sys; before = set(sys.modules); import tritonq; print(*sorted(set(sys.modules) - before))"
     loaded = {name.split(".")[0] for name in python(code).split()}
-    assert not loaded & {"triton", "transformers", "compressed_tensors", "safetensors", "huggingface_hub", "typer", "rich", "numpy"}
+    assert not loaded & {"triton", "transformers", "compressed_tensors"}
 
 
 MISSING = "import sys; sys.modules['triton'] = None"

@@ -32,9 +32,11 @@ every_format = pytest.mark.parametrize("name", NAMES)
 
 
 def examples(device, native, interpreted):
-    """Deterministic hypothesis settings. Interpreted programs are slow, and on a GPU each new shape may compile a kernel."""
+    """Deterministic hypothesis settings; interpreted programs are slow,
+    and on a GPU a new shape may compile a kernel."""
     return settings(
-        max_examples=interpreted if INTERPRET or device == "cuda" else native, derandomize=True, deadline=None, database=None,
+        max_examples=interpreted if INTERPRET or device == "cuda" else native, derandomize=True, deadline=None,
+        database=None,
         phases=(Phase.explicit, Phase.generate, Phase.shrink),
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
@@ -44,7 +46,7 @@ def examples(device, native, interpreted):
 
 
 def values(shape, dtype, seed, kind="normal"):
-    """A tensor of `shape`: "normal", "wide" (any magnitude of the dtype), "ties" (multiples of a half), "top" (near the max)."""
+    """A tensor: "normal", "wide" (any magnitude of the dtype), "ties" (of halves), "top" (near the max), "tiny"."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(shape)
     info = torch.finfo(dtype)
@@ -169,7 +171,7 @@ def test_oracle(name, device):
 
 @every_format
 def test_packed_bytes_decode(name, device):
-    """Law 3: rows take ceil(bits n / 8) bytes of an LSB-first bitstream; any code and any finite scale decodes by the book."""
+    """Law 3: rows take ceil(bits n / 8) bytes of an LSB-first bitstream; any code and scale decodes by the book."""
     fmt = get_format(name)
     element = fmt.element
     rows, k = (2, 2 ** min(7, element.bits) + 3) if not INTERPRET else (1, 2**element.bits + 3)
@@ -378,7 +380,9 @@ def test_any_strides(name, device):
         assert y.is_contiguous()
 
 
-@pytest.mark.parametrize("name", NAMES if not INTERPRET else ("int4_g128_asym", "nvfp4", "mxfp4", "fp8_e4m3_tensor", "e1m2_b3x5"))
+@pytest.mark.parametrize(
+    "name", NAMES if not INTERPRET else ("int4_g128_asym", "nvfp4", "mxfp4", "fp8_e4m3_tensor", "e1m2_b3x5")
+)
 def test_no_elements(name, device):
     """0 elements in any dimension: parts of the promised shapes, scales those of zeros, an empty result."""
     fmt = get_format(name)
@@ -389,13 +393,16 @@ def test_no_elements(name, device):
         parts = ops.quantize(x, fmt)
         assert {k: (tuple(v.shape), v.dtype) for k, v in parts.items()} == fmt.storage(shape)
         for bits in storage_bits(parts["scale"]):
-            assert bits == 0 if fmt.scale.name == "e8m0" else 0 < oracle.load_scale(int(bits), fmt.scale.name) < math.inf
+            assert (
+                bits == 0 if fmt.scale.name == "e8m0" else 0 < oracle.load_scale(int(bits), fmt.scale.name) < math.inf
+            )
         for y in (ops.qdq(x, fmt), ops.dequantize(parts, fmt, shape, x.dtype)):
             assert tuple(y.shape) == shape and y.dtype is x.dtype
 
 
 LARGE = {
-    "int8_channel": (2, 40000), "int6_channel": (2, 33333), "fp8_e4m3_channel": (1, 65537), "int4_tensor_asym": (3, 20001),
+    "int8_channel": (2, 40000), "int6_channel": (2, 33333), "fp8_e4m3_channel": (1, 65537), "int4_tensor_asym": (3,
+    20001),
     "fp8_e4m3_tensor": (2, 2, 9000), "fp8_e4m3_b256x256": (2, 300, 700), "int4_g65536": (2, 70001), "nvfp4": (3, 8192),
     "int3_g50000_asym": (2, 60003), "int8_b512x100_absmax": (600, 333),
     "int4_channel_asym": (3, 40003), "int3_channel": (2, 140001), "e3m4_channel": (2, 200000),
@@ -447,7 +454,9 @@ def test_given_parts_are_used_verbatim(name, device):
     if fmt.tensor_scale:  # alone: the scales are chosen under it
         expected = oracle.quantize(x.numpy(), fmt, tensor_scale=np.float32(1.5))
         only = {"tensor_scale": on_device["tensor_scale"]}
-        check_against_oracle(ops.quantize(x.to(device), fmt, **only), ops.qdq(x.to(device), fmt, **only), expected, fmt, x.dtype)
+        check_against_oracle(
+            ops.quantize(x.to(device), fmt, **only), ops.qdq(x.to(device), fmt, **only), expected, fmt, x.dtype
+        )
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if get_format(n).element.nan_code >= 0])
@@ -468,16 +477,24 @@ def edge_cases():
     top = oracle.F32_MAX
     powers = [math.ldexp(1.0, e) for e in (-149, -140, -128, -127, -126, -125, 0, 1, 126, 127)]
     around = [float(np.nextafter(np.float32(p), np.float32(d))) for p in powers[2:] for d in (0, np.inf)]
-    rounding = [math.ldexp(m, e) for m in (1.125, 1.25, 1.5, 1.75, 1.874999, 1.875, 1.9375, 1.96875, 1.99) for e in (-127, -3, 5)]
+    rounding = [
+        math.ldexp(m, e)
+        for m in (1.125, 1.25, 1.5, 1.75, 1.874999, 1.875, 1.9375, 1.96875, 1.99)
+        for e in (-127, -3, 5)
+    ]
     for name in ("mxfp8", "mxfp8_ceil", "mxfp8_rceil", "mxfp8_even", "mxfp4", "mxfp4_ceil", "mxfp4_rceil", "mxfp4_even",
-                 "int8_g32_e8m0_even", "mxfp6_e3m2_rceil", "e4m3_g32_ue5m3", "nvfp4", "int4_g32", "int4_g32_f16", "int8_g32_f32",
+                 "int8_g32_e8m0_even", "mxfp6_e3m2_rceil", "e4m3_g32_ue5m3", "nvfp4", "int4_g32", "int4_g32_f16",
+                 "int8_g32_f32",
                  "int4_g32_asym", "int4_g32_asym_f32", "fp8_e4m3_g32", "int3_g32_half_range"):  # fmt: skip
-        yield name, [*powers, *around, *rounding, top, -top, top / 2, 448.0, 6.0, 448.00003, 6.0000005, 65504.0, 1e-45, 3e-39]
+        yield (
+            name,
+            [*powers, *around, *rounding, top, -top, top / 2, 448.0, 6.0, 448.00003, 6.0000005, 65504.0, 1e-45, 3e-39],
+        )
 
 
 @pytest.mark.parametrize("name,numbers", list(edge_cases()), ids=lambda v: v if isinstance(v, str) else "")
 def test_scale_edges(name, numbers, device):
-    """Scale rules on powers of two and their neighbours, subnormals and the largest numbers (law 2, against the oracle)."""
+    """Scale rules on powers of two and their neighbours, subnormals and the largest numbers (law 2, oracle)."""
     fmt = get_format(name)
     g = fmt.group[1]
     x = np.zeros((len(numbers), g), np.float32)

@@ -9,7 +9,8 @@ import tritonq.formats
 
 PACKAGE = Path(tritonq.formats.__file__).parent
 LAYERS = (
-    ("formats", "codecs"), ("reference", "kernels"), ("tuning", "tiling", "launch"), ("ops",), ("autograd", "ste"), ("tensor",),
+    ("formats", "codecs"), ("reference", "kernels"), ("tuning", "tiling", "launch"), ("ops",), ("autograd", "ste"),
+    ("tensor",),
     ("offload", "nn"), ("calibrate", "io"), ("integrations", "cli", "demo", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -29,7 +30,9 @@ def imported(source, package):
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                base = ".".join([*package.split(".")[: len(package.split(".")) - node.level + 1], *([base] if base else [])])
+                base = ".".join(
+                    [*package.split(".")[: len(package.split(".")) - node.level + 1], *([base] if base else [])]
+                )
             names = [f"{base}.{alias.name}" for alias in node.names] if base == "tritonq" else [base]
         else:
             continue
@@ -60,7 +63,9 @@ def test_imports_go_left(path):
     assert list(violations(path.read_text(), own, package)) == []
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if top(p) == "kernels" or p.stem.endswith("_triton")], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if top(p) == "kernels" or p.stem.endswith("_triton")], ids=lambda p: p.name
+)
 def test_kernels_do_not_know_torch(path):
     """Only @triton.jit functions: no allocation, no torch, no reference."""
     tree = ast.parse(path.read_text())
@@ -75,14 +80,17 @@ def test_kernels_do_not_know_torch(path):
 @pytest.mark.parametrize("path", [p for p in MODULES if RANK.get(top(p), 0) < RANK["tensor"]], ids=lambda p: p.name)
 def test_below_tensor_nothing_knows_qtensor(path):
     tree = ast.parse(path.read_text())
-    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {
+        n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)
+    }
     assert "QTensor" not in names
 
 
 def test_the_check_sees_imports():
-    bad = "def f():\n    from tritonq import ops\n    from tritonq.nn.schemes import X\n    import tritonq.cli\n    from . import tiling\n"
+    bad = "def f():\n from tritonq import ops\n from tritonq.nn.schemes import X\n import tritonq.cli\n"
+    bad += " from . import tiling\n"
     assert [part for _, part in violations(bad, "reference", "tritonq")] == ["ops", "nn", "cli", "tiling"]
-    good = "import torch\nfrom tritonq.codecs import pack\nfrom tritonq import formats, reference\nfrom .kernels import tile\n"
+    good = "import torch\nfrom tritonq.codecs import pack\nfrom tritonq import formats\nfrom .kernels import tile\n"
     assert list(violations(good, "ops", "tritonq")) == []
     assert list(violations("from ..tensor import T", "io", "tritonq.io")) == []
     assert list(violations("import tritonq as tq", "nn", "tritonq.nn")) == [(1, "tritonq")]

@@ -45,8 +45,8 @@ def qdq(
         scale, zero_point, tensor_scale: used verbatim instead of being computed; shapes as in `Format.storage`.
 
     Returns:
-        Contiguous tensor of x's shape and dtype. Its gradient is passed on where |x / scale| is within the element's range
-        before rounding, and is 0 elsewhere.
+        Contiguous tensor of x's shape and dtype. Its gradient is passed on where |x / scale| is within the element's
+        range before rounding, and is 0 elsewhere.
 
     Raises:
         ValueError: unknown format, or a shape it cannot group. TypeError: x is not floating.

@@ -6,11 +6,13 @@ Nothing in tritonq branches on a format's name.
 Names follow `<element>_<granularity>[_asym][_<scale type>][_<rule>]`:
 
 * element: `int2`..`int8`, `eXmY` with an optional `fn` | `ieee` | `fnuz`, `fp8_e4m3`, `fp8_e5m2`, ...
-* granularity: `tensor`, `channel` (one scale a row), `gN` (N elements of a row), `bRxC` (a block of R rows and C columns)
+* granularity: `tensor`, `channel` (one scale a row), `gN` (N elements of a row), `bRxC` (a block of R rows and C
+  columns)
 * scale type: `e8m0`, `e4m3`, `ue5m3`, `f16`, `bf16`, `f32`; left out, integers take bf16 and floats f32
 * rule: how the scale follows from the group, see `RULES`; a rule of e8m0 implies that scale type
 
-and the families `mxfp8[_e5m2]`, `mxfp6_e3m2`, `mxfp6_e2m3`, `mxfp4`, `nvfp4` (OCP MX 1.0; NVFP4), with an optional rule.
+and the families `mxfp8[_e5m2]`, `mxfp6_e3m2`, `mxfp6_e2m3`, `mxfp4`, `nvfp4` (OCP MX 1.0; NVFP4), with an optional
+rule.
 """
 
 from __future__ import annotations
@@ -65,6 +67,11 @@ class ElementType:
     def emax(self) -> int:
         """floor(log2(max)), the exponent that MX scale rules subtract."""
         return math.frexp(self.max)[1] - 1
+
+    @functools.cached_property
+    def max_mantissa(self) -> int:
+        """Mantissa field of `max` as an fp32 number."""
+        return int((math.frexp(self.max)[0] * 2 - 1) * (1 << 23))
 
     @property
     def zero_code(self) -> int:
@@ -233,7 +240,7 @@ class Format:
         if self.zero_point and (not is_integer or self.scale.is_exponent or self.tensor_scale):
             raise ValueError(f"{self.name}: a zero point needs an integer element and a floating-point scale")
         if self.scale.is_exponent:
-            allowed = EXPONENT_RULES
+            allowed: tuple[str, ...] = EXPONENT_RULES
         elif self.zero_point:
             allowed = ("minmax",)
         else:
@@ -441,5 +448,3 @@ for _name in (
     "fp8_e4m3fnuz_channel", "fp8_e5m2fnuz_channel", "mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4", "nvfp4",
 ):  # fmt: skip
     register(get_format(_name))
-
-

@@ -12,8 +12,8 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def _specialisation(value: Any) -> Any:
-    """What Triton specialises an argument on: type and alignment of a pointer; being 1, the type and divisibility by 16 of
-    an integer."""
+    """What Triton specialises an argument on: type and alignment of a pointer; being 1, the type and divisibility by 16
+    of an integer."""
     if isinstance(value, Tensor):
         if _HIP:  # AMD's backend also uses whether 32-bit offsets reach the whole tensor
             return value.dtype, value.data_ptr() % 16 == 0, value.nbytes < 2**31
@@ -22,8 +22,8 @@ def _specialisation(value: Any) -> Any:
 
 
 def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int) -> None:
-    """Run `programs` instances. `arguments` are tensors and integers, `constants` the values of the trailing constexprs,
-    both in the order of the kernel's parameters.
+    """Run `programs` instances. `arguments` are tensors and integers, `constants` the values of the trailing
+    constexprs, both in the order of the kernel's parameters.
 
     The first launch goes through Triton; later ones with the same specialisation take the compiled kernel at once.
     """

@@ -32,7 +32,9 @@ def check_input(x: Tensor, fmt: Format) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
-        raise TypeError(f"{fmt.name} quantizes bfloat16, float16, float32 and float64 tensors, got {x.dtype}; cast it first")
+        raise TypeError(
+            f"{fmt.name} quantizes bfloat16, float16, float32 and float64 tensors, got {x.dtype}; cast it first"
+        )
     fmt.scale_shape(tuple(x.shape))  # raises where the format cannot share scales over this shape
 
 
@@ -41,9 +43,13 @@ def _check_given(name: str, value: Tensor, fmt: Format, x: Tensor) -> Tensor:
     if shape is None:
         raise ValueError(f"{fmt.name} has no {name}; leave it out")
     if tuple(value.shape) != shape and not (name == "tensor_scale" and value.numel() == 1):
-        raise ValueError(f"{name} for {fmt.name} and a tensor of shape {tuple(x.shape)} has shape {shape}, got {tuple(value.shape)}")
+        raise ValueError(
+            f"{name} for {fmt.name} and a tensor of shape {tuple(x.shape)} has shape {shape}, got {tuple(value.shape)}"
+        )
     if value.dtype is not dtype:
-        raise TypeError(f"{name} of {fmt.name} is stored as {dtype}, got {value.dtype}; cast it, it is then used verbatim")
+        raise TypeError(
+            f"{name} of {fmt.name} is stored as {dtype}, got {value.dtype}; cast it, it is then used verbatim"
+        )
     if value.device != x.device:
         raise ValueError(f"{name} is on {value.device} and the tensor on {x.device}; move one of them")
     return value.reshape(shape)
@@ -223,7 +229,6 @@ def _empty_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
 # ------------------------------------------------------------------------------------------------------- launching
 
 
-
 def _device_of(x: Tensor) -> Any:
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
@@ -274,11 +279,17 @@ def _partial(m: tiling.Matrix, fmt: Format) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _grouped_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> tuple[int, tuple[Any, ...], tuple[Any, ...]]:
+def _grouped_plan(
+    m: tiling.Matrix, fmt: Format, mode: str, limit: float
+) -> tuple[int, tuple[Any, ...], tuple[Any, ...]]:
     """Programs, integer arguments and constants of `group_kernel` for one slab."""
     config, tiles = tuning.group_config(m.rows, m.columns, fmt)
     constants = (fmt, mode, limit, _partial(m, fmt), config["M"], config["R"], config["GROUPS"], config["C"])
-    return m.batch * tiles[0] * tiles[1], (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides), (constants, config["num_warps"])
+    return (
+        m.batch * tiles[0] * tiles[1],
+        (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
+        (constants, config["num_warps"]),
+    )
 
 
 @functools.lru_cache(maxsize=4096)
@@ -297,7 +308,11 @@ def _flat_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> tuple[
     blocks = (config["BLOCK_M"], config["BLOCK_N"])
     sizes = (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles)
     if mode:
-        return m.batch * tiles[0] * tiles[1], (*sizes, *m.strides), ((fmt, mode, limit, _partial(m, fmt), *blocks), config["num_warps"])
+        return (
+            m.batch * tiles[0] * tiles[1],
+            (*sizes, *m.strides),
+            ((fmt, mode, limit, _partial(m, fmt), *blocks), config["num_warps"]),
+        )
     return m.batch * tiles[0] * tiles[1], sizes, ((fmt, limit, *blocks), config["num_warps"])
 
 
@@ -348,7 +363,8 @@ def _launch_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
 
 
 def _launch_keys(x: Tensor, fmt: Format, keys: Tensor, finite: bool) -> None:
-    """Maximal keys of groups (or, with `finite`, of the finite elements of the tensor) into zero-filled keys [groups, 2]."""
+    """Maximal keys of groups (or, with `finite`, of the finite elements of the tensor) into zero-filled keys
+    [groups, 2]."""
     from tritonq.kernels.stats import keys_kernel
 
     rows, cols = fmt.group

@@ -32,7 +32,8 @@ def _padding(shape: Shape, fmt: Format) -> tuple[int, int]:
 
 
 def grouped(x: Tensor, fmt: Format) -> Tensor:
-    """x as groups: [1, n] (per tensor), [..., 1, K] (a row), [..., K/g, g], or [..., N/r, r, K/c, c]; zeros fill short groups."""
+    """x as groups: [1, n] (per tensor), [..., 1, K] (a row), [..., K/g, g], or [..., N/r, r, K/c, c]; zeros fill
+    short groups."""
     rows, cols = fmt.group
     if rows == -1:
         return x.reshape(1, -1)
@@ -152,9 +153,7 @@ def encode_decode(
     return ungrouped(values, shape, fmt)
 
 
-def clipped(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format
-) -> Tensor:
+def clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format) -> Tensor:
     """Where x / scale lies outside the element's range before rounding; overwrites x."""
     shape = tuple(x.shape)
     zero = _zero(zero_point, fmt)

@@ -1,7 +1,7 @@
 """QTensor: a quantized tensor that behaves like the tensor it stands for.
 
-All parts lie in one byte buffer, `_buf`; a `Layout` says where. Parts are views made on demand, so that moving a QTensor is
-moving one buffer, no view can lose its dtype, and no live view keeps an old buffer.
+All parts lie in one byte buffer, `_buf`; a `Layout` says where. Parts are views made on demand, so that moving a
+QTensor is moving one buffer, no view can lose its dtype, and no live view keeps an old buffer.
 """
 
 from __future__ import annotations
@@ -63,23 +63,31 @@ def _contiguous(shape: Shape) -> Shape:
 class QTensor(Tensor):
     """A tensor stored in a `Format`. `shape` and `dtype` are those it dequantizes to.
 
-    Made by `tritonq.quantize`. Moving, cloning, saving, slicing along whole groups and copying keep it quantized; arithmetic
-    dequantizes; writing into it in any other way than `copy_` is an error, because the write would be lost.
+    Made by `tritonq.quantize`. Moving, cloning, saving, slicing along whole groups and copying keep it quantized;
+    arithmetic dequantizes; writing into it in any other way than `copy_` is an error, because the write would be lost.
     """
 
     _buf: Tensor
     _layout: Layout
 
     @staticmethod
-    def __new__(cls, source: Any, layout: Layout | None = None, dtype: torch.dtype | None = None, **kwargs: Any) -> QTensor:
-        """QTensor(buffer, layout, dtype), or QTensor(existing, requires_grad=...), an alias (accelerate's constructor)."""
+    def __new__(
+        cls, source: Any, layout: Layout | None = None, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> QTensor:
+        """QTensor(buffer, layout, dtype), or QTensor(existing, requires_grad=...), an alias (accelerate's
+        constructor)."""
         requires_grad = kwargs.get("requires_grad", False)
         if isinstance(source, QTensor):
             alias = cls._wrap(source._buf, source._layout, source.dtype)
-            return alias.requires_grad_(requires_grad)
+            alias.requires_grad_(requires_grad)
+            return alias
         if layout is None or dtype is None:
-            raise TypeError("QTensor takes an existing QTensor, or a buffer with its layout and dtype; see tritonq.quantize")
-        return cls._wrap(source, layout, dtype).requires_grad_(requires_grad)
+            raise TypeError(
+                "QTensor takes an existing QTensor, or a buffer with its layout and dtype; see tritonq.quantize"
+            )
+        tensor = cls._wrap(source, layout, dtype)
+        tensor.requires_grad_(requires_grad)
+        return tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -110,7 +118,8 @@ class QTensor(Tensor):
 
     @property
     def qdata(self) -> Tensor:
-        """Codes, packed uint8 [..., ceil(K * bits / 8)], or the torch dtype itself for 8-bit floats and symmetric int8."""
+        """Codes, packed uint8 [..., ceil(K * bits / 8)], or the torch dtype itself for 8-bit floats and symmetric
+        int8."""
         part = self._part("qdata")
         assert part is not None
         return part
@@ -131,13 +140,15 @@ class QTensor(Tensor):
         return self._part("tensor_scale")
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
-        """Dense contiguous tensor of `dtype` (default: this tensor's): (code - zero_point) * scale in fp32, rounded once."""
+        """Dense contiguous tensor of `dtype` (default: this tensor's): (code - zero_point) * scale in fp32, rounded
+        once."""
         parts = {name: part.contiguous() for name, part in self.parts().items()}
         return ops.dequantize(parts, self.format, tuple(self.shape), dtype or self.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         grad = ", requires_grad=True" if self.requires_grad else ""
-        return f"QTensor(shape={tuple(self.shape)}, format={self.format.name}, dtype={self.dtype}, device={self.device}{grad})"
+        about = f"format={self.format.name}, dtype={self.dtype}, device={self.device}{grad}"
+        return f"QTensor(shape={tuple(self.shape)}, {about})"
 
     # ----------------------------------------------------------------------------------- identity and storage
 
@@ -149,8 +160,11 @@ class QTensor(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         if not isinstance(value, QTensor):
-            raise TypeError(f"the data of a QTensor ({self.format.name}) is a QTensor, got {type(value).__name__}; quantize it first")
-        torch._C.TensorBase.data.__set__(self, QTensor._wrap(value._buf, value._layout, value.dtype))  # type: ignore[attr-defined]
+            raise TypeError(
+                f"the data of a QTensor is a QTensor, got {type(value).__name__}; quantize it to {self.format.name}"
+            )
+        wrapper = QTensor._wrap(value._buf, value._layout, value.dtype)
+        torch._C.TensorBase.data.__set__(self, wrapper)  # type: ignore[attr-defined]
         self._buf, self._layout = value._buf, value._layout
 
     def data_ptr(self) -> int:
@@ -171,7 +185,7 @@ class QTensor(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
         if id(self) in memo:
             return memo[id(self)]
-        copy = _rebuild(self._buf.clone(), *self._description(), self.requires_grad, self._is_parameter())
+        copy = _rebuild(self._buf.clone(), self._description(), self.requires_grad, self._is_parameter())
         memo[id(self)] = copy
         return copy
 
@@ -181,7 +195,7 @@ class QTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         buf = self._buf if self._buf.untyped_storage().nbytes() <= self._layout.nbytes + 256 else self._buf.clone()
-        return _rebuild, (buf, *self._description(), self.requires_grad, self._is_parameter())
+        return _rebuild, (buf, self._description(), self.requires_grad, self._is_parameter())
 
     # ------------------------------------------------------------------------------------------------ dispatch
 
@@ -198,7 +212,9 @@ class QTensor(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         handler = _HANDLERS.get(func)
         if handler is not None:
@@ -216,17 +232,18 @@ def _refuse_lost_writes(func: Any, args: Any, kwargs: Any) -> None:
             value = kwargs.get(argument.name) if argument.name in kwargs else args[index] if index < len(args) else None
             if isinstance(value, QTensor):
                 raise RuntimeError(
-                    f"{func} would write into a quantized tensor ({value.format.name}); dequantize it, change the result and "
-                    "write it back with copy_, which quantizes"
+                    f"{func} would write into a quantized tensor ({value.format.name}); dequantize it, change "
+                    "the result and write it back with copy_, which quantizes"
                 )
 
 
-def _rebuild(
-    buf: Tensor, name: str, shape: Shape, segments: tuple[Segment, ...], nbytes: int, dtype: torch.dtype,
-    requires_grad: bool, is_parameter: bool,
-) -> QTensor:  # fmt: skip
-    layout = Layout(get_format(name), tuple(shape), tuple((n, o, tuple(s), tuple(t), d) for n, o, s, t, d in segments), nbytes)
-    tensor = QTensor._wrap(buf, layout, dtype).requires_grad_(requires_grad)
+def _rebuild(buf: Tensor, description: tuple[Any, ...], requires_grad: bool, is_parameter: bool) -> QTensor:
+    """Inverse of `QTensor.__reduce_ex__`; the format comes back by its name."""
+    name, shape, segments, nbytes, dtype = description
+    kept = tuple((part, offset, tuple(size), tuple(stride), kind) for part, offset, size, stride, kind in segments)
+    layout = Layout(get_format(name), tuple(shape), kept, nbytes)
+    tensor = QTensor._wrap(buf, layout, dtype)
+    tensor.requires_grad_(requires_grad)
     if is_parameter:
         tensor._is_param = True  # type: ignore[attr-defined]
     return tensor
@@ -308,7 +325,10 @@ def _empty_like(func: Any, args: Any, kwargs: Any) -> Any:
     q = args[0]
     layout = Layout.of(q.format, tuple(q.shape))
     buf = torch.empty(
-        layout.nbytes, dtype=torch.uint8, device=kwargs.get("device") or q.device, pin_memory=kwargs.get("pin_memory") or False
+        layout.nbytes,
+        dtype=torch.uint8,
+        device=kwargs.get("device") or q.device,
+        pin_memory=kwargs.get("pin_memory") or False,
     )
     return QTensor._wrap(buf, layout, kwargs.get("dtype") or q.dtype)
 
@@ -345,7 +365,8 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _axis(q: QTensor, dim: int, name: str) -> int | None:
-    """How many elements along `dim` share one entry of the part `name` there; None where the part does not extend along it."""
+    """How many elements along `dim` share one entry of the part `name` there; None where the part does not extend
+    along it."""
     rows, cols = q.format.group
     if name == "tensor_scale" or (rows == -1 and name != "qdata"):
         return None
@@ -381,13 +402,14 @@ def _window(q: QTensor, dim: int, start: int, stop: int) -> QTensor | None:
 
 
 def _segment(q: QTensor, name: str, part: Tensor) -> Segment:
-    offset = part.storage_offset() * part.dtype.itemsize - q._buf.storage_offset()
+    offset = int(part.storage_offset()) * part.dtype.itemsize - int(q._buf.storage_offset())
     return name, offset, tuple(part.shape), tuple(part.stride()), part.dtype
 
 
 @_implements(aten.slice.Tensor)
 def _slice(func: Any, args: Any, kwargs: Any) -> Any:
-    q, dim, start, stop, step = (*args, *(None,) * (5 - len(args)))
+    q: QTensor = args[0]
+    dim, start, stop, step = (list(args[1:]) + [None] * 4)[:4]
     dim = (dim or 0) % q.ndim
     if (step or 1) != 1:
         return NotImplemented
@@ -447,10 +469,11 @@ def quantize(
     """Quantize a tensor.
 
     Args:
-        x: floating tensor [..., K] of >= 1 dimension, any strides, any size. Groups run along the last axis, blocks along the
-            last two; a last group that is not full is a shorter group.
+        x: floating tensor [..., K] of >= 1 dimension, any strides, any size. Groups run along the last axis, blocks
+            along the last two; a last group that is not full is a shorter group.
         fmt: a Format or its name, such as "int4_g128", "mxfp4", "nvfp4", "fp8_e4m3_b128x128", "e3m4_g48".
-        scale, zero_point, tensor_scale: used verbatim instead of being computed; shapes and dtypes as `fmt.storage(x.shape)`.
+        scale, zero_point, tensor_scale: used verbatim instead of being computed; shapes and dtypes as
+            `fmt.storage(x.shape)`.
         device: where to compute and keep the result; default x's device.
 
     Returns:

@@ -1,11 +1,13 @@
 """Tiles: how a tensor of any rank and strides becomes matrices for a kernel, and the CPU path.
 
-The CPU path runs the torch reference on tiles of about 1 MiB of fp32 a thread, so that its intermediates stay in the cache
-and in memory that the allocator already holds; naive eager code spends most of its time in page faults of fresh ones.
+The CPU path runs the torch reference on tiles of about 1 MiB of fp32 a thread, so that its intermediates stay in the
+cache and in memory that the allocator already holds; naive eager code spends most of its time in page faults of fresh
+ones.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -154,8 +156,9 @@ def _steps(rows: int, columns: int, fmt: Format, budget: int) -> tuple[int, int]
     return None
 
 
-def _windows(rows: int, columns: int, fmt: Format, budget: int) -> Iterator[list[_Tile]]:
-    """Tiles of a slab, listed together where they share one scale."""
+def _windows(slab: Tensor, fmt: Format, budget: int) -> Iterator[list[_Tile]]:
+    """Tiles of a matrix, listed together where they share one scale."""
+    rows, columns = slab.shape
     r, c = fmt.group
     steps = _steps(rows, columns, fmt, budget)
     if steps is not None:
@@ -174,10 +177,19 @@ def _windows(rows: int, columns: int, fmt: Format, budget: int) -> Iterator[list
     row_step = max(1, budget // max(1, col_step))
     for i in range(0, rows, group_rows):
         for j in range(0, columns, group_cols):
-            scale_rows, scale_cols = slice(i // group_rows, i // group_rows + 1), slice(j // group_cols, j // group_cols + 1)
+            scale_rows, scale_cols = (
+                slice(i // group_rows, i // group_rows + 1),
+                slice(j // group_cols, j // group_cols + 1),
+            )
             end_row, end_col = min(i + group_rows, rows), min(j + group_cols, columns)
             yield [
-                _Tile(slice(a, min(a + row_step, end_row)), slice(b, min(b + col_step, end_col)), scale_rows, scale_cols, single)
+                _Tile(
+                    slice(a, min(a + row_step, end_row)),
+                    slice(b, min(b + col_step, end_col)),
+                    scale_rows,
+                    scale_cols,
+                    single,
+                )
                 for a in range(i, end_row, row_step)
                 for b in range(j, end_col, col_step)
             ]  # fmt: skip
@@ -202,7 +214,7 @@ def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
     budget = _tile_budget(x.device)
     whole = replace(fmt, group=(-1, -1))
     for slab in _slabs(x, None, amax.reshape(1), None, whole):
-        for tiles in _windows(*slab.x.shape, whole, budget):
+        for tiles in _windows(slab.x, whole, budget):
             for tile in tiles:
                 amax = torch.maximum(amax, reference.finite_amax(_load(slab, tile)))
     return scales.choose_tensor_scale(amax, fmt)
@@ -218,7 +230,7 @@ def clip_gradient(x: Tensor, dy: Tensor, fmt: Format, parts: reference.Parts, dx
     scale, zero_point, divisor = parts["scale"], parts.get("zero_point"), parts.get("tensor_scale")
     gradients = _slabs(dy, dx, scale, zero_point, fmt)
     for slab, gradient in zip(_slabs(x, dx, scale, zero_point, fmt), gradients, strict=True):
-        for tiles in _windows(*slab.x.shape, fmt, _tile_budget(x.device)):
+        for tiles in _windows(slab.x, fmt, _tile_budget(x.device)):
             for tile in tiles:
                 tile_scale, tile_zero = tile.of(slab.scale), tile.of(slab.zero_point)
                 assert tile_scale is not None and slab.qdata is not None
@@ -234,9 +246,9 @@ def encode(
     out = None if scales_only else parts["qdata"] if y is None else y
     budget = _tile_budget(x.device)
     slabs = list(_slabs(x, out, scale, zero_point, fmt))
-    groups = [[(slab, tile) for tile in tiles] for slab in slabs for tiles in _windows(*slab.x.shape, fmt, budget)]
+    groups = [[(slab, tile) for tile in tiles] for slab in slabs for tiles in _windows(slab.x, fmt, budget)]
     if fmt.group[0] == -1:
-        groups = [sum(groups, [])]
+        groups = [list(itertools.chain.from_iterable(groups))]
     for tiles in groups:
         slab, tile = tiles[0]
         tile_scale, tile_zero = tile.of(slab.scale), tile.of(slab.zero_point)
@@ -269,7 +281,7 @@ def decode(fmt: Format, parts: reference.Parts, y: Tensor) -> None:
     divisor = parts.get("tensor_scale")
     for slab in _slabs(y, parts["qdata"], parts["scale"], parts.get("zero_point"), fmt):
         assert slab.qdata is not None
-        for tiles in _windows(*slab.x.shape, fmt, _tile_budget(y.device)):
+        for tiles in _windows(slab.x, fmt, _tile_budget(y.device)):
             for tile in tiles:
                 scale, zero = tile.of(slab.scale), tile.of(slab.zero_point)
                 assert scale is not None

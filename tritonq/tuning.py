@@ -23,7 +23,8 @@ def _power(n: int) -> int:
 
 
 def _warps(elements: int) -> int:
-    """Larger tiles give a thread more to do: several programs then share a multiprocessor and hide each other's waits."""
+    """Larger tiles give a thread more to do: several programs then share a multiprocessor and hide each other's
+    waits."""
     per_thread = ELEMENTS_PER_THREAD * (2 if elements > 2 * TILE else 1)
     return min(16, max(1, elements // (32 * per_thread)))
 

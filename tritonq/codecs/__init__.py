@@ -1,8 +1,8 @@
 """Codecs: how numbers of one family become codes and back, once in torch and once for Triton.
 
-A family is two files. `<family>.py` holds the torch functions; they are the reference and the CPU path. `<family>_triton.py`
-holds the device functions of the same name, imported at the first launch only, because importing Triton takes longer
-than importing tritonq may.
+A family is two files. `<family>.py` holds the torch functions; they are the reference and the CPU path.
+`<family>_triton.py` holds the device functions of the same name, imported at the first launch only, because importing
+Triton takes longer than importing tritonq may.
 
 The four functions of an element codec, on values already divided by their scale:
 
@@ -76,5 +76,10 @@ INTEGER = Codec(
     "integer", integer.encode, integer.decode, integer.round, integer.clipped, "tritonq.codecs.integer_triton", True
 )
 MINIFLOAT = Codec(
-    "minifloat", minifloat.encode, minifloat.decode, minifloat.round, minifloat.clipped, "tritonq.codecs.minifloat_triton"
+    "minifloat",
+    minifloat.encode,
+    minifloat.decode,
+    minifloat.round,
+    minifloat.clipped,
+    "tritonq.codecs.minifloat_triton",
 )

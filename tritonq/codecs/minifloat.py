@@ -1,6 +1,7 @@
 """Floats of a few bits, from the definition of a code (OCP MX 1.0 section 5.3; IEEE 754 for "ieee").
 
-value(sign, e, m) = (-1)^sign * 2^(e - bias) * (1 + m / 2^M) for e > 0, and (-1)^sign * 2^(1 - bias) * m / 2^M for e = 0.
+value(sign, e, m) = (-1)^sign * 2^(e - bias) * (1 + m / 2^M) for e > 0, and (-1)^sign * 2^(1 - bias) * m / 2^M for e =
+0.
 """
 
 from __future__ import annotations

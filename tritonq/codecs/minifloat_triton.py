@@ -1,7 +1,8 @@
 """Device functions of `minifloat`; see `tritonq.codecs` for what each one does.
 
-Integer arithmetic on fp32 bits, on every target alike. The two fp8 types that NVIDIA converts in hardware from sm_89 on take
-that conversion instead: round to nearest even, saturating, subnormals and the sign of zero kept, so the same codes.
+Integer arithmetic on fp32 bits, on every target alike. The two fp8 types that NVIDIA converts in hardware from sm_89 on
+take that conversion instead: round to nearest even, saturating, subnormals and the sign of zero kept, so the same
+codes.
 """
 
 import triton
@@ -34,8 +35,8 @@ def _exponent(a, ELEM: tl.constexpr):
 
 @triton.jit
 def _magic(exponent, ELEM: tl.constexpr):
-    """Bits of 1.5 * 2^(e + 23 - M): a sum with it is rounded to multiples of 2^(e - M), half to even, and counts them in its
-    low bits."""
+    """Bits of 1.5 * 2^(e + 23 - M): a sum with it is rounded to multiples of 2^(e - M), half to even, and counts them
+    in its low bits."""
     return exponent + (((23 - ELEM.mbits) << 23) + 0x400000)
 
 

@@ -29,11 +29,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     out = torch.empty(*runs.shape[:-1], width, dtype=torch.uint8, device=codes.device)
     for byte in range(width):
         low, high = 8 * byte, 8 * byte + 8
-        whole = None
+        whole: Tensor | None = None
         for i in range(low // bits, min(per, -(-high // bits))):
             shift = i * bits - low
             part = runs[..., i] << shift if shift >= 0 else runs[..., i] >> -shift
             whole = part if whole is None else whole.bitwise_or_(part)
+        assert whole is not None
         out[..., byte] = whole
     return out.flatten(-2)[..., : -(-bits * n // 8)]
 

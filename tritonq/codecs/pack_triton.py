@@ -13,7 +13,8 @@ def _pairs(codes, WIDTH: tl.constexpr):
 
 @triton.jit
 def pack(codes, BITS: tl.constexpr):
-    """int32 codes to bytes: [ROWS, COLS * BITS / 8] where BITS divides 8; else runs [ROWS, runs, padded bytes of a run]."""
+    """int32 codes to bytes: [ROWS, COLS * BITS / 8] where BITS divides 8; else runs [ROWS, runs, padded bytes of a
+    run]."""
     if BITS == 8:
         return codes
     elif BITS == 4:

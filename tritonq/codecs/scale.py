@@ -1,6 +1,7 @@
 """How a scale follows from its group, and how it is stored.
 
-All in fp32; m is the element of largest magnitude (the positive one on a tie), hi = max(x, 0), lo = min(x, 0), B = bits.
+All in fp32; m is the element of largest magnitude (the positive one on a tie), hi = max(x, 0), lo = min(x, 0), B =
+bits.
 
 * absmax      s = |m| / element.max
 * half_range  s = |m| / ((2^B - 1) / 2)                  (compressed-tensors)
@@ -29,19 +30,17 @@ _INF = 0x7F800000
 def _exponent_scale(amax: Tensor, fmt: Any) -> Tensor:
     """Biased exponent (uint8) of an e8m0 scale; `amax` is finite."""
     element, rule = fmt.element, fmt.scale.rule
-    if rule == "rceil":
-        amax = amax / element.max
     bits = amax.view(torch.int32)
-    shift = element.emax
     if rule == "even":
         bits = bits + (1 << (22 - element.mbits))
     exponent = bits >> 23
-    if rule in ("ceil", "rceil"):
-        mantissa = bits & 0x7FFFFF
+    mantissa = bits & 0x7FFFFF
+    if rule == "ceil":
         # The fp32 subnormals up to 2^-127 are below the smallest power of two that e8m0 has.
         exponent = exponent + torch.where(exponent == 0, mantissa > 0x400000, mantissa > 0).to(torch.int32)
-        shift = 0 if rule == "rceil" else shift
-    return (exponent - shift).clamp_(0, 254).to(torch.uint8)
+    if rule == "rceil":  # |m| = 2^a * p, max = 2^b * r with p, r in [1, 2): 2^(a - b), and twice that where p > r
+        exponent = exponent + (mantissa > element.max_mantissa).to(torch.int32)
+    return (exponent - element.emax).clamp_(0, 254).to(torch.uint8)
 
 
 def store(raw: Tensor, bad: Tensor, fmt: Any) -> Tensor:

@@ -53,7 +53,8 @@ def _over_constant(a, DIVISOR: tl.constexpr):
 
 @triton.jit
 def _over_constant_coarse(a, DIVISOR: tl.constexpr):
-    """a / DIVISOR, correctly rounded where it is at least 2^-70 (see `quotient`); DIVISOR has at most 12 significant bits."""
+    """a / DIVISOR, correctly rounded where it is at least 2^-70 (see `quotient`); DIVISOR has at most 12 significant
+    bits."""
     INVERSE: tl.constexpr = 1.0 / DIVISOR
     inverse = tl.full(a.shape, INVERSE, tl.float32)
     q = tl.minimum(a * inverse, 3.4028234663852886e38)
@@ -62,7 +63,8 @@ def _over_constant_coarse(a, DIVISOR: tl.constexpr):
 
 @triton.jit
 def _over_scalar(a, divisor):
-    """a / divisor, correctly rounded, for a between 2^-20 and 2^20 (see `quotient`): cheap unless it could underflow."""
+    """a / divisor, correctly rounded, for a between 2^-20 and 2^20 (see `quotient`): cheap unless it could
+    underflow."""
     if (divisor > 2.0**-60) & (divisor < 2.0**60):
         b = tl.zeros_like(a) + divisor
         inverse = tl.zeros_like(a) + tl.div_rn(1.0, divisor)
@@ -77,18 +79,16 @@ def _over_scalar(a, divisor):
 def _exponent_bits(amax, FMT: tl.constexpr):
     ELEM: tl.constexpr = FMT.element
     RULE: tl.constexpr = FMT.scale.rule
-    if RULE == "rceil":
-        amax = _over_constant(amax, ELEM.max)
     bits = amax.to(tl.int32, bitcast=True)
     if RULE == "even":
         bits = bits + (1 << (22 - ELEM.mbits))
     exponent = bits >> 23
-    if RULE == "ceil" or RULE == "rceil":
-        mantissa = bits & 0x7FFFFF
+    mantissa = bits & 0x7FFFFF
+    if RULE == "ceil":
         exponent += tl.where(exponent == 0, mantissa > 0x400000, mantissa > 0).to(tl.int32)
-    if RULE != "rceil":
-        exponent -= ELEM.emax
-    return tl.minimum(tl.maximum(exponent, 0), 254)
+    if RULE == "rceil":
+        exponent += (mantissa > ELEM.max_mantissa).to(tl.int32)
+    return tl.minimum(tl.maximum(exponent - ELEM.emax, 0), 254)
 
 
 @triton.jit

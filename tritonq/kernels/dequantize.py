@@ -26,9 +26,7 @@ def dequantize_kernel(
     tensor_scale = 1.0
     if FMT.tensor_scale:
         tensor_scale = tl.load(tensor_scale_ptr)
-    factor, zero = tile.load_factors(
-        scale_ptr, zero_ptr, tensor_scale, batch, row, row_mask, first, N, K, BLOCK_N, FMT
-    )
+    factor, zero = tile.load_factors(scale_ptr, zero_ptr, tensor_scale, batch, row, row_mask, first, N, K, BLOCK_N, FMT)
     y = tile.saturate(ELEM.codec.decode(codes, zero, ELEM) * factor, LIMIT)
     offsets = (batch * N + row)[:, None] * K + col[None, :]
     mask = row_mask[:, None] & (col < K)[None, :]

@@ -1,7 +1,8 @@
 """Quantize and QDQ in one pass: scale = choose(group), code = encode(x / scale), y = decode(code) * scale.
 
-`group_kernel` handles groups that fit a tile and `row_kernel` those that are rows; `apply_kernel` takes the scales as given (precomputed, or from
-`tritonq.kernels.stats` for groups larger than a tile, or where codes of neighbouring groups share a byte).
+`group_kernel` handles groups that fit a tile and `row_kernel` those that are rows; `apply_kernel` takes the scales as
+given (precomputed, or from `tritonq.kernels.stats` for groups larger than a tile, or where codes of neighbouring groups
+share a byte).
 """
 
 import triton
@@ -132,7 +133,7 @@ def row_kernel(
     row_mask = index >= 0
     high = tl.zeros([1, BLOCK_N], tl.uint32)
     low = tl.zeros([1, BLOCK_N], tl.uint32)
-    for t in range(0, tl.cdiv(K, BLOCK_N)):
+    for t in range(tl.cdiv(K, BLOCK_N)):
         col = t * BLOCK_N + tl.arange(0, BLOCK_N)
         offsets = row_offset[:, None] + col[None, :] * stride_col
         x = tile.to_float32(tl.load(x_ptr + offsets, (col < K)[None, :], other=0.0))
@@ -150,7 +151,7 @@ def row_kernel(
     shift, divisor, inverse, correction = scales.reciprocal(factor, FMT)
     finite = (factor == factor)[:, None]
     factor, zero = factor[:, None], zero[:, None]
-    for t in range(0, tl.cdiv(K, BLOCK_N)):
+    for t in range(tl.cdiv(K, BLOCK_N)):
         col = t * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (col < K)[None, :]
         x = tile.to_float32(tl.load(x_ptr + row_offset[:, None] + col[None, :] * stride_col, mask, other=0.0))
@@ -189,9 +190,7 @@ def apply_kernel(
     tensor_scale = 1.0
     if FMT.tensor_scale:
         tensor_scale = tl.load(tensor_scale_ptr)
-    factor, zero = tile.load_factors(
-        scale_ptr, zero_ptr, tensor_scale, batch, row, row_mask, first, N, K, BLOCK_N, FMT
-    )
+    factor, zero = tile.load_factors(scale_ptr, zero_ptr, tensor_scale, batch, row, row_mask, first, N, K, BLOCK_N, FMT)
     scaled = scales.divide(x, factor)
     # A scale that was passed in says nothing about x, so element types that have a NaN keep a non-finite x as NaN.
     lost = (x - x != 0.0) & (factor == factor)

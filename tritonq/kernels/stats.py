@@ -1,4 +1,5 @@
-"""Scales of groups larger than a tile: maximal keys by atomic maximum (order-free, so deterministic), then the choice."""
+"""Scales of groups larger than a tile: maximal keys by atomic maximum (order-free, so deterministic), then the
+choice."""
 
 import triton
 import triton.language as tl

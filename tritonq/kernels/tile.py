@@ -26,7 +26,15 @@ def saturate(y, LIMIT: tl.constexpr):
 
 @triton.jit
 def store_codes(
-    q_ptr, row, row_mask, row_bytes, first_byte, codes, GROUPS: tl.constexpr, GROUP_BYTES: tl.constexpr, FMT: tl.constexpr
+    q_ptr,
+    row,
+    row_mask,
+    row_bytes,
+    first_byte,
+    codes,
+    GROUPS: tl.constexpr,
+    GROUP_BYTES: tl.constexpr,
+    FMT: tl.constexpr,
 ):
     """Pack int32 codes [M, COLS] and store them from `first_byte` of each row on; row [M] counts through the batch.
 

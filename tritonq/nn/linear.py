@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from tritonq.autograd import qdq
 from tritonq.formats import Format
+from tritonq.tensor import QTensor
 
 
 class QLinear(nn.Linear):
     """nn.Linear with a quantized weight [out_features, in_features] and, optionally, inputs quantized on the fly.
 
-    `input_format` is the Format of the inputs (None leaves them alone); with a two-level format `input_global_scale` is its
-    tensor-wide divisor, fp32 [1]. Without calibration data that is 1, which covers inputs up to 2688 in magnitude.
+    `input_format` is the Format of the inputs (None leaves them alone); with a two-level format `input_global_scale` is
+    its tensor-wide divisor, fp32 [1]. Without calibration data that is 1, which covers inputs up to 2688 in magnitude.
     """
 
     input_format: Format | None
@@ -49,4 +50,5 @@ class QLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         inputs = "" if self.input_format is None else f", inputs={self.input_format.name}"
-        return f"{super().extra_repr()}, weight={getattr(self.weight, 'format', None) and self.weight.format.name}{inputs}"
+        weight = self.weight.format.name if isinstance(self.weight, QTensor) else str(self.weight.dtype)
+        return f"{super().extra_repr()}, weight={weight}{inputs}"

@@ -22,12 +22,14 @@ from tritonq.tensor import QTensor, quantize
 def progress_bar(enabled: bool) -> Progress:
     """A bar with an ETA on stderr; silent where stderr is no terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not (enabled and sys.stderr.isatty()))
+    return Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not (enabled and sys.stderr.isatty())
+    )
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """(module, parameter name, module name) of fused expert weights: floating parameters [E, out, in] of modules that are
-    called or classed as experts."""
+    """(module, parameter name, module name) of fused expert weights: floating parameters [E, out, in] of modules that
+    are called or classed as experts."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts"):
             if getattr(module, "is_transposed", False):  # [E, in, out]: groups would run along the wrong axis
@@ -38,7 +40,8 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
 
 
 def check_finite(q: QTensor, dense: Tensor, name: str) -> None:
-    """ValueError that names the parameter and counts its non-finite elements; a group that holds one has a NaN scale."""
+    """ValueError that names the parameter and counts its non-finite elements; a group that holds one has a NaN
+    scale."""
     scale = q.scale
     if scale.dtype is torch.uint8 or scale.dtype.itemsize == 1:
         scale = scale.view(torch.uint8) if scale.dtype is torch.uint8 else scale.to(torch.float32)
@@ -46,7 +49,8 @@ def check_finite(q: QTensor, dense: Tensor, name: str) -> None:
     if bool(bad.any()):
         count = sum(int((~torch.isfinite(row)).sum()) for row in dense.reshape(-1, dense.shape[-1]).split(1024))
         raise ValueError(
-            f"{name} has {count} non-finite element{'s' if count != 1 else ''} (NaN or infinity) in {tuple(dense.shape)}; "
+            f"{name} of shape {tuple(dense.shape)} has {count} non-finite element{'s' if count != 1 else ''} "
+            "(NaN or infinity); "
             "repair the weights, or leave the layer out with ignore"
         )
 
@@ -95,7 +99,11 @@ def quantize_(
     selection = Selection(ignore)
     linears, experts, ignored = [], [], []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not isinstance(module.weight, QTensor) and module.weight.is_floating_point():
+        if (
+            isinstance(module, nn.Linear)
+            and not isinstance(module.weight, QTensor)
+            and module.weight.is_floating_point()
+        ):
             if selection.ignores(name):
                 ignored.append(name)
             else:
@@ -139,4 +147,7 @@ def quantize_(
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters, quantized ones as they are stored."""
     seen = {id(p): p for p in model.parameters()}
-    return sum(p.format.nbytes(tuple(p.shape)) if isinstance(p, QTensor) else math.prod(p.shape) * p.element_size() for p in seen.values())
+    return sum(
+        p.format.nbytes(tuple(p.shape)) if isinstance(p, QTensor) else math.prod(p.shape) * p.element_size()
+        for p in seen.values()
+    )

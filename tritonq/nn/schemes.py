@@ -19,8 +19,9 @@ class Scheme:
         name: as vLLM and compressed-tensors know it.
         weights: format of weights.
         inputs: format of activations, quantized on the fly; None leaves them alone.
-        scale_follows_weight: store weight scales in the dtype of the weight they belong to. transformers casts the floating
-            scales of a compressed-tensors checkpoint to the dtype of the model, so any other type would be rounded again.
+        scale_follows_weight: store weight scales in the dtype of the weight they belong to. transformers casts the
+            floating scales of a compressed-tensors checkpoint to the dtype of the model, so any other type would be
+            rounded again.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Scheme:
         if group_size is not None and group_size != fmt.group_size:
             if not self.takes_group_size:
                 raise ValueError(
-                    f"{self.name} fixes its groups ({self.weights}); --group-size applies to schemes with free groups only"
+                    f"{self.name} fixes its groups ({self.weights}); leave the size out, or take an integer scheme"
                 )
             if group_size < 1:
                 raise ValueError(f"the group size is a number of elements >= 1, got {group_size}")
@@ -85,8 +86,8 @@ SCHEMES: dict[str, Scheme] = {
         _scheme("FP8_BLOCK", "fp8_e4m3_b128x128", "fp8_e4m3_g128"),
         _scheme("MXFP8", "mxfp8", "mxfp8"),
         _scheme("MXFP8A16", "mxfp8"),
-        _scheme("MXFP4", "mxfp4", "mxfp4"),
-        _scheme("MXFP4A16", "mxfp4"),
+        _scheme("MXFP4", "mxfp4_even", "mxfp4_even"),
+        _scheme("MXFP4A16", "mxfp4_even"),
         _scheme("NVFP4", "nvfp4", "nvfp4"),
         _scheme("NVFP4A16", "nvfp4"),
     )

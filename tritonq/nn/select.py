@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 from tritonq.formats import Format
 
-# Left alone unless a user quantizes them by hand: output heads, embeddings, and the routers of mixtures of experts, which
-# are tiny and decide everything.
+# Left alone unless a user quantizes them by hand: output heads, embeddings, and the routers of mixtures of experts,
+# which are tiny and decide everything.
 DEFAULT_IGNORE = (
     "lm_head",
     "embed_out",
@@ -68,7 +68,8 @@ class Selection:
 
 def sharing_key(name: str, fmt: Format) -> str | None:
     """Modules with the same key share their tensor-wide scale: NVFP4's divisor over layers that runtimes fuse, and any
-    tensor-wide scale over the experts of one layer, which models hold as one parameter. None: the module has its own."""
+    tensor-wide scale over the experts of one layer, which models hold as one parameter. None: the module has its
+    own."""
     if not (fmt.tensor_scale or fmt.group[0] == -1):
         return None
     expert = _EXPERT.match(name)

@@ -1,0 +1,50 @@
+# `make demo` and `make test` set themselves up on a bare machine: a virtual environment of their own, pinned by
+# constraints.txt. Everything else assumes that environment.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: demo test test-cpu test-interpret test-gpu bench bench-cpu lint tables clean
+
+demo: $(STAMP)
+	$(BIN)/tritonq demo
+
+test: lint test-cpu test-interpret
+
+test-cpu: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu" -n 2
+
+# The kernels themselves, in Triton's interpreter, which has to be chosen before they are defined.
+test-interpret: $(STAMP)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" -n 2 tests/test_laws.py tests/test_codecs.py tests/test_scales.py
+
+# On a machine with a GPU: with the interpreter of the environment that holds torch, `make test-gpu BIN=$$(dirname $$(which python3))`.
+test-gpu:
+	PYTHONPATH=. $(BIN)/python -m pytest -m gpu
+
+bench:
+	PYTHONPATH=. $(BIN)/python -m bench.kernels
+
+bench-cpu: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m bench.cpu
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The tables of README.md, which a test compares.
+tables: $(STAMP)
+	$(BIN)/python -m tests.test_readme
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,demo]"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) demo-output

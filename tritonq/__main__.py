@@ -1,0 +1,3 @@
+from tritonq.cli import main
+
+main()

@@ -1,0 +1,256 @@
+"""The `tritonq` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="tritonq",
+    help="Quantize models: any format, at memory-copy speed, no full-size intermediate, loads everywhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True, highlight=False)
+
+
+class Dtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where to compute, such as cuda or cpu; default: a GPU if there is one.")
+]
+
+
+def _print_json(content: Any) -> None:
+    sys.stdout.write(json.dumps(content, indent=1) + "\n")
+
+
+def _table(columns: Iterable[str], title: str | None = None) -> Table:
+    """A table whose cells are folded, never cut."""
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+@app.command()
+def quantize(
+    src: Annotated[str, typer.Argument(help="A folder of safetensors, a hub id, or a GGUF file.")],
+    dst: Annotated[Path, typer.Argument(help="The folder to write; it appears when it is complete.")],
+    scheme: Annotated[
+        str, typer.Option(help="Such as W4A16, W8A16, FP8_DYNAMIC, MXFP4A16, NVFP4; see `tritonq formats`.")
+    ],
+    group_size: Annotated[
+        int | None, typer.Option(help="Elements that share a scale, for integer schemes with groups.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave a module alone: its full name, its last name, or re:REGEX. Repeatable."),
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Convert floating tensors to this first.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Bytes of one output file.")] = "2GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace DST if it is a checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a checkpoint, file to file."""
+    import resource
+
+    import torch
+
+    from tritonq.io.checkpoint import quantize_checkpoint
+    from tritonq.io.report import by_kind
+
+    report = quantize_checkpoint(
+        src, dst, scheme, group_size=group_size, ignore=tuple(ignore or ()), device=device, force=force,
+        dtype=None if dtype is None else getattr(torch, dtype.value), max_shard_size=max_shard_size,
+        progress=not as_json,
+    )  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if as_json:
+        _print_json({**report.to_dict(), "peak_rss_bytes": peak})
+        return
+    table = _table(("layers", "count", "relative error", "SQNR"), f"{report.scheme}: {report.format}")
+    for kind, errors in by_kind(report.layers).items():
+        total = sum(errors[1:], errors[0])
+        table.add_row(kind, str(len(errors)), f"{total.relative:.4f}", _db(total.sqnr))
+    out.print(table)
+    for note in report.notes:
+        out.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+    speed = report.bytes_before / max(report.seconds, 1e-9)
+    out.print(
+        f"{_size(report.bytes_before)} -> {_size(report.bytes_after)}, "
+        f"{report.bits_per_weight:.2f} bits a quantized weight, "
+        f"{report.quantized} weights quantized, {report.dense} tensors kept, "
+        f"{report.seconds:.1f} s ({_size(speed)}/s), "
+        f"peak {_size(peak)} resident, mapped files included",
+        highlight=False,
+        soft_wrap=True,
+    )
+    out.print(f"wrote {report.path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _db(value: float | None) -> str:
+    return "exact" if value is None else f"{value:.1f} dB"
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="The folder of a checkpoint, quantized or not.")], as_json: Json = False
+) -> None:
+    """Say what a checkpoint holds: scheme, tensors, sizes."""
+    from tritonq.io.inspection import inspect_checkpoint
+
+    content = inspect_checkpoint(path)
+    if as_json:
+        _print_json(content)
+        return
+    table = _table(("tensors", "count", "dtype", "example shape", "size"), content["description"])
+    for row in content["kinds"]:
+        table.add_row(
+            row["name"], str(row["count"]), row["dtype"], "x".join(map(str, row["shape"])), _size(row["bytes"])
+        )
+    out.print(table)
+    if content["ignore"]:
+        out.print(f"left dense: {', '.join(content['ignore'])}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"{content['files']} file(s), {_size(content['bytes'])}", highlight=False)
+
+
+@app.command()
+def formats(as_json: Json = False) -> None:
+    """List schemes and formats."""
+    from tritonq.formats import FORMATS
+    from tritonq.integrations.tables import format_rows, scheme_rows
+
+    if as_json:
+        _print_json({"schemes": scheme_rows(), "formats": format_rows()})
+        return
+    for title, rows in (("schemes", scheme_rows()), ("formats", format_rows())):
+        table = _table(rows[0], title)
+        for row in rows:
+            table.add_row(*[str(value) for value in row.values()])
+        out.print(table)
+    out.print(
+        f"{len(FORMATS)} formats have their own name; any "
+        "<element>_<tensor|channel|gN|bRxC>[_asym][_<scale type>][_<rule>] works too, such as int3_g64_asym",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="The folder of a causal language model, dense or quantized, or a hub id.")
+    ],
+    text: Annotated[
+        Path | None, typer.Option(help="A text file; default: the standard library's pydoc_data.topics.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="How many windows of the text to take.")] = 4,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = 512,
+    prompt: Annotated[str | None, typer.Option(help="Also continue this text, greedily.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity of a language model, through transformers alone."""
+    os.environ["TQDM_DISABLE"] = "1"  # the loaders' bars; read when they are first imported
+    import torch
+
+    from tritonq.integrations.perplexity import complete, default_text, load, perplexity
+
+    content = default_text() if text is None else _read(text)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded, tokenizer = load(model, where)
+    result: dict[str, Any] = {"model": model, "windows": windows, "length": length}
+    result["perplexity"] = perplexity(loaded, tokenizer, content, windows, length)
+    if prompt is not None:
+        result["text"] = complete(loaded, tokenizer, prompt)
+    if as_json:
+        _print_json(result)
+        return
+    out.print(f"perplexity {result['perplexity']:.4f} ({windows} x {length} tokens)", highlight=False)
+    if prompt is not None:
+        out.print(result["text"], markup=False, highlight=False)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; pass a plain text file") from None
+
+
+@app.command()
+def demo(
+    path: Annotated[Path, typer.Option("--out", help="Where the checkpoints go.")] = Path("demo-output"),
+    model: Annotated[
+        str | None, typer.Option(help="A folder, GGUF file or hub id instead of SmolLM2-135M-Instruct.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens for the perplexity.")] = 4,
+) -> None:
+    """Quantize a small real model in four ways, load each with transformers, and compare."""
+    os.environ["TQDM_DISABLE"] = "1"  # the loaders' bars; read when they are first imported
+    from tritonq.integrations.demo import run
+
+    rows = run(path, model, lambda line: err.print(line, style="dim"), windows)
+    table = _table(("scheme", "size", "bits", "perplexity", "over dense", "SQNR", "seconds"))
+    for row in rows:
+        cells = (_size(row["bytes"]), f"{row['bits']:.2f}", f"{row['perplexity']:.2f}", f"{row['relative']:.3f}")
+        sqnr, seconds = row["sqnr_db"], row["seconds"]
+        table.add_row(
+            row["scheme"], *cells, "" if sqnr is None else _db(sqnr), "" if seconds is None else f"{seconds:.1f}"
+        )
+    out.print(table)
+    for row in rows:
+        out.print(f"{row['scheme']:12} {' '.join(row['text'].split())}", markup=False, highlight=False, soft_wrap=True)
+    paths = {row["scheme"]: row["path"] for row in rows}
+    last = paths.pop("W4A16")
+    for written in (*[p for name, p in paths.items() if name != "dense"], last):
+        out.print(f"wrote {written}", markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: bad input is one line on stderr and exit code 2, never a traceback."""
+    try:
+        app(standalone_mode=False)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, TypeError, OSError) as error:
+        _fail(str(error))
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of the command line's parser
+            _fail(f"{error.format_message()} (see tritonq --help)")
+        if type(error).__name__ == "Abort":
+            sys.exit(130)
+        if os.environ.get("TRITONQ_DEBUG"):
+            raise
+        _fail(f"{type(error).__name__}: {error} (this is a defect of tritonq; TRITONQ_DEBUG=1 shows where)")
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""tritonq beside other libraries: evaluation with transformers, and the demo."""
