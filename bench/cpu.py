@@ -1,7 +1,7 @@
 """The CPU path beside naive eager torch: `python -m bench.cpu [--threads N] [--shape 4096x14336] [--out FILE]`.
 
-Naive eager code is what a definition of the format looks like in torch, one full-size intermediate a step. Both give the
-same bits, which is checked first. Times are medians; ratios hold on the machine they were taken on.
+Naive eager code is what a definition of the format looks like in torch, one full-size intermediate a step. Both give
+the same bits, which is checked first. Times are medians; ratios hold on the machine they were taken on.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def run(shape: tuple[int, int], threads: int, repeats: int) -> dict[str, Any]:
             "speedup": round(theirs / ours, 2), "of_copy": round(copy / ours, 4),
         }  # fmt: skip
         result["rows"].append(row)
-        print(f"{name:12} {row['ms']} ms, naive {row['naive_ms']} ms: {row['speedup']}x; {100 * row['of_copy']:.0f}% of copy")
+        print(
+            f"{name:12} {row['ms']} ms, naive {row['naive_ms']} ms: {row['speedup']}x; {100 * row['of_copy']:.0f}% of copy"
+        )
     return result
 
 

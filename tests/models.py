@@ -14,17 +14,23 @@ from tritonq import reference
 from tritonq.nn.schemes import get_scheme
 from tritonq.nn.select import Selection, sharing_key
 
-SHAPE = dict(
-    vocab_size=128,
-    hidden_size=256,
-    intermediate_size=384,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    max_position_embeddings=64,
-)
-MOE = dict(moe_intermediate_size=128, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1, mlp_only_layers=[])
+SHAPE = {
+    "vocab_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 64,
+}
+MOE = {
+    "moe_intermediate_size": 128,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 
 
 def build(kind: str, dtype: torch.dtype = torch.bfloat16, **overrides):

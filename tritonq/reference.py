@@ -11,14 +11,15 @@ from torch import Tensor
 
 from tritonq.codecs import pack as bits
 from tritonq.codecs import scale as scales
+from tritonq.codecs.scratch import buffer
 from tritonq.formats import Format, Shape
 
 Parts = dict[str, Tensor]
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """A fresh contiguous fp32 copy; finite fp64 numbers beyond fp32 saturate instead of becoming infinite."""
-    y = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
+    """A contiguous fp32 copy; finite fp64 numbers beyond fp32 saturate instead of becoming infinite."""
+    y = buffer("x", x, torch.float32).copy_(x)
     if x.dtype is torch.float64:
         largest = torch.finfo(torch.float32).max
         y = torch.where(torch.isinf(y) & torch.isfinite(x), torch.full_like(y, largest).copysign_(y), y)
@@ -77,7 +78,7 @@ def group_range(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
         return zero, zero
     if fmt.scale.rule in ("full_range", "minmax"):
         return groups.amax(axes), groups.amin(axes)
-    largest = groups.abs().amax(axes)
+    largest = torch.abs(groups, out=buffer("work", groups)).amax(axes)
     return largest, -largest
 
 
@@ -90,33 +91,38 @@ def finite_amax(x: Tensor) -> Tensor:
     """Largest finite magnitude of an fp32 tensor, a scalar tensor."""
     if x.numel() == 0:
         return x.new_zeros(())
-    x = x.abs()
+    x = torch.abs(x, out=buffer("work", x))
     amax = x.amax()
     return amax if bool(torch.isfinite(amax)) else x.masked_fill_(~torch.isfinite(x), 0.0).amax()
 
 
-def _divided(x: Tensor, factor: Tensor, zero: Tensor | int, fmt: Format) -> tuple[Tensor, Tensor | None]:
-    """x / scale by group (overwrites x), and where the result has to be NaN although its scale is not."""
+def _divided(x: Tensor, factor: Tensor, fmt: Format, given: bool) -> tuple[Tensor, Tensor | None]:
+    """x / scale by group (overwrites x), and where the result has to be NaN although its scale is not.
+
+    A scale that was computed from x is NaN where x is not finite, so x itself is looked at only if scales were given.
+    """
+    finite = bool(torch.isfinite(factor).all())
+    if given and finite and x.numel():
+        finite = bool(torch.isfinite(x.amax())) and bool(torch.isfinite(x.amin()))
     groups = grouped(x, fmt)
-    lost = None
-    if not bool(torch.isfinite(groups).all()) or not bool(torch.isfinite(factor).all()):
-        lost = ~torch.isfinite(groups) & ~torch.isnan(factor) if fmt.element.nan_code >= 0 else None
-        groups = groups / factor
-        groups.masked_fill_(torch.isnan(groups), 0.0)
-    else:
-        groups = groups.div_(factor)
-    return groups, lost
+    if finite:
+        return groups.div_(factor), None
+    lost = ~torch.isfinite(groups) & ~torch.isnan(factor) if fmt.element.nan_code >= 0 else None
+    groups = groups / factor
+    return groups.masked_fill_(torch.isnan(groups), 0.0), lost
 
 
 def _zero(zero_point: Tensor | None, fmt: Format) -> Tensor | int:
     return fmt.element.zero_code if zero_point is None else spread(zero_point.to(torch.float32), fmt)
 
 
-def encode(x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format) -> Tensor:
-    """Packed qdata of an fp32 tensor (overwritten) for given scales."""
+def encode(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format, given: bool = True
+) -> Tensor:
+    """Packed qdata of an fp32 tensor (overwritten); `given` unless the scales were computed from x."""
     shape = tuple(x.shape)
     zero = _zero(zero_point, fmt)
-    groups, lost = _divided(x, spread(scales.load(scale, fmt, tensor_scale), fmt), zero, fmt)
+    groups, lost = _divided(x, spread(scales.load(scale, fmt, tensor_scale), fmt), fmt, given)
     codes = fmt.element.codec.encode_ref(groups, zero, fmt.element)
     if lost is not None:
         codes = codes.masked_fill_(lost, fmt.element.nan_code)
@@ -140,13 +146,13 @@ def decode(
 
 
 def encode_decode(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format, given: bool = True
 ) -> Tensor:
     """decode(encode(x)) without codes; overwrites x."""
     shape = tuple(x.shape)
     zero = _zero(zero_point, fmt)
     factor = spread(scales.load(scale, fmt, tensor_scale), fmt)
-    groups, lost = _divided(x, factor, zero, fmt)
+    groups, lost = _divided(x, factor, fmt, given)
     values = fmt.element.codec.round_ref(groups, zero, fmt.element).mul_(factor)
     if lost is not None:
         values.masked_fill_(lost, torch.nan)
@@ -157,7 +163,7 @@ def clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: T
     """Where x / scale lies outside the element's range before rounding; overwrites x."""
     shape = tuple(x.shape)
     zero = _zero(zero_point, fmt)
-    groups, _ = _divided(x, spread(scales.load(scale, fmt, tensor_scale), fmt), zero, fmt)
+    groups, _ = _divided(x, spread(scales.load(scale, fmt, tensor_scale), fmt), fmt, True)
     return ungrouped(fmt.element.codec.clipped_ref(groups, zero, fmt.element), shape, fmt)
 
 

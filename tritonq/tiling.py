@@ -1,8 +1,7 @@
 """Tiles: how a tensor of any rank and strides becomes matrices for a kernel, and the CPU path.
 
-The CPU path runs the torch reference on tiles of about 1 MiB of fp32 a thread, so that its intermediates stay in the
-cache and in memory that the allocator already holds; naive eager code spends most of its time in page faults of fresh
-ones.
+The CPU path runs the torch reference on tiles of one MiB of fp32 a thread, in buffers that it reuses: naive eager
+code spends most of its time in page faults of fresh intermediates.
 """
 
 from __future__ import annotations
@@ -17,9 +16,11 @@ from torch import Tensor
 
 from tritonq import reference
 from tritonq.codecs import scale as scales
+from tritonq.codecs.scratch import reuse
 from tritonq.formats import Format, Shape
 
 TILE_ELEMENTS = 1 << 18  # fp32 elements of a CPU tile, per thread
+BATCH_GROUPS = 1 << 15  # groups whose scales are chosen in one go, whole tiles of them
 
 
 @dataclass(frozen=True)
@@ -199,13 +200,59 @@ def _load(slab: _Slab, tile: _Tile) -> Tensor:
     return reference.to_float32(slab.x[tile.rows, tile.cols])
 
 
-def _choose_together(tiles: list[tuple[_Slab, _Tile]], tensor_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point of tiles that form one group."""
+_Shared = list[tuple[_Slab, _Tile]]  # tiles of one large group, or one tile of whole groups
+
+
+def _range(tiles: _Shared) -> tuple[Tensor, Tensor]:
+    """Largest and smallest element of each group of a tile, or of the one group that several tiles make up."""
     hi, lo = reference.group_range(_load(*tiles[0]), tiles[0][1].fmt)
     for slab, tile in tiles[1:]:  # a list of results would pin the heap between the tiles
         high, low = reference.group_range(_load(slab, tile), tile.fmt)
         hi, lo = torch.maximum(hi, high), torch.minimum(lo, low)
-    return scales.choose(hi, lo, tiles[0][1].fmt, tensor_scale)
+    return hi.reshape(-1), lo.reshape(-1)
+
+
+def _batches(groups: list[_Shared]) -> Iterator[list[_Shared]]:
+    batch: list[_Shared] = []
+    pending = 0
+    for tiles in groups:
+        batch.append(tiles)
+        slab, tile = tiles[0]
+        part = tile.of(slab.scale)
+        pending += 0 if part is None else part.numel()
+        if pending >= BATCH_GROUPS:
+            yield batch
+            batch, pending = [], 0
+    if batch:
+        yield batch
+
+
+def _choose(batch: list[_Shared], fmt: Format, divisor: Tensor | None) -> None:
+    """Fill the scales and zero points of a batch: chosen together, because small operations cost mostly their call."""
+    ranges = [_range(tiles) for tiles in batch]
+    hi, lo = (torch.cat(ends) for ends in zip(*ranges, strict=True))
+    chosen, zero = scales.choose(hi, lo, fmt, divisor)
+    counts = [len(high) for high, _ in ranges]
+    zeros = [None] * len(batch) if zero is None else zero.split(counts)
+    for tiles, part, zero_part in zip(batch, chosen.split(counts), zeros, strict=True):
+        slab, tile = tiles[0]
+        for target, values in ((tile.of(slab.scale), part), (tile.of(slab.zero_point), zero_part)):
+            if target is not None and values is not None:
+                target.copy_(values.view(target.shape))
+
+
+def _apply(tiles: _Shared, divisor: Tensor | None, given: bool, y: Tensor | None) -> None:
+    """Codes, or values of `y`, of tiles whose scales are known."""
+    for slab, tile in tiles:
+        scale, zero = tile.of(slab.scale), tile.of(slab.zero_point)
+        assert scale is not None
+        assert slab.qdata is not None
+        x = _load(slab, tile)
+        if y is None:
+            tile.codes(slab.qdata).copy_(reference.encode(x, scale, zero, divisor, tile.fmt, given))
+        else:
+            values = reference.encode_decode(x, scale, zero, divisor, tile.fmt, given)
+            slab.qdata[tile.rows, tile.cols].copy_(reference.saturate(values, y.dtype))
 
 
 def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
@@ -213,9 +260,9 @@ def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
     amax = torch.zeros((), device=x.device)
     budget = _tile_budget(x.device)
     whole = replace(fmt, group=(-1, -1))
-    for slab in _slabs(x, None, amax.reshape(1), None, whole):
-        for tiles in _windows(slab.x, whole, budget):
-            for tile in tiles:
+    with reuse():
+        for slab in list(_slabs(x, None, amax.reshape(1), None, whole)):
+            for tile in itertools.chain.from_iterable(_windows(slab.x, whole, budget)):
                 amax = torch.maximum(amax, reference.finite_amax(_load(slab, tile)))
     return scales.choose_tensor_scale(amax, fmt)
 
@@ -242,52 +289,35 @@ def encode(
     x: Tensor, fmt: Format, parts: reference.Parts, given: bool, y: Tensor | None = None, scales_only: bool = False
 ) -> None:
     """Fill parts["scale"] (and zero_point) unless `given`, and parts["qdata"], or with `y` that tensor (QDQ)."""
-    scale, zero_point, divisor = parts["scale"], parts.get("zero_point"), parts.get("tensor_scale")
+    scale, zero_point = parts["scale"], parts.get("zero_point")
     out = None if scales_only else parts["qdata"] if y is None else y
     budget = _tile_budget(x.device)
     slabs = list(_slabs(x, out, scale, zero_point, fmt))
     groups = [[(slab, tile) for tile in tiles] for slab in slabs for tiles in _windows(slab.x, fmt, budget)]
     if fmt.group[0] == -1:
         groups = [list(itertools.chain.from_iterable(groups))]
-    for tiles in groups:
-        slab, tile = tiles[0]
-        tile_scale, tile_zero = tile.of(slab.scale), tile.of(slab.zero_point)
-        assert tile_scale is not None
-        x32 = None
-        if not given:
-            if len(tiles) == 1:
-                x32 = _load(slab, tile)
-                hi, lo = reference.group_range(x32, tile.fmt)
-                chosen, zero = scales.choose(hi, lo, tile.fmt, divisor)
-            else:
-                chosen, zero = _choose_together(tiles, divisor)
-            tile_scale.copy_(chosen.reshape(tile_scale.shape))
-            if tile_zero is not None and zero is not None:
-                tile_zero.copy_(zero.reshape(tile_zero.shape))
-        for slab, tile in [] if scales_only else tiles:
-            x32 = _load(slab, tile) if x32 is None else x32
-            assert slab.qdata is not None
-            if y is None:
-                codes = reference.encode(x32, tile_scale, tile_zero, divisor, tile.fmt)
-                tile.codes(slab.qdata).copy_(codes)
-            else:
-                values = reference.encode_decode(x32, tile_scale, tile_zero, divisor, tile.fmt)
-                slab.qdata[tile.rows, tile.cols].copy_(reference.saturate(values, y.dtype))
-            x32 = None
+    divisor = parts.get("tensor_scale")
+    with reuse():
+        for batch in _batches(groups):
+            if not given:
+                _choose(batch, fmt, divisor)
+            for tiles in [] if scales_only else batch:
+                _apply(tiles, divisor, given, y)
 
 
 def decode(fmt: Format, parts: reference.Parts, y: Tensor) -> None:
     """Fill contiguous y with dequantized values."""
-    divisor = parts.get("tensor_scale")
-    for slab in _slabs(y, parts["qdata"], parts["scale"], parts.get("zero_point"), fmt):
-        assert slab.qdata is not None
-        for tiles in _windows(slab.x, fmt, _tile_budget(y.device)):
-            for tile in tiles:
-                scale, zero = tile.of(slab.scale), tile.of(slab.zero_point)
-                assert scale is not None
-                window = slab.x[tile.rows, tile.cols]
-                values = reference.decode(tile.codes(slab.qdata), scale, zero, divisor, tile.fmt, tuple(window.shape))
-                window.copy_(reference.saturate(values, y.dtype))
+    divisor, budget = parts.get("tensor_scale"), _tile_budget(y.device)
+    slabs = list(_slabs(y, parts["qdata"], parts["scale"], parts.get("zero_point"), fmt))
+    tiles = [(slab, tile) for slab in slabs for group in _windows(slab.x, fmt, budget) for tile in group]
+    with reuse():
+        for slab, tile in tiles:
+            scale, zero = tile.of(slab.scale), tile.of(slab.zero_point)
+            assert scale is not None
+            assert slab.qdata is not None
+            window = slab.x[tile.rows, tile.cols]
+            values = reference.decode(tile.codes(slab.qdata), scale, zero, divisor, tile.fmt, tuple(window.shape))
+            window.copy_(reference.saturate(values, y.dtype))
 
 
 __all__ = ["Matrix", "Shape", "decode", "encode", "matrices", "tensor_scale"]

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonq.codecs.scratch import buffer
+
 _EXPONENT = 0x7F800000  # the exponent field of an fp32 number
+_SIGN = -(1 << 31)
 
 
 def value(code: int, element: Any) -> float:
@@ -54,12 +57,13 @@ def round(x: Tensor, zero: Any, element: Any) -> Tensor:
         small = x.div(quantum).round_().mul_(quantum)
         result = torch.where(x.abs() < quantum, small, normal)
     else:
-        magic = bits.bitwise_and(_EXPONENT).clamp_(min=(128 - bias) << 23)
+        magic = torch.bitwise_and(bits, _EXPONENT, out=buffer("magic", bits)).clamp_(min=(128 - bias) << 23)
         magic = magic.add_(((23 - m_bits) << 23) + 0x400000).view(torch.float32)
-        result = x.add(magic).sub_(magic)
+        result = torch.add(x, magic, out=buffer("work", x)).sub_(magic)
     if element.special == "fnuz" or not element.signed:
         return result.add_(0.0)  # no -0
-    return result.copysign_(x)
+    result.view(torch.int32).bitwise_or_(bits.bitwise_and_(_SIGN))  # the sum loses the sign of zero
+    return result
 
 
 def encode(x: Tensor, zero: Any, element: Any) -> Tensor:
@@ -80,8 +84,11 @@ def encode(x: Tensor, zero: Any, element: Any) -> Tensor:
 
 def decode(code: Tensor, zero: Any, element: Any) -> Tensor:
     if element.dtype is not None:
-        return code.view(element.dtype).to(torch.float32)
-    return table(element, code.device).index_select(0, code.reshape(-1).to(torch.int32)).view(code.shape)
+        return buffer("values", code, torch.float32).copy_(code.view(element.dtype))
+    index = buffer("index", code, torch.int32).copy_(code).view(-1)
+    values = buffer("values", code, torch.float32)
+    torch.index_select(table(element, code.device), 0, index, out=values.view(-1))
+    return values
 
 
 def clipped(x: Tensor, zero: Any, element: Any) -> Tensor:

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonq.codecs import minifloat
+
 _INF = 0x7F800000
 
 
@@ -92,7 +94,8 @@ def load(scale: Tensor, fmt: Any, tensor_scale: Tensor | None = None) -> Tensor:
         value = (bits << 23).masked_fill_(bits == 0, 0x400000).masked_fill_(bits == 0xFF, 0x7FC00000)
         return value.view(torch.float32)
     if fmt.scale.element is not None and fmt.scale.element.dtype is None:
-        return fmt.scale.element.codec.decode_ref(scale.view(torch.uint8), 0, fmt.scale.element)
+        # No codec call: its result would lie in a buffer that the elements of the same tile use.
+        return minifloat.table(fmt.scale.element, scale.device)[scale.view(torch.uint8).to(torch.int32)]
     value = scale.to(torch.float32)
     return value if tensor_scale is None else value / tensor_scale
 
