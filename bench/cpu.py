@@ -73,9 +73,8 @@ def run(shape: tuple[int, int], threads: int, repeats: int) -> dict[str, Any]:
             "speedup": round(theirs / ours, 2), "of_copy": round(copy / ours, 4),
         }  # fmt: skip
         result["rows"].append(row)
-        print(
-            f"{name:12} {row['ms']} ms, naive {row['naive_ms']} ms: {row['speedup']}x; {100 * row['of_copy']:.0f}% of copy"
-        )
+        times = f"{row['ms']} ms, naive {row['naive_ms']} ms: {row['speedup']}x"
+        print(f"{name:12} {times}; {100 * row['of_copy']:.0f}% of copy")
     return result
 
 

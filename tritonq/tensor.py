@@ -185,17 +185,37 @@ class QTensor(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
         if id(self) in memo:
             return memo[id(self)]
-        copy = _rebuild(self._buf.clone(), self._description(), self.requires_grad, self._is_parameter())
+        copy = QTensor._wrap(self._buf.clone(), self._layout, self.dtype)
+        copy.requires_grad_(self.requires_grad)
+        if self._is_parameter():
+            copy._is_param = True  # type: ignore[attr-defined]
         memo[id(self)] = copy
         return copy
 
     def _description(self) -> tuple[Any, ...]:
         layout = self._layout
+        try:
+            known = get_format(layout.format.name) == layout.format
+        except ValueError:
+            known = False
+        if not known:  # saved by name, so it would come back as another format or not at all
+            raise ValueError(
+                f"the name {layout.format.name!r} does not mean this tensor's format; give the format a name of its own "
+                "and pass it to tritonq.register before saving, and before loading"
+            )
         return layout.format.name, tuple(layout.shape), layout.segments, layout.nbytes, self.dtype
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         buf = self._buf if self._buf.untyped_storage().nbytes() <= self._layout.nbytes + 256 else self._buf.clone()
         return _rebuild, (buf, self._description(), self.requires_grad, self._is_parameter())
+
+    def share_memory_(self) -> QTensor:
+        """Move the buffer to shared memory; a wrapper's own storage is a null pointer."""
+        self._buf.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        return self._buf.is_shared()
 
     # ------------------------------------------------------------------------------------------------ dispatch
 
@@ -205,9 +225,12 @@ class QTensor(Tensor):
         if func is torch.nn.functional.linear:
             x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            if isinstance(weight, QTensor) and not isinstance(x, QTensor) and weight.ndim == 2:
+            trained = torch.is_grad_enabled() and isinstance(weight, QTensor) and weight.requires_grad
+            if isinstance(weight, QTensor) and not isinstance(x, QTensor) and weight.ndim == 2 and not trained:
                 parts = {name: part.contiguous() for name, part in weight.parts().items()}
                 return autograd.linear(x, parts, weight.format, tuple(weight.shape), bias)
+        if func is Tensor.__setitem__ and isinstance(args[0], QTensor):
+            return _set_item(*args)
         with torch._C.DisableTorchFunctionSubclass():  # a dense result is a plain tensor
             return func(*args, **kwargs)
 
@@ -230,11 +253,24 @@ def _refuse_lost_writes(func: Any, args: Any, kwargs: Any) -> None:
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = kwargs.get(argument.name) if argument.name in kwargs else args[index] if index < len(args) else None
-            if isinstance(value, QTensor):
-                raise RuntimeError(
-                    f"{func} would write into a quantized tensor ({value.format.name}); dequantize it, change "
-                    "the result and write it back with copy_, which quantizes"
-                )
+            for written in value if isinstance(value, list | tuple) else (value,):  # torch._foreach_ takes lists
+                if isinstance(written, QTensor):
+                    raise RuntimeError(
+                        f"{func} would write into a quantized tensor ({written.format.name}); dequantize it, change "
+                        "the result and write it back with copy_, which quantizes"
+                    )
+
+
+def _set_item(q: QTensor, index: Any, value: Any) -> None:
+    """q[index] = value where q[index] is a view; a dense copy would swallow the write."""
+    target = q[index]
+    if not isinstance(target, QTensor):
+        raise RuntimeError(
+            f"an assignment through this index would write into a part of a group of a quantized tensor "
+            f"({q.format.name}); assign whole groups, or dequantize it, change the result and write it back with copy_"
+        )
+    source = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=q.dtype, device=q.device)
+    target.copy_(source if source.shape == target.shape else source.expand(target.shape))
 
 
 def _rebuild(buf: Tensor, description: tuple[Any, ...], requires_grad: bool, is_parameter: bool) -> QTensor:
@@ -310,19 +346,30 @@ def _copy(func: Any, args: Any, kwargs: Any) -> Any:
         return target.copy_(source.dequantize().to(target.dtype))
     if tuple(target.shape) != tuple(source.shape):
         raise RuntimeError(f"copy_ into a QTensor of shape {tuple(target.shape)} from shape {tuple(source.shape)}")
-    if isinstance(source, QTensor) and source.format == target.format:
+    kept = _shared_parts(target)
+    if isinstance(source, QTensor) and source.format == target.format and not kept:
         for (_, part), new in zip(target.parts().items(), source.parts().values(), strict=True):
             part.copy_(new)
         return target
-    dense = source.dequantize() if isinstance(source, QTensor) else source
-    for name, part in ops.quantize(dense.detach().to(target.device), target.format).items():
+    dense = source.dequantize(torch.float32) if isinstance(source, QTensor) else source
+    for name, part in ops.quantize(dense.detach().to(target.device), target.format, **kept).items():
         target.parts()[name].copy_(part)
     return target
+
+
+def _shared_parts(q: QTensor) -> Parts:
+    """Parts that a window has in common with the rest of its tensor, which a write into the window must not change."""
+    if _compact(q):
+        return {}
+    names = ("scale", "zero_point", "tensor_scale") if q.format.group[0] == -1 else ("tensor_scale",)
+    return {name: part for name, part in q.parts().items() if name in names}
 
 
 @_implements(aten.empty_like.default)
 def _empty_like(func: Any, args: Any, kwargs: Any) -> Any:
     q = args[0]
+    if not (kwargs.get("dtype") or q.dtype).is_floating_point:
+        return NotImplemented
     layout = Layout.of(q.format, tuple(q.shape))
     buf = torch.empty(
         layout.nbytes,
@@ -338,8 +385,8 @@ def _zeros(func: Any, args: Any, kwargs: Any) -> Any:
     q = args[0]
     shape = tuple(args[1]) if func is aten.new_zeros.default else tuple(q.shape)
     zeros = torch.zeros((), dtype=kwargs.get("dtype") or q.dtype, device=kwargs.get("device") or q.device).expand(shape)
-    if len(shape) == 0 or not zeros.dtype.is_floating_point:
-        return zeros.clone()
+    if len(shape) < (2 if q.format.group[0] > 1 else 1) or zeros.dtype not in ops.FLOATS:
+        return zeros.clone()  # nothing this format can hold
     return quantize(zeros, q.format)
 
 

@@ -38,7 +38,7 @@ def store_codes(
 ):
     """Pack int32 codes [M, COLS] and store them from `first_byte` of each row on; row [M] counts through the batch.
 
-    With GROUPS > 1 the columns are that many padded groups, of which the first GROUP_BYTES are kept; with 1 they are
+    With GROUP_BYTES the columns are that many padded groups, of which the first GROUP_BYTES are kept; with 0 they are
     consecutive. Bytes past the end of a row are not written.
     """
     M: tl.constexpr = codes.shape[0]
@@ -49,7 +49,7 @@ def store_codes(
     WIDTH: tl.constexpr = 1 if 8 % FMT.bits == 0 else (3 if FMT.bits == 6 else FMT.bits)
     RUNS: tl.constexpr = data.shape[1] // GROUPS
     run = tl.arange(0, data.shape[1])
-    if GROUPS == 1:
+    if GROUP_BYTES == 0:
         byte = first_byte + run * WIDTH
         keep = byte < row_bytes
     else:

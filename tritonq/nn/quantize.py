@@ -108,10 +108,14 @@ def quantize_(
                 ignored.append(name)
             else:
                 linears.append((name, module))
+        elif next(module.parameters(recurse=False), None) is not None:
+            selection.ignores(name)  # stays as it is anyway; an entry that names it counts as used
     for module, key, name in expert_parameters(model):
         if not selection.ignores(name) and not selection.ignores(name.rpartition(".")[0]):
             experts.append((name, module, key))
     selection.check_all_used([name for name, _ in linears])
+    if isinstance(model, nn.Linear):
+        raise ValueError("a bare nn.Linear cannot be replaced in place; put it into a module")
     if not linears and not experts:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize (all ignored, or quantized already)")
 
@@ -130,12 +134,11 @@ def quantize_(
                 check_finite(q, dense, name)
                 quantized[id(weight)] = nn.Parameter(q.to(weight.device), requires_grad=False)
             bar.advance(task)
-    for name, module in linears:
-        layer = QLinear.adopt(module, quantized[id(module.weight)], scheme.input_format)
-        if name:
-            model.set_submodule(name, layer)
-        else:
-            raise ValueError("a bare nn.Linear cannot be replaced in place; put it into a module")
+    layers = {id(m): QLinear.adopt(m, quantized[id(m.weight)], scheme.input_format) for _, m in linears}
+    for parent in list(model.modules()):  # one module may sit in several places
+        for key, child in parent._modules.items():
+            if id(child) in layers:
+                parent._modules[key] = layers[id(child)]
     for _, module, key in experts:
         setattr(module, key, quantized[id(getattr(module, key))])
     model.tritonq_scheme = scheme  # type: ignore[assignment]
