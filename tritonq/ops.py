@@ -238,6 +238,7 @@ def _device_of(x: Tensor) -> Any:
 _NO_CONTEXT = contextlib.nullcontext()
 
 
+Plan = tuple[int, tuple[Any, ...], tuple[Any, ...]]  # programs, integer arguments, (constants, warps)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -279,9 +280,7 @@ def _partial(m: tiling.Matrix, fmt: Format) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _grouped_plan(
-    m: tiling.Matrix, fmt: Format, mode: str, limit: float
-) -> tuple[int, tuple[Any, ...], tuple[Any, ...]]:
+def _grouped_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> Plan:
     """Programs, integer arguments and constants of `group_kernel` for one slab."""
     config, tiles = tuning.group_config(m.rows, m.columns, fmt)
     constants = (fmt, mode, limit, _partial(m, fmt), config["M"], config["R"], config["GROUPS"], config["C"])
@@ -293,7 +292,16 @@ def _grouped_plan(
 
 
 @functools.lru_cache(maxsize=4096)
-def _row_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> tuple[int, tuple[Any, ...], tuple[Any, ...]]:
+def _small_group_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> Plan:
+    """The same for `small_group_kernel`."""
+    config, tiles = tuning.small_group_config(m.rows, m.columns, fmt)
+    sizes = (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides)
+    constants = (fmt, mode, limit, config["M"], config["GROUPS"])
+    return m.batch * tiles[0] * tiles[1], sizes, (constants, config["num_warps"])
+
+
+@functools.lru_cache(maxsize=4096)
+def _row_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> Plan:
     """The same for `row_kernel`."""
     config = tuning.row_config()
     sizes = (m.rows, m.columns, fmt.row_bytes(m.columns), *m.strides)
@@ -301,7 +309,7 @@ def _row_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> tuple[i
 
 
 @functools.lru_cache(maxsize=4096)
-def _flat_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> tuple[int, tuple[Any, ...], tuple[Any, ...]]:
+def _flat_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> Plan:
     """The same for `apply_kernel` and, with no mode, `dequantize_kernel`."""
     config = tuning.flat_config(m.rows, m.columns, fmt)
     tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
@@ -316,13 +324,13 @@ def _flat_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> tuple[
     return m.batch * tiles[0] * tiles[1], sizes, ((fmt, limit, *blocks), config["num_warps"])
 
 
-def _start(kernel: Any, plan: tuple[int, tuple[Any, ...], tuple[Any, ...]], *tensors: Tensor) -> None:
+def _start(kernel: Any, plan: Plan, *tensors: Tensor) -> None:
     programs, integers, (constants, warps) = plan
     launch(kernel, programs, (*tensors, *integers), constants, warps)
 
 
 def _launch(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None) -> None:
-    from tritonq.kernels.quantize import apply_kernel, group_kernel, row_kernel
+    from tritonq.kernels.quantize import apply_kernel, group_kernel, row_kernel, small_group_kernel
 
     mode = "quantize" if y is None else "qdq"
     if not given and not tuning.fits(fmt, x.shape[-1]):
@@ -337,6 +345,8 @@ def _launch(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None)
         own = (_view(x, m), _own(target, m), _own(scale, m), _own(zero, m), divisor)
         if given:
             _start(apply_kernel, _flat_plan(m, fmt, mode, limit), *own)
+        elif tuning.keeps_groups_in_threads(fmt, m.columns):
+            _start(small_group_kernel, _small_group_plan(m, fmt, mode, limit), *own)
         elif tuning.loops_over_rows(fmt, m.columns):
             _start(row_kernel, _row_plan(m, fmt, mode, limit), *own)
         else:
