@@ -366,7 +366,8 @@ def test_any_tile(name, device, any_plan, monkeypatch):
 
 @pytest.mark.parametrize("name", ["int4_g3000", "e3m4_g3000", "int6_g3000"])
 def test_padded_group_fills_its_tile(name, device):
-    """Law 8: a tile of one padded group ends where the group does; its padding once overwrote the next group's codes."""
+    """Law 8: a tile of one padded group ends where the group does; its padding once overwrote the next group's
+    codes."""
     fmt = get_format(name)
     x = values((2, 7001), torch.bfloat16, 9)
     parts = ops.quantize(x.to(device), fmt)

@@ -60,20 +60,23 @@ def qdq(
 
 
 class _Linear(torch.autograd.Function):
-    """x @ dequantize(weight).T; backward dequantizes again instead of keeping the dense weight."""
+    """x @ dequantize(weight).T + bias; backward dequantizes again instead of keeping the dense weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fmt: Format, shape: Shape, names: tuple[str, ...], *parts: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, fmt: Format, shape: Shape, names: tuple[str, ...], *parts: Tensor
+    ) -> Tensor:
         ctx.fmt, ctx.shape, ctx.names = fmt, shape, names
         ctx.save_for_backward(*parts)
         weight = ops.dequantize(dict(zip(names, parts, strict=True)), fmt, shape, x.dtype)
-        return torch.nn.functional.linear(x, weight)
+        return torch.nn.functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (dy,) = grads
         weight = ops.dequantize(dict(zip(ctx.names, ctx.saved_tensors, strict=True)), ctx.fmt, ctx.shape, dy.dtype)
-        return (dy @ weight, None, None, None, *[None for _ in ctx.saved_tensors])
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        return (dy @ weight, dbias, None, None, None, *[None for _ in ctx.saved_tensors])
 
 
 def linear(x: Tensor, parts: Parts, fmt: Format, shape: Shape, bias: Tensor | None = None) -> Tensor:
@@ -82,6 +85,5 @@ def linear(x: Tensor, parts: Parts, fmt: Format, shape: Shape, bias: Tensor | No
         x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if bias is None else bias.to(x.dtype)
     if torch.is_grad_enabled() and x.requires_grad:
-        y = _Linear.apply(x, fmt, shape, tuple(parts), *parts.values())
-        return y if bias is None else y + bias
+        return _Linear.apply(x, bias, fmt, shape, tuple(parts), *parts.values())
     return torch.nn.functional.linear(x, ops.dequantize(parts, fmt, shape, x.dtype), bias)

@@ -173,7 +173,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity of a language model, through transformers alone."""
-    os.environ["TQDM_DISABLE"] = "1"  # the loaders' bars; read when they are first imported
     import torch
 
     from tritonq.integrations.perplexity import complete, default_text, load, perplexity
@@ -190,7 +189,7 @@ def evaluate(
         return
     out.print(f"perplexity {result['perplexity']:.4f} ({windows} x {length} tokens)", highlight=False)
     if prompt is not None:
-        out.print(result["text"], markup=False, highlight=False)
+        out.print(result["text"], markup=False, highlight=False, soft_wrap=True)
 
 
 def _read(path: Path) -> str:
@@ -198,6 +197,8 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text; pass a plain text file") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); pass a plain text file") from None
 
 
 @app.command()
@@ -209,7 +210,6 @@ def demo(
     windows: Annotated[int, typer.Option(min=1, help="Windows of 512 tokens for the perplexity.")] = 4,
 ) -> None:
     """Quantize a small real model in four ways, load each with transformers, and compare."""
-    os.environ["TQDM_DISABLE"] = "1"  # the loaders' bars; read when they are first imported
     from tritonq.integrations.demo import run
 
     rows = run(path, model, lambda line: err.print(line, style="dim"), windows)
@@ -238,6 +238,9 @@ def main() -> None:
     except (ValueError, TypeError, OSError) as error:
         _fail(str(error))
     except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stderr.write(f"{error}\n")
+            _fail("no command given (see tritonq --help)")
         if hasattr(error, "format_message"):  # a usage error of the command line's parser
             _fail(f"{error.format_message()} (see tritonq --help)")
         if type(error).__name__ == "Abort":

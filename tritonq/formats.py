@@ -408,6 +408,8 @@ FORMATS: dict[str, Format] = {}
 
 def register(fmt: Format) -> Format:
     """Make `fmt` reachable by its name; returns it. ValueError if the name already means something else."""
+    if not isinstance(fmt, Format):
+        raise TypeError(f"register takes a Format, got {type(fmt).__name__}; names resolve without registration")
     known = FORMATS.get(fmt.name)
     if known is None:
         known = _resolve(fmt.name)

@@ -75,7 +75,6 @@ def uses_triton(x: Tensor) -> bool:
 
 
 @functools.cache
-@functools.cache
 def _triton_installed() -> bool:
     try:
         return importlib.util.find_spec("triton") is not None

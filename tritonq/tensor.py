@@ -94,6 +94,9 @@ class QTensor(Tensor):
 
     @classmethod
     def _wrap(cls, buf: Tensor, layout: Layout, dtype: torch.dtype) -> QTensor:
+        if torch.is_inference_mode_enabled() and not buf.is_inference():
+            with torch.inference_mode(False):  # a view of a normal tensor stays one
+                return cls._wrap(buf, layout, dtype)
         self = Tensor._make_wrapper_subclass(
             cls, layout.shape, strides=_contiguous(layout.shape), dtype=dtype, device=buf.device, requires_grad=False
         )
@@ -200,8 +203,8 @@ class QTensor(Tensor):
             known = False
         if not known:  # saved by name, so it would come back as another format or not at all
             raise ValueError(
-                f"the name {layout.format.name!r} does not mean this tensor's format; give the format a name of its own "
-                "and pass it to tritonq.register before saving, and before loading"
+                f"the name {layout.format.name!r} does not mean this tensor's format; give the format a name of its "
+                "own and pass it to tritonq.register before saving, and before loading"
             )
         return layout.format.name, tuple(layout.shape), layout.segments, layout.nbytes, self.dtype
 
@@ -223,7 +226,8 @@ class QTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
-            x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+            x = args[0] if args else kwargs["input"]
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             trained = torch.is_grad_enabled() and isinstance(weight, QTensor) and weight.requires_grad
             if isinstance(weight, QTensor) and not isinstance(x, QTensor) and weight.ndim == 2 and not trained:
@@ -244,9 +248,20 @@ class QTensor(Tensor):
             result = handler(func, args, kwargs)
             if result is not NotImplemented:
                 return result
+        result = func.decompose(*args, **kwargs)  # inference mode hands composite operations over whole
+        if result is not NotImplemented:
+            return result
         _refuse_lost_writes(func, args, kwargs)
-        args, kwargs = pytree.tree_map_only(QTensor, QTensor.dequantize, (args, kwargs))
-        return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled() and any(r.alias_info is not None for r in func._schema.returns):
+            # A view of a tensor from outside the mode has to be one, too, also where it is a dense copy.
+            with torch.inference_mode(False), torch.no_grad():
+                return _dense(func, args, kwargs)
+        return _dense(func, args, kwargs)
+
+
+def _dense(func: Any, args: Any, kwargs: Any) -> Any:
+    args, kwargs = pytree.tree_map_only(QTensor, QTensor.dequantize, (args, kwargs))
+    return func(*args, **kwargs)
 
 
 def _refuse_lost_writes(func: Any, args: Any, kwargs: Any) -> None:
@@ -346,7 +361,7 @@ def _copy(func: Any, args: Any, kwargs: Any) -> Any:
         return target.copy_(source.dequantize().to(target.dtype))
     if tuple(target.shape) != tuple(source.shape):
         raise RuntimeError(f"copy_ into a QTensor of shape {tuple(target.shape)} from shape {tuple(source.shape)}")
-    kept = _shared_parts(target)
+    kept: dict[str, Any] = _shared_parts(target)
     if isinstance(source, QTensor) and source.format == target.format and not kept:
         for (_, part), new in zip(target.parts().items(), source.parts().values(), strict=True):
             part.copy_(new)
@@ -408,7 +423,14 @@ def _record_stream(func: Any, args: Any, kwargs: Any) -> Any:
 @_implements(aten.view.default, aten._unsafe_view.default)
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
     q, shape = args[0], tuple(args[1])
-    return _alias(func, args, kwargs) if shape == tuple(q.shape) else NotImplemented
+    whole = tuple(q.shape)
+    given = len(shape) == len(whole) and all(n in (-1, m) for n, m in zip(shape, whole, strict=True))
+    return _alias(func, args, kwargs) if given and shape.count(-1) < 2 and q.numel() else NotImplemented
+
+
+def _valid(index: int, size: int) -> bool:
+    """Whether an index is in range; where it is not, the dense tensor raises torch's own error."""
+    return -size <= index < size
 
 
 def _axis(q: QTensor, dim: int, name: str) -> int | None:
@@ -457,9 +479,9 @@ def _segment(q: QTensor, name: str, part: Tensor) -> Segment:
 def _slice(func: Any, args: Any, kwargs: Any) -> Any:
     q: QTensor = args[0]
     dim, start, stop, step = (list(args[1:]) + [None] * 4)[:4]
-    dim = (dim or 0) % q.ndim
-    if (step or 1) != 1:
+    if (step or 1) != 1 or not _valid(dim or 0, q.ndim):
         return NotImplemented
+    dim = (dim or 0) % q.ndim
     first, last, _ = slice(start, stop).indices(q.shape[dim])
     window = _window(q, dim, first, max(first, last))
     return NotImplemented if window is None else window
@@ -468,10 +490,14 @@ def _slice(func: Any, args: Any, kwargs: Any) -> Any:
 @_implements(aten.split.Tensor, aten.split_with_sizes.default)
 def _split(func: Any, args: Any, kwargs: Any) -> Any:
     q, sizes = args[0], args[1]
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % q.ndim
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    if not _valid(dim, q.ndim):
+        return NotImplemented
+    dim, total = dim % q.ndim, q.shape[dim]
     if isinstance(sizes, int):
-        total = q.shape[dim]
-        sizes = [min(sizes, total - i) for i in range(0, total, sizes)]
+        sizes = [min(sizes, total - i) for i in range(0, max(total, 1), sizes)] if sizes > 0 else [-1]
+    if sum(sizes) != total or min(sizes, default=0) < 0:
+        return NotImplemented
     pieces, start = [], 0
     for size in sizes:
         pieces.append(_window(q, dim, start, start + size))
@@ -482,6 +508,8 @@ def _split(func: Any, args: Any, kwargs: Any) -> Any:
 @_implements(aten.select.int)
 def _select(func: Any, args: Any, kwargs: Any) -> Any:
     q, dim, index = args
+    if not _valid(dim, q.ndim) or not _valid(index, q.shape[dim]):
+        return NotImplemented
     dim, index = dim % q.ndim, index % q.shape[dim]
     inner = 2 if q.format.group[0] > 1 else 1
     if dim >= q.ndim - inner or q.ndim - 1 < inner:
@@ -496,7 +524,9 @@ def _select(func: Any, args: Any, kwargs: Any) -> Any:
 
 @_implements(aten.unbind.int)
 def _unbind(func: Any, args: Any, kwargs: Any) -> Any:
-    q, dim = args[0], (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % args[0].ndim
+    q, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    if not _valid(dim, q.ndim):
+        return NotImplemented
     pieces = [_select(None, (q, dim, i), {}) for i in range(q.shape[dim])]
     return NotImplemented if any(piece is NotImplemented for piece in pieces) else pieces
 

@@ -25,16 +25,24 @@ def default_text() -> str:
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings of the libraries that load models; stderr is for our own messages."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import tqdm
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    bar = tqdm.tqdm.__init__  # compressed-tensors draws bars of its own, which nothing else turns off
+
+    def silent(self: Any, *args: Any, **kwargs: Any) -> None:
+        bar(self, *args, **{**kwargs, "disable": True})
+
+    tqdm.tqdm.__init__ = silent  # type: ignore[method-assign]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
+            tqdm.tqdm.__init__ = bar  # type: ignore[method-assign]
             logging.set_verbosity(verbosity)
             if bars:
                 logging.enable_progress_bar()
@@ -65,9 +73,12 @@ def load(model: str | Path, device: str | None = None) -> tuple[Any, Any]:
             tokenizer = AutoTokenizer.from_pretrained(model)
             loaded = AutoModelForCausalLM.from_pretrained(model, **options).eval()
     except Exception as error:  # whatever a loader raises becomes one line
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"transformers cannot load {model} as a causal language model: {reason}") from error
-    return (loaded.to(device) if device else loaded), tokenizer
+    try:
+        return (loaded.to(device) if device else loaded), tokenizer
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by what is missing
+        raise ValueError(f"device {device} cannot be used: {str(error).strip().split(chr(10))[0]}") from None
 
 
 def _asymmetric(folder: Path) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from tritonq.formats import Shape
+from tritonq.nn.select import linear_modules
 
 if TYPE_CHECKING:
     from tritonq.io.source import Source
@@ -95,22 +96,6 @@ def _skeleton(source: Source) -> Any:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
     raise LookupError(f"transformers does not know {', '.join(config.architectures or ()) or 'the architecture'}")
-
-
-def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
-    """Linear layers by name whose weight is their own: not tied to an embedding or to another layer."""
-    owners: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        # nn.MultiheadAttention reads this weight itself, past the layer's forward.
-        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        and "weight" in module._parameters
-        and owners[id(module.weight)] == 1
-    }
 
 
 def of_model(model: Any, shapes: dict[str, Shape]) -> Structure:

@@ -36,7 +36,7 @@ class QLinear(nn.Linear):
         self.register_buffer("input_global_scale", divisor, persistent=needs_divisor)
         self.train(linear.training)
         for name, hook in linear.__dict__.items():
-            if "_hook" in name and hook:  # the hooks, and which of them take keywords, always run, or see full gradients
+            if "_hook" in name and hook:  # also the flags: which take keywords, always run, see full gradients
                 self.__dict__[name] = hook
         return self
 

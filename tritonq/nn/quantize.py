@@ -12,10 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from tritonq import ops
+from tritonq.codecs import scale as scales
 from tritonq.formats import Format
 from tritonq.nn.linear import QLinear
 from tritonq.nn.schemes import Scheme, get_scheme
-from tritonq.nn.select import Selection, sharing_key
+from tritonq.nn.select import Selection, linear_modules, sharing_key
 from tritonq.tensor import QTensor, quantize
 
 
@@ -32,21 +33,26 @@ def expert_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     are called or classed as experts."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts"):
-            if getattr(module, "is_transposed", False):  # [E, in, out]: groups would run along the wrong axis
+            if not _rows_are_outputs(module):  # groups would run along the wrong axis
                 continue
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and parameter.is_floating_point() and not isinstance(parameter, QTensor):
                     yield module, key, f"{name}.{key}" if name else key
 
 
+def _rows_are_outputs(experts: nn.Module) -> bool:
+    """Whether fused weights are [E, out, in]. Llama 4 and gpt-oss hold [E, in, out]; where both projections are there,
+    their shapes tell: what one puts out the other takes in."""
+    first, second = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and first.ndim == second.ndim == 3:
+        return first.shape[2] == second.shape[1] and first.shape[1] == 2 * second.shape[2]
+    return not getattr(experts, "is_transposed", False)
+
+
 def check_finite(q: QTensor, dense: Tensor, name: str) -> None:
     """ValueError that names the parameter and counts its non-finite elements; a group that holds one has a NaN
     scale."""
-    scale = q.scale
-    if scale.dtype is torch.uint8 or scale.dtype.itemsize == 1:
-        scale = scale.view(torch.uint8) if scale.dtype is torch.uint8 else scale.to(torch.float32)
-    bad = (scale == 0xFF) if scale.dtype is torch.uint8 else ~torch.isfinite(scale)
-    if bool(bad.any()):
+    if not bool(torch.isfinite(scales.load(q.scale, q.format)).all()):
         count = sum(int((~torch.isfinite(row)).sum()) for row in dense.reshape(-1, dense.shape[-1]).split(1024))
         raise ValueError(
             f"{name} of shape {tuple(dense.shape)} has {count} non-finite element{'s' if count != 1 else ''} "
@@ -98,12 +104,9 @@ def quantize_(
     scheme = get_scheme(scheme)
     selection = Selection(ignore)
     linears, experts, ignored = [], [], []
+    own = linear_modules(model)
     for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.Linear)
-            and not isinstance(module.weight, QTensor)
-            and module.weight.is_floating_point()
-        ):
+        if name in own and not isinstance(module.weight, QTensor) and module.weight.is_floating_point():
             if selection.ignores(name):
                 ignored.append(name)
             else:
@@ -114,10 +117,14 @@ def quantize_(
         if not selection.ignores(name) and not selection.ignores(name.rpartition(".")[0]):
             experts.append((name, module, key))
     selection.check_all_used([name for name, _ in linears])
-    if isinstance(model, nn.Linear):
+    if any(not name for name, _ in linears):
         raise ValueError("a bare nn.Linear cannot be replaced in place; put it into a module")
     if not linears and not experts:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize (all ignored, or quantized already)")
+
+    meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if meta is not None:
+        raise ValueError(f"{meta} is on the meta device and has no values; load the weights first")
 
     weights = [(name, module.weight) for name, module in linears] + [(n, getattr(m, key)) for n, m, key in experts]
     jobs = [(name, weight, scheme.weight_format(weight.dtype, group_size)) for name, weight in weights]

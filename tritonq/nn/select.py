@@ -5,8 +5,11 @@ Both answers are given for module names alone, so that a model in memory and a c
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Iterable
+
+from torch import nn
 
 from tritonq.formats import Format
 
@@ -28,6 +31,27 @@ FUSED = (
     ("w1", "w3"),
 )
 _EXPERT = re.compile(r"^(?P<experts>.*\bexperts)\.\d+\.(?P<leaf>[^.]+)$")
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
+    """Linear layers by name that multiply by a weight of their own: not tied to an embedding or another layer, not
+    computed by a parametrization, not read past the layer's forward."""
+    owners = collections.Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        # nn.MultiheadAttention reads this weight itself.
+        and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        and type(module).forward is nn.Linear.forward
+        and "weight" in module._parameters
+        and owners[id(module.weight)] == 1
+    }
 
 
 def _matches(entry: str, name: str) -> bool:
