@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import time
@@ -132,7 +133,7 @@ def environment() -> dict[str, Any]:
     ).stdout.split("\n")[0]
     return {
         "gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__, "triton": triton.__version__,
-        "commit": commit or None, "command": "python -m bench.kernels",
+        "commit": commit or os.environ.get("COMMIT"), "command": "python -m bench.kernels",
     }  # fmt: skip
 
 

@@ -291,15 +291,6 @@ def _grouped_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> Pla
 
 
 @functools.lru_cache(maxsize=4096)
-def _small_group_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> Plan:
-    """The same for `small_group_kernel`."""
-    config, tiles = tuning.small_group_config(m.rows, m.columns, fmt)
-    sizes = (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides)
-    constants = (fmt, mode, limit, config["M"], config["GROUPS"])
-    return m.batch * tiles[0] * tiles[1], sizes, (constants, config["num_warps"])
-
-
-@functools.lru_cache(maxsize=4096)
 def _row_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> Plan:
     """The same for `row_kernel`."""
     config = tuning.row_config()
@@ -329,7 +320,7 @@ def _start(kernel: Any, plan: Plan, *tensors: Tensor) -> None:
 
 
 def _launch(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None) -> None:
-    from tritonq.kernels.quantize import apply_kernel, group_kernel, row_kernel, small_group_kernel
+    from tritonq.kernels.quantize import apply_kernel, group_kernel, row_kernel
 
     mode = "quantize" if y is None else "qdq"
     if not given and not tuning.fits(fmt, x.shape[-1]):
@@ -344,8 +335,6 @@ def _launch(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None)
         own = (_view(x, m), _own(target, m), _own(scale, m), _own(zero, m), divisor)
         if given:
             _start(apply_kernel, _flat_plan(m, fmt, mode, limit), *own)
-        elif tuning.keeps_groups_in_threads(fmt, m.columns):
-            _start(small_group_kernel, _small_group_plan(m, fmt, mode, limit), *own)
         elif tuning.loops_over_rows(fmt, m.columns):
             _start(row_kernel, _row_plan(m, fmt, mode, limit), *own)
         else:

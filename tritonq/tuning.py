@@ -54,22 +54,6 @@ def fits(fmt: Format, columns: int) -> bool:
     return cols >= columns and _power(cols) >= 8  # one group a row; a tile of less than eight columns holds padding
 
 
-def keeps_groups_in_threads(fmt: Format, columns: int) -> bool:
-    """Whether `small_group_kernel` serves this format: groups that one thread can hold, whole in number."""
-    rows, cols = fmt.group
-    return rows == 1 and cols in (16, 32) and 8 % fmt.bits == 0 and columns % cols == 0
-
-
-def small_group_config(rows: int, columns: int, fmt: Format) -> tuple[Config, tuple[int, int]]:
-    """Tile of `small_group_kernel`, and how many tiles cover [rows, columns]."""
-    cols = fmt.group[1]
-    target = max(1, TILE // cols)
-    groups = min(target, _power(columns // cols))
-    m = min(target // groups, _power(rows))
-    config = {"M": m, "GROUPS": groups, "num_warps": _warps(m * groups * cols)}
-    return config, (-(-rows // m), -(-(columns // cols) // groups))
-
-
 def loops_over_rows(fmt: Format, columns: int) -> bool:
     """Whether `row_kernel` serves this format."""
     return fmt.group == (1, -1) and _power(columns) > LARGEST_TILE

@@ -169,40 +169,41 @@ def divide(x, factor):
 
 @triton.jit
 def reciprocal(factor, FMT: tl.constexpr):
-    """(shift, divisor, inverse, correction) with which `quotient` divides by a factor that `choose` returned.
+    """(shift, divisor, inverse, below, correction) with which `quotient` divides by a factor that `choose` returned.
 
     shift is a power of two and divisor = factor * shift, in [2^-23, 4), so nothing below over- or underflows where it
-    matters. inverse is 1 / divisor rounded; inverse + correction is 1 / divisor to within 2^-47 of itself.
+    matters. inverse is 1 / divisor rounded. below + correction is 1 / divisor to within 2^-46 of itself, with a
+    correction that is not negative.
     """
     bits = factor.to(tl.int32, bitcast=True)
     if FMT.scale.is_exponent:  # the reciprocal of a power of two is one, and exact
         exact = tl.where(bits == 0x7F000000, 0x400000, 0x7F000000 - bits)
         exact = tl.where(bits == 0x400000, 0x7F000000, exact).to(tl.float32, bitcast=True)
-        return exact, exact, exact, exact
+        return exact, exact, exact, exact, exact
     exponent = (bits >> 23) & 0xFF
     shift = (tl.maximum(253 - exponent, 1) << 23).to(tl.float32, bitcast=True)
     divisor = factor * shift
-    inverse = tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), divisor)
-    correction = tl.fma(-inverse, divisor, tl.full(factor.shape, 1.0, tl.float32)) * inverse
-    return shift, divisor, inverse, correction
+    one = tl.full(factor.shape, 1.0, tl.float32)
+    inverse = tl.div_rn(one, divisor)
+    above = tl.fma(-inverse, divisor, one) < 0.0
+    below = inverse.to(tl.int32, bitcast=True) - above.to(tl.int32)
+    below = below.to(tl.float32, bitcast=True)
+    return shift, divisor, inverse, below, tl.fma(-below, divisor, one) * below
 
 
 @triton.jit
-def quotient(x, shift, divisor, inverse, correction, FMT: tl.constexpr):
+def quotient(x, shift, divisor, inverse, below, correction, FMT: tl.constexpr):
     """x / factor, correctly rounded, in four or five operations instead of a division's dozen.
 
     Markstein: with q a faithful rounding of a / b and y the correctly rounded 1 / b, fma(fma(-q, b, a), y, q) is the
     correctly rounded a / b, because a - b q is exact. x * inverse alone can be 1.5 units off, which `correction` mends;
     where the divisor has at most 12 significant bits a - b q is exact all the same, and a / b keeps 2^-36 from the
-    midpoints of fp32, so the correction can go.
+    midpoints of fp32, so the correction can go. -0 stays -0: no sum below adds zeros of different sign to it.
     """
     a = x * shift
     if FMT.scale.is_exponent:
         return a
     q = a * inverse
     if FMT.scale.element is None or FMT.tensor_scale:
-        q = tl.fma(a, inverse, a * correction)
-    q = tl.fma(-tl.fma(q, divisor, -a), inverse, q)
-    if not FMT.element.codec.offset_binary:  # -0 stays -0; these scales are positive
-        q = (q.to(tl.int32, bitcast=True) | (a.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)
-    return q
+        q = tl.fma(a, below, a * correction)
+    return tl.fma(-tl.fma(q, divisor, -a), inverse, q)

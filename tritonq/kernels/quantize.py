@@ -8,7 +8,6 @@ share a byte).
 import triton
 import triton.language as tl
 
-from tritonq.codecs import pack_triton as bits
 from tritonq.codecs import scale_triton as scales
 from tritonq.kernels import tile
 
@@ -93,12 +92,13 @@ def group_kernel(
             zero = _spread(zero, M, R, GROUPS, C)
         else:
             zero = ELEM.zero_code
-        shift, divisor, inverse, correction = scales.reciprocal(factor, FMT)
+        shift, divisor, inverse, below, correction = scales.reciprocal(factor, FMT)
         x = scales.quotient(
             x,
             _spread(shift, M, R, GROUPS, C),
             _spread(divisor, M, R, GROUPS, C),
             _spread(inverse, M, R, GROUPS, C),
+            _spread(below, M, R, GROUPS, C),
             _spread(correction, M, R, GROUPS, C),
             FMT,
         )
@@ -119,69 +119,6 @@ def group_kernel(
                 BYTES: tl.constexpr = (COLS * FMT.bits + 7) // 8  # whole, or the only group of its row
                 first_byte = tile_n * (GROUPS * BYTES)
                 tile.store_codes(q_ptr, batch * N + row, row_mask, row_bytes, first_byte, codes, GROUPS, BYTES, FMT)
-
-
-@triton.jit
-def small_group_kernel(
-    x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
-    N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
-    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """A tile of M x GROUPS groups of 16 or 32 elements of a row, whole in number, as [slices, groups, 8].
-
-    Threads run along the groups and keep all slices of one, so what is done once a group is not repeated by the threads
-    that would share it, and the reduction stays inside a thread.
-    """
-    ELEM: tl.constexpr = FMT.element
-    C: tl.constexpr = FMT.group[1]
-    T: tl.constexpr = M * GROUPS
-    SLICES: tl.constexpr = C // 8
-    pid = tl.program_id(0).to(tl.int64)
-    tile_n, pid = pid % tiles_n, pid // tiles_n
-    tile_m, batch = pid % tiles_m, pid // tiles_m
-    in_row = K // C
-    t = tl.arange(0, T)
-    row = tile_m * M + t // GROUPS
-    group = tile_n * GROUPS + t % GROUPS
-    group_mask = (row < N) & (group < in_row)
-    index = (batch * N + row) * in_row + group
-    within = tl.arange(0, SLICES)[:, None, None] * 8 + tl.arange(0, 8)[None, None, :]
-    mask = group_mask[None, :, None] & (within < C)
-    first = batch * stride_batch + row * stride_row + group * (C * stride_col)
-    x = tile.to_float32(tl.load(x_ptr + first[None, :, None] + within * stride_col, mask, other=0.0))
-
-    tensor_scale = 1.0
-    if FMT.tensor_scale:
-        tensor_scale = tl.load(tensor_scale_ptr)
-    high = tl.max(tl.max(scales.high_key(x, FMT), 2), 0)
-    low = high
-    if FMT.zero_point:
-        low = tl.max(tl.max(scales.low_key(x), 2), 0)
-    stored, factor, zero = scales.choose(high, low, tensor_scale, FMT)
-    if MODE != "qdq":
-        tl.store(scale_ptr + index, stored.to(scale_ptr.dtype.element_ty), group_mask)
-        if FMT.zero_point:
-            tl.store(zero_ptr + index, zero.to(tl.uint8), group_mask)
-    shift, divisor, inverse, correction = scales.reciprocal(factor, FMT)
-    x = scales.quotient(
-        x, shift[None, :, None], divisor[None, :, None], inverse[None, :, None], correction[None, :, None], FMT
-    )
-    x = tl.where((factor == factor)[None, :, None], x, 0.0)
-    if FMT.zero_point:
-        zero = zero[None, :, None]
-    else:
-        zero = ELEM.zero_code
-    if MODE == "qdq":
-        y = tile.saturate(ELEM.codec.round(x, zero, ELEM) * factor[None, :, None], LIMIT)
-        tl.store(q_ptr + (index * C)[None, :, None] + within, y.to(q_ptr.dtype.element_ty), mask)
-    else:
-        codes = ELEM.codec.encode(x, zero, ELEM)
-        if FMT.sign_flip != 0:
-            codes = codes ^ FMT.sign_flip
-        BYTES: tl.constexpr = FMT.bits  # of eight codes
-        data = bits.pack(codes.reshape([SLICES * T, 8]), FMT.bits).to(tl.uint8).reshape([SLICES, T, BYTES])
-        byte = tl.arange(0, SLICES)[:, None, None] * BYTES + tl.arange(0, BYTES)[None, None, :]
-        tl.store(q_ptr + (index * (C * FMT.bits // 8))[None, :, None] + byte, data, group_mask[None, :, None])
 
 
 @triton.jit
@@ -212,14 +149,16 @@ def row_kernel(
         tl.store(scale_ptr + index, stored.to(scale_ptr.dtype.element_ty))
         if FMT.zero_point:
             tl.store(zero_ptr + index, zero.to(tl.uint8))
-    shift, divisor, inverse, correction = scales.reciprocal(factor, FMT)
+    shift, divisor, inverse, below, correction = scales.reciprocal(factor, FMT)
     finite = (factor == factor)[:, None]
     factor, zero = factor[:, None], zero[:, None]
     for t in range(tl.cdiv(K, BLOCK_N)):
         col = t * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (col < K)[None, :]
         x = tile.to_float32(tl.load(x_ptr + row_offset[:, None] + col[None, :] * stride_col, mask, other=0.0))
-        x = scales.quotient(x, shift[:, None], divisor[:, None], inverse[:, None], correction[:, None], FMT)
+        x = scales.quotient(
+            x, shift[:, None], divisor[:, None], inverse[:, None], below[:, None], correction[:, None], FMT
+        )
         x = tl.where(finite, x, 0.0)
         if MODE == "qdq":
             y = tile.saturate(ELEM.codec.round(x, zero, ELEM) * factor, LIMIT)
