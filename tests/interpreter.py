@@ -1,7 +1,7 @@
 """Test-only corrections of Triton's interpreter (3.6 to 3.9): conversions and arithmetic of bf16 and fp8.
 
 As shipped it converts fp32 to bf16 by truncation, gets many fp8 conversions wrong, and adds, multiplies and compares
-the raw bits of bf16 numbers. Here every narrow type goes through fp32 and back with ml_dtypes, half to even; fp8
+the raw bits of bf16 numbers; before 3.9 it rounds fused multiply-adds twice. Here every narrow type goes through fp32 and back with ml_dtypes, half to even; fp8
 saturates, as on sm_89 and later.
 """
 
@@ -73,6 +73,12 @@ def apply():
                 return original["unary_op"](self, arg, op)
         return handle(narrowed(op(widen(arg.data, dtype)), dtype), dtype)
 
-    for function in (cast_impl, create_fp_to_fp, binary_op, unary_op):
+    def create_fma(self, x, y, z):
+        """Rounded once. An 80-bit product of fp32 numbers is exact, and the sum keeps more bits than fp32 ties need."""
+        with np.errstate(all="ignore"):
+            wide = [np.asarray(t.data).astype(np.longdouble) for t in (x, y, z)]
+            return handle((wide[0] * wide[1] + wide[2]).astype(np.asarray(z.data).dtype), z.dtype.scalar)
+
+    for function in (cast_impl, create_fp_to_fp, binary_op, unary_op, create_fma):
         setattr(builder, function.__name__, function)
     builder.tritonq_shim = True

@@ -236,3 +236,15 @@ def test_scale_codec_is_part_of_the_cache_key():
     """A scale stored as a minifloat brings its codec's source too."""
     fmt = get_format("int4_g128")
     assert fmt.scale.element.cache_key in fmt.cache_key and fmt.element.cache_key in fmt.cache_key
+
+
+def test_no_unary_minus_where_the_sign_of_zero_counts():
+    """In Triton 3.6 unary minus is 0 - x, which turns 0 into 0: on an H100 `quotient` lost -0 that way."""
+    import ast
+    import inspect
+
+    from tritonq.codecs import scale_triton
+
+    tree = ast.parse(inspect.getsource(scale_triton.quotient.fn))
+    minus = [n for n in ast.walk(tree) if isinstance(n, ast.UnaryOp) and isinstance(n.op, ast.USub)]
+    assert all(isinstance(n.operand, ast.Constant) for n in minus)

@@ -206,4 +206,5 @@ def quotient(x, shift, divisor, inverse, below, correction, FMT: tl.constexpr):
     q = a * inverse
     if FMT.scale.element is None or FMT.tensor_scale:
         q = tl.fma(a, below, a * correction)
-    return tl.fma(-tl.fma(q, divisor, -a), inverse, q)
+    # Times -1, not unary minus: that is 0 - x in Triton 3.6, which turns 0 into 0 instead of -0.
+    return tl.fma(tl.fma(q, divisor, a * -1.0) * -1.0, inverse, q)
