@@ -1,8 +1,8 @@
 """Test-only corrections of Triton's interpreter (3.6 to 3.9): conversions and arithmetic of bf16 and fp8.
 
 As shipped it converts fp32 to bf16 by truncation, gets many fp8 conversions wrong, and adds, multiplies and compares
-the raw bits of bf16 numbers; before 3.9 it rounds fused multiply-adds twice. Here every narrow type goes through fp32 and back with ml_dtypes, half to even; fp8
-saturates, as on sm_89 and later.
+the raw bits of bf16 numbers; before 3.9 it rounds fused multiply-adds twice. Here every narrow type goes through fp32
+and back with ml_dtypes, half to even; fp8 saturates, as on sm_89 and later.
 """
 
 import ml_dtypes
