@@ -42,7 +42,9 @@ def qdq(
     Args:
         x: floating tensor [..., K], any strides.
         fmt: a Format or its name.
-        scale, zero_point, tensor_scale: used verbatim instead of being computed; shapes as in `Format.storage`.
+        scale, zero_point, tensor_scale: used verbatim instead of being computed; shapes as in `Format.storage`. A
+            computed scale carries NaN where its group is not finite; a given one cannot, so then NaN and infinity stay
+            only where the element type has a NaN, and else become 0 and the largest number.
 
     Returns:
         Contiguous tensor of x's shape and dtype. Its gradient is passed on where |x / scale| is within the element's
