@@ -28,6 +28,15 @@ def allocate(fmt: Format, shape: Shape, device: torch.device) -> Parts:
     return {name: torch.empty(s, dtype=d, device=device) for name, (s, d) in fmt.storage(shape).items()}
 
 
+_SCALES = ("scale", "zero_point", "tensor_scale")
+
+
+def _allocate_scales(fmt: Format, x: Tensor, names: tuple[str, ...]) -> Parts:
+    """Uninitialised parts besides the codes, those of `names` that the format has."""
+    storage = fmt.storage(tuple(x.shape))
+    return {name: torch.empty(s, dtype=d, device=x.device) for name, (s, d) in storage.items() if name in names}
+
+
 def check_input(x: Tensor, fmt: Format) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}")
@@ -124,12 +133,8 @@ def qdq(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.device.type == "meta":
         return y
-    parts: Parts = {}
-    needed = fmt.storage(tuple(x.shape))
-    del needed["qdata"]
-    if scale is None and uses_triton(x) and tuning.fits(fmt, x.shape[-1]):
-        needed = {k: v for k, v in needed.items() if k == "tensor_scale"}  # scales never leave the kernel
-    parts = {name: torch.empty(s, dtype=d, device=x.device) for name, (s, d) in needed.items()}
+    inside = scale is None and uses_triton(x) and tuning.fits(fmt, x.shape[-1])  # scales never leave the kernel
+    parts = _allocate_scales(fmt, x, ("tensor_scale",) if inside else _SCALES)
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
     _run(x, fmt, parts, given, tensor_scale is not None, y)
     return y
@@ -150,8 +155,7 @@ def qdq_backward(
     dx = torch.empty(x.shape, dtype=dy.dtype, device=x.device)
     if x.device.type == "meta" or x.numel() == 0:
         return dx
-    needed = {name: part for name, part in fmt.storage(tuple(x.shape)).items() if name != "qdata"}
-    parts = {name: torch.empty(s, dtype=d, device=x.device) for name, (s, d) in needed.items()}
+    parts = _allocate_scales(fmt, x, _SCALES)
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
     if fmt.tensor_scale and tensor_scale is None:
         parts["tensor_scale"].copy_(_tensor_scale(x, fmt))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -56,8 +55,7 @@ def check_finite(q: QTensor, dense: Tensor, name: str) -> None:
         count = sum(int((~torch.isfinite(row)).sum()) for row in dense.reshape(-1, dense.shape[-1]).split(1024))
         raise ValueError(
             f"{name} of shape {tuple(dense.shape)} has {count} non-finite element{'s' if count != 1 else ''} "
-            "(NaN or infinity); "
-            "repair the weights, or leave the layer out with ignore"
+            "(NaN or infinity); repair the weights, or leave the layer out with ignore"
         )
 
 
@@ -70,8 +68,8 @@ def _shared_divisors(weights: list[tuple[str, Tensor, Format]]) -> dict[str, Ten
             sets.setdefault(key, []).append((name, weight, fmt))
     shared = {}
     for members in sets.values():
-        scales = [ops.tensor_scale(weight.detach(), fmt) for _, weight, fmt in members]
-        smallest = torch.stack([scale.cpu() for scale in scales]).amin(0)
+        divisors = [ops.tensor_scale(weight.detach(), fmt).cpu() for _, weight, fmt in members]
+        smallest = torch.stack(divisors).amin(0)
         shared.update({name: smallest for name, _, _ in members})
     return shared
 
@@ -152,12 +150,3 @@ def quantize_(
     model.tritonq_group_size = group_size  # type: ignore[assignment]
     model.tritonq_ignored = tuple(ignored)  # type: ignore[assignment]
     return model
-
-
-def model_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, quantized ones as they are stored."""
-    seen = {id(p): p for p in model.parameters()}
-    return sum(
-        p.format.nbytes(tuple(p.shape)) if isinstance(p, QTensor) else math.prod(p.shape) * p.element_size()
-        for p in seen.values()
-    )
