@@ -4,12 +4,12 @@ A family is two files. `<family>.py` holds the torch functions; they are the ref
 `<family>_triton.py` holds the device functions of the same name, imported at the first launch only, because importing
 Triton takes longer than importing tritonq may.
 
-The four functions of an element codec, on values already divided by their scale:
+The functions of an element codec, on values already divided by their scale:
 
 * `encode(x, zero, element) -> code`: fp32 to integer codes 0 .. 2^bits - 1, saturating, round half to even.
 * `decode(code, zero, element) -> x`: back to fp32, exactly.
 * `round(x, zero, element) -> x`: decode(encode(x)) without the code, for QDQ.
-* `clipped(x, zero, element) -> bool`: whether x lies outside the range of the codes before rounding.
+* `clipped(x, zero, element) -> bool`: whether x lies outside the range of the codes before rounding (torch only).
 
 `zero` is the code of 0: a constant of the element type, or the zero points of asymmetric formats. NaN never reaches
 `encode`; callers replace it by 0 and let the scale carry it.
@@ -33,8 +33,8 @@ class Codec:
 
     Attributes:
         name: of the family.
-        encode_ref, decode_ref, round_ref: torch functions as described above. They may overwrite `x`.
-        device_module: where the device functions `encode`, `decode`, `round`, `clipped` live.
+        encode_ref, decode_ref, round_ref, clipped_ref: torch functions as described above. They may overwrite `x`.
+        device_module: where the device functions `encode`, `decode`, `round` live.
         offset_binary: codes are shifted so that the most negative number is code 0.
     """
 
@@ -58,14 +58,10 @@ class Codec:
     def round(self) -> Any:
         return importlib.import_module(self.device_module).round
 
-    @property
-    def clipped(self) -> Any:
-        return importlib.import_module(self.device_module).clipped
-
     @functools.cached_property
     def cache_key(self) -> str:
         """Changes when the source of a device function changes."""
-        keys = [fn.cache_key for fn in (self.encode, self.decode, self.round, self.clipped)]
+        keys = [fn.cache_key for fn in (self.encode, self.decode, self.round)]
         return hashlib.sha256("-".join(keys).encode()).hexdigest()[:16]
 
     def __repr__(self) -> str:

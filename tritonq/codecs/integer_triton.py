@@ -23,9 +23,3 @@ def encode(x, zero, ELEM: tl.constexpr):
 @triton.jit
 def decode(code, zero, ELEM: tl.constexpr):
     return code.to(tl.float32) - zero
-
-
-@triton.jit
-def clipped(x, zero, ELEM: tl.constexpr):
-    low = 0.0 - zero
-    return (x < low) | (x > low + ((1 << ELEM.bits) - 1))

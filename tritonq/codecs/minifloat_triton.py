@@ -131,8 +131,3 @@ def decode_bits(code, ELEM: tl.constexpr):
     if ELEM.special == "fnuz":
         value = tl.where(code == ELEM.nan_code, float("nan"), value)
     return value
-
-
-@triton.jit
-def clipped(x, zero, ELEM: tl.constexpr):
-    return tl.abs(x) > ELEM.max
