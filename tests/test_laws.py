@@ -348,7 +348,7 @@ def test_any_tile(name, device, any_plan, monkeypatch):
         x = x[:3]
     expected = reference.quantize(x, fmt)
     for size in tile_sizes():
-        monkeypatch.setattr(tiling, "TILE_ELEMENTS", size)
+        monkeypatch.setattr(tiling, "SCRATCH", 12 * size)
         kernel_tile = 1 << (size - 1).bit_length()  # a power of two, as Triton's ranges are
         monkeypatch.setattr(tuning, "TILE", min(max(64, kernel_tile), 1 << (16 if INTERPRET else 14)))
         if size == tile_sizes()[0]:

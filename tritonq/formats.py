@@ -181,6 +181,11 @@ class ScaleType:
         return self.name == "e8m0"
 
     @property
+    def signed_range(self) -> bool:
+        """Whether the rule looks at the largest and the smallest element, not only at magnitudes."""
+        return self.rule in ("full_range", "minmax")
+
+    @property
     def max(self) -> float:
         if self.is_exponent:
             return 2.0**127

@@ -18,6 +18,7 @@ from torch import Tensor
 from tritonq import tiling, tuning
 from tritonq.formats import Format, Shape, get_format
 from tritonq.launch import launch
+from tritonq.memory import empty
 from tritonq.reference import Parts
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -25,7 +26,7 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 def allocate(fmt: Format, shape: Shape, device: torch.device) -> Parts:
     """Uninitialised parts of a tensor of `shape`."""
-    return {name: torch.empty(s, dtype=d, device=device) for name, (s, d) in fmt.storage(shape).items()}
+    return {name: empty(s, d, device) for name, (s, d) in fmt.storage(shape).items()}
 
 
 _SCALES = ("scale", "zero_point", "tensor_scale")
@@ -34,7 +35,7 @@ _SCALES = ("scale", "zero_point", "tensor_scale")
 def _allocate_scales(fmt: Format, x: Tensor, names: tuple[str, ...]) -> Parts:
     """Uninitialised parts besides the codes, those of `names` that the format has."""
     storage = fmt.storage(tuple(x.shape))
-    return {name: torch.empty(s, dtype=d, device=x.device) for name, (s, d) in storage.items() if name in names}
+    return {name: empty(s, d, x.device) for name, (s, d) in storage.items() if name in names}
 
 
 def check_input(x: Tensor, fmt: Format) -> None:
@@ -130,7 +131,7 @@ def qdq(
     """dequantize(quantize(x)) of x's shape and dtype, contiguous, without codes in memory."""
     fmt = get_format(fmt)
     check_input(x, fmt)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = empty(x.shape, x.dtype, x.device)
     if x.device.type == "meta":
         return y
     inside = scale is None and uses_triton(x) and tuning.fits(fmt, x.shape[-1])  # scales never leave the kernel
@@ -152,7 +153,7 @@ def qdq_backward(
     """dy where x / scale lies within the element's range, 0 where QDQ clipped it; the scales are computed again."""
     fmt = get_format(fmt)
     check_input(x, fmt)
-    dx = torch.empty(x.shape, dtype=dy.dtype, device=x.device)
+    dx = empty(x.shape, dy.dtype, x.device)
     if x.device.type == "meta" or x.numel() == 0:
         return dx
     parts = _allocate_scales(fmt, x, _SCALES)
@@ -175,7 +176,7 @@ def dequantize(parts: Parts, fmt: Format | str, shape: Shape, dtype: torch.dtype
     qdata = parts["qdata"]
     if dtype not in FLOATS:
         raise TypeError(f"dequantize gives bfloat16, float16, float32 or float64, got {dtype}")
-    y = torch.empty(shape, dtype=dtype, device=qdata.device)
+    y = empty(shape, dtype, qdata.device)
     if y.numel() and y.device.type != "meta":
         if uses_triton(y):
             with _device_of(y):

@@ -6,6 +6,8 @@ axes of their own, [..., rows of groups, r, columns of groups, c].
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -76,7 +78,7 @@ def group_range(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     if groups.shape[-1] == 0:
         zero = x.new_zeros(fmt.scale_shape(tuple(x.shape)))
         return zero, zero
-    if fmt.scale.rule in ("full_range", "minmax"):
+    if fmt.scale.signed_range:
         return groups.amax(axes), groups.amin(axes)
     largest = torch.abs(groups, out=buffer("work", groups)).amax(axes)
     return largest, -largest
@@ -96,12 +98,18 @@ def finite_amax(x: Tensor) -> Tensor:
     return amax if bool(torch.isfinite(amax)) else x.masked_fill_(~torch.isfinite(x), 0.0).amax()
 
 
-def _divided(x: Tensor, factor: Tensor, fmt: Format, given: bool) -> tuple[Tensor, Tensor | None]:
+def _largest(factor: Tensor) -> float:
+    """Largest magnitude, or NaN."""
+    return float(factor.abs().amax()) if factor.numel() else 0.0
+
+
+def _divided(x: Tensor, factor: Tensor, top: float, fmt: Format, given: bool) -> tuple[Tensor, Tensor | None]:
     """x / scale by group (overwrites x), and where the result has to be NaN although its scale is not.
 
-    A scale that was computed from x is NaN where x is not finite, so x itself is looked at only if scales were given.
+    `top` is the largest scale. A scale that was computed from x is NaN where x is not finite, so x itself is looked at
+    only if scales were given.
     """
-    finite = bool(torch.isfinite(factor).all())
+    finite = math.isfinite(top)
     if given and finite and x.numel():
         finite = bool(torch.isfinite(x.amax())) and bool(torch.isfinite(x.amin()))
     groups = grouped(x, fmt)
@@ -122,7 +130,8 @@ def encode(
     """Packed qdata of an fp32 tensor (overwritten); `given` unless the scales were computed from x."""
     shape = tuple(x.shape)
     zero = _zero(zero_point, fmt)
-    groups, lost = _divided(x, spread(scales.load(scale, fmt, tensor_scale), fmt), fmt, given)
+    factor = spread(scales.load(scale, fmt, tensor_scale), fmt)
+    groups, lost = _divided(x, factor, _largest(factor), fmt, given)
     codes = fmt.element.codec.encode_ref(groups, zero, fmt.element)
     if lost is not None:
         codes = codes.masked_fill_(lost, fmt.element.nan_code)
@@ -133,27 +142,42 @@ def encode(
 
 
 def decode(
-    qdata: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format, shape: Shape
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    tensor_scale: Tensor | None,
+    fmt: Format,
+    shape: Shape,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """fp32 values of packed qdata of a tensor of `shape`."""
+    """fp32 values, within the finite range of `dtype`, of packed qdata of a tensor of `shape`."""
     codes = bits.unpack(qdata.view(torch.uint8), fmt.bits, shape[-1])
     if fmt.sign_flip:
         codes = codes ^ fmt.sign_flip
     zero = _zero(zero_point, fmt)
     values = fmt.element.codec.decode_ref(grouped(codes, fmt), zero, fmt.element)
-    values = values.mul_(spread(scales.load(scale, fmt, tensor_scale), fmt))
+    factor = spread(scales.load(scale, fmt, tensor_scale), fmt)
+    values = _saturate(values.mul_(factor), _largest(factor), fmt, dtype)
     return ungrouped(values, tuple(shape), fmt)
 
 
 def encode_decode(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format, given: bool = True
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    tensor_scale: Tensor | None,
+    fmt: Format,
+    dtype: torch.dtype,
+    given: bool = True,
 ) -> Tensor:
     """decode(encode(x)) without codes; overwrites x."""
     shape = tuple(x.shape)
     zero = _zero(zero_point, fmt)
     factor = spread(scales.load(scale, fmt, tensor_scale), fmt)
-    groups, lost = _divided(x, factor, fmt, given)
+    top = _largest(factor)
+    groups, lost = _divided(x, factor, top, fmt, given)
     values = fmt.element.codec.round_ref(groups, zero, fmt.element).mul_(factor)
+    values = _saturate(values, top, fmt, dtype)
     if lost is not None:
         values.masked_fill_(lost, torch.nan)
     return ungrouped(values, shape, fmt)
@@ -163,15 +187,19 @@ def clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: T
     """Where x / scale lies outside the element's range before rounding; overwrites x."""
     shape = tuple(x.shape)
     zero = _zero(zero_point, fmt)
-    groups, _ = _divided(x, spread(scales.load(scale, fmt, tensor_scale), fmt), fmt, True)
+    factor = spread(scales.load(scale, fmt, tensor_scale), fmt)
+    groups, _ = _divided(x, factor, _largest(factor), fmt, True)
     return ungrouped(fmt.element.codec.clipped_ref(groups, zero, fmt.element), shape, fmt)
 
 
-def saturate(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 values clamped to the finite range of `dtype`, in place: finite input gives finite output. NaN stays."""
-    if dtype is torch.float64:
-        dtype = torch.float32
-    limit = torch.finfo(dtype).max
+def _saturate(values: Tensor, top: float, fmt: Format, dtype: torch.dtype) -> Tensor:
+    """fp32 values clamped to the finite range of `dtype`, in place: finite input gives finite output. NaN stays.
+
+    `top` is the largest scale; most are so small that no value can leave the range.
+    """
+    limit = torch.finfo(torch.float32 if dtype is torch.float64 else dtype).max
+    if 4 * fmt.element.max * top <= limit:  # integers of 2 bits with a zero point reach three times their max
+        return values
     return values.clamp_(-limit, limit)
 
 
@@ -208,8 +236,8 @@ def quantize(
 
 
 def dequantize(parts: Parts, fmt: Format, shape: Shape, dtype: torch.dtype) -> Tensor:
-    values = decode(parts["qdata"], parts["scale"], parts.get("zero_point"), parts.get("tensor_scale"), fmt, shape)
-    return saturate(values, dtype).to(dtype)
+    zero_point, tensor_scale = parts.get("zero_point"), parts.get("tensor_scale")
+    return decode(parts["qdata"], parts["scale"], zero_point, tensor_scale, fmt, shape, dtype).to(dtype)
 
 
 def qdq(x: Tensor, fmt: Format, **given: Tensor | None) -> Tensor:

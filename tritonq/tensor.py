@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from tritonq import autograd, ops
 from tritonq.formats import Format, Shape, get_format
+from tritonq.memory import empty
 from tritonq.reference import Parts
 
 aten = torch.ops.aten
@@ -563,7 +564,7 @@ def quantize(
     ops.check_input(x, fmt)
     x = x.detach() if device is None else x.detach().to(device)
     layout = Layout.of(fmt, tuple(x.shape))
-    buf = torch.empty(layout.nbytes, dtype=torch.uint8, device=x.device)
+    buf = empty(layout.nbytes, torch.uint8, x.device)
     result = QTensor._wrap(buf, layout, x.dtype)
     ops.quantize(x, fmt, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, out=result.parts())
     return result

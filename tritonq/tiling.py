@@ -1,7 +1,7 @@
 """Tiles: how a tensor of any rank and strides becomes matrices for a kernel, and the CPU path.
 
-The CPU path runs the torch reference on tiles of one MiB of fp32 a thread, in buffers that it reuses: naive eager
-code spends most of its time in page faults of fresh intermediates.
+The CPU path runs the torch reference on tiles whose fp32 intermediates take 3 MiB a thread, in buffers that it reuses:
+naive eager code spends most of its time in page faults of fresh intermediates.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from tritonq.codecs import scale as scales
 from tritonq.codecs.scratch import reuse
 from tritonq.formats import Format, Shape
 
-TILE_ELEMENTS = 1 << 18  # fp32 elements of a CPU tile, per thread
-BATCH_GROUPS = 1 << 15  # groups whose scales are chosen in one go, whole tiles of them
+SCRATCH = 3 << 20  # bytes of fp32 intermediates of a CPU tile, per thread
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,10 @@ def _slabs(x: Tensor, qdata: Tensor | None, scale: Tensor, zero_point: Tensor | 
                 yield _Slab(view, part(qdata), found, part(zero_point))
 
 
-def _tile_budget(device: torch.device) -> int:
-    return TILE_ELEMENTS * torch.get_num_threads() if device.type == "cpu" else 64 * TILE_ELEMENTS
+def _budget(device: torch.device, fmt: Format) -> int:
+    """Elements of a tile."""
+    keeps = max(fmt.element.codec.scratch, 1 if fmt.scale.signed_range else 2)  # |x| beside x
+    return SCRATCH // (4 * keeps) * (torch.get_num_threads() if device.type == "cpu" else 64)
 
 
 @dataclass(frozen=True)
@@ -203,62 +204,37 @@ def _load(slab: _Slab, tile: _Tile) -> Tensor:
 _Shared = list[tuple[_Slab, _Tile]]  # tiles of one large group, or one tile of whole groups
 
 
-def _range(tiles: _Shared) -> tuple[Tensor, Tensor]:
-    """Largest and smallest element of each group of a tile, or of the one group that several tiles make up."""
-    hi, lo = reference.group_range(_load(*tiles[0]), tiles[0][1].fmt)
+def _choose(tiles: _Shared, fmt: Format, divisor: Tensor | None) -> Tensor | None:
+    """Fill the scales and zero points of a tile, or of the one group that several tiles make up; returns the fp32
+    elements where it is one tile, so that they are not loaded twice."""
+    x = _load(*tiles[0])
+    hi, lo = reference.group_range(x, tiles[0][1].fmt)
     for slab, tile in tiles[1:]:  # a list of results would pin the heap between the tiles
         high, low = reference.group_range(_load(slab, tile), tile.fmt)
         hi, lo = torch.maximum(hi, high), torch.minimum(lo, low)
-    return hi.reshape(-1), lo.reshape(-1)
-
-
-def _batches(groups: list[_Shared]) -> Iterator[list[_Shared]]:
-    batch: list[_Shared] = []
-    pending = 0
-    for tiles in groups:
-        batch.append(tiles)
-        slab, tile = tiles[0]
-        part = tile.of(slab.scale)
-        pending += 0 if part is None else part.numel()
-        if pending >= BATCH_GROUPS:
-            yield batch
-            batch, pending = [], 0
-    if batch:
-        yield batch
-
-
-def _choose(batch: list[_Shared], fmt: Format, divisor: Tensor | None) -> None:
-    """Fill the scales and zero points of a batch: chosen together, because small operations cost mostly their call."""
-    ranges = [_range(tiles) for tiles in batch]
-    hi, lo = (torch.cat(ends) for ends in zip(*ranges, strict=True))
     chosen, zero = scales.choose(hi, lo, fmt, divisor)
-    counts = [len(high) for high, _ in ranges]
-    zeros = [None] * len(batch) if zero is None else zero.split(counts)
-    for tiles, part, zero_part in zip(batch, chosen.split(counts), zeros, strict=True):
-        slab, tile = tiles[0]
-        for target, values in ((tile.of(slab.scale), part), (tile.of(slab.zero_point), zero_part)):
-            if target is not None and values is not None:
-                target.copy_(values.view(target.shape))
+    slab, tile = tiles[0]
+    for target, values in ((tile.of(slab.scale), chosen), (tile.of(slab.zero_point), zero)):
+        if target is not None and values is not None:
+            target.copy_(values.view(target.shape))
+    return x if len(tiles) == 1 else None
 
 
-def _apply(tiles: _Shared, divisor: Tensor | None, given: bool, y: Tensor | None) -> None:
-    """Codes, or values of `y`, of tiles whose scales are known."""
-    for slab, tile in tiles:
-        scale, zero = tile.of(slab.scale), tile.of(slab.zero_point)
-        assert scale is not None
-        assert slab.qdata is not None
-        x = _load(slab, tile)
-        if y is None:
-            tile.codes(slab.qdata).copy_(reference.encode(x, scale, zero, divisor, tile.fmt, given))
-        else:
-            values = reference.encode_decode(x, scale, zero, divisor, tile.fmt, given)
-            slab.qdata[tile.rows, tile.cols].copy_(reference.saturate(values, y.dtype))
+def _apply(slab: _Slab, tile: _Tile, x: Tensor, divisor: Tensor | None, given: bool, y: Tensor | None) -> None:
+    """Codes, or values of `y`, of a tile whose scales are known; overwrites the fp32 elements x."""
+    scale, zero = tile.of(slab.scale), tile.of(slab.zero_point)
+    assert scale is not None and slab.qdata is not None
+    if y is None:
+        tile.codes(slab.qdata).copy_(reference.encode(x, scale, zero, divisor, tile.fmt, given))
+    else:
+        values = reference.encode_decode(x, scale, zero, divisor, tile.fmt, y.dtype, given)
+        slab.qdata[tile.rows, tile.cols].copy_(values)
 
 
 def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
     """The tensor-wide divisor, fp32 [1], tile by tile."""
     amax = torch.zeros((), device=x.device)
-    budget = _tile_budget(x.device)
+    budget = _budget(x.device, fmt)
     whole = replace(fmt, group=(-1, -1))
     with reuse():
         for slab in list(_slabs(x, None, amax.reshape(1), None, whole)):
@@ -277,7 +253,7 @@ def clip_gradient(x: Tensor, dy: Tensor, fmt: Format, parts: reference.Parts, dx
     scale, zero_point, divisor = parts["scale"], parts.get("zero_point"), parts.get("tensor_scale")
     gradients = _slabs(dy, dx, scale, zero_point, fmt)
     for slab, gradient in zip(_slabs(x, dx, scale, zero_point, fmt), gradients, strict=True):
-        for tiles in _windows(slab.x, fmt, _tile_budget(x.device)):
+        for tiles in _windows(slab.x, fmt, _budget(x.device, fmt)):
             for tile in tiles:
                 tile_scale, tile_zero = tile.of(slab.scale), tile.of(slab.zero_point)
                 assert tile_scale is not None and slab.qdata is not None
@@ -291,23 +267,22 @@ def encode(
     """Fill parts["scale"] (and zero_point) unless `given`, and parts["qdata"], or with `y` that tensor (QDQ)."""
     scale, zero_point = parts["scale"], parts.get("zero_point")
     out = None if scales_only else parts["qdata"] if y is None else y
-    budget = _tile_budget(x.device)
+    budget = _budget(x.device, fmt)
     slabs = list(_slabs(x, out, scale, zero_point, fmt))
     groups = [[(slab, tile) for tile in tiles] for slab in slabs for tiles in _windows(slab.x, fmt, budget)]
     if fmt.group[0] == -1:
         groups = [list(itertools.chain.from_iterable(groups))]
     divisor = parts.get("tensor_scale")
     with reuse():
-        for batch in _batches(groups):
-            if not given:
-                _choose(batch, fmt, divisor)
-            for tiles in [] if scales_only else batch:
-                _apply(tiles, divisor, given, y)
+        for tiles in groups:
+            x = None if given else _choose(tiles, fmt, divisor)
+            for slab, tile in [] if scales_only else tiles:
+                _apply(slab, tile, _load(slab, tile) if x is None else x, divisor, given, y)
 
 
 def decode(fmt: Format, parts: reference.Parts, y: Tensor) -> None:
     """Fill contiguous y with dequantized values."""
-    divisor, budget = parts.get("tensor_scale"), _tile_budget(y.device)
+    divisor, budget = parts.get("tensor_scale"), _budget(y.device, fmt)
     slabs = list(_slabs(y, parts["qdata"], parts["scale"], parts.get("zero_point"), fmt))
     tiles = [(slab, tile) for slab in slabs for group in _windows(slab.x, fmt, budget) for tile in group]
     with reuse():
@@ -316,8 +291,8 @@ def decode(fmt: Format, parts: reference.Parts, y: Tensor) -> None:
             assert scale is not None
             assert slab.qdata is not None
             window = slab.x[tile.rows, tile.cols]
-            values = reference.decode(tile.codes(slab.qdata), scale, zero, divisor, tile.fmt, tuple(window.shape))
-            window.copy_(reference.saturate(values, y.dtype))
+            codes, shape = tile.codes(slab.qdata), tuple(window.shape)
+            window.copy_(reference.decode(codes, scale, zero, divisor, tile.fmt, shape, y.dtype))
 
 
 __all__ = ["Matrix", "Shape", "decode", "encode", "matrices", "tensor_scale"]

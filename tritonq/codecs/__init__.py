@@ -36,6 +36,7 @@ class Codec:
         encode_ref, decode_ref, round_ref, clipped_ref: torch functions as described above. They may overwrite `x`.
         device_module: where the device functions `encode`, `decode`, `round` live.
         offset_binary: codes are shifted so that the most negative number is code 0.
+        scratch: fp32 tensors that `round_ref` keeps at a time, x included; the CPU path makes its tiles accordingly.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Codec:
     clipped_ref: Callable[..., Any]
     device_module: str
     offset_binary: bool = False
+    scratch: int = 1
 
     @property
     def encode(self) -> Any:
@@ -78,4 +80,5 @@ MINIFLOAT = Codec(
     minifloat.round,
     minifloat.clipped,
     "tritonq.codecs.minifloat_triton",
+    scratch=3,
 )
