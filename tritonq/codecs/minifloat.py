@@ -83,8 +83,6 @@ def encode(x: Tensor, zero: Any, element: Any) -> Tensor:
 
 
 def decode(code: Tensor, zero: Any, element: Any) -> Tensor:
-    if element.dtype is not None:
-        return buffer("values", code, torch.float32).copy_(code.view(element.dtype))
     index = buffer("index", code, torch.int32).copy_(code).view(-1)
     values = buffer("values", code, torch.float32)
     torch.index_select(table(element, code.device), 0, index, out=values.view(-1))
