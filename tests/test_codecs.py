@@ -19,7 +19,7 @@ from tritonq.codecs import pack as packing
 from tritonq.codecs import pack_triton as device_pack
 from tritonq.codecs import scale as scales
 from tritonq.codecs import scale_triton as device_scales
-from tritonq.formats import Format, ScaleType, get_element, integer, minifloat
+from tritonq.formats import Format, ScaleType, get_element, get_format, integer, minifloat
 
 ML_DTYPES = {
     "e2m1": ml_dtypes.float4_e2m1fn, "e2m3": ml_dtypes.float6_e2m3fn, "e3m2": ml_dtypes.float6_e3m2fn,
@@ -61,7 +61,7 @@ def numbers(element, count=None):
 def encode_kernel(x_ptr, code_ptr, value_ptr, zero, n, ELEM: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, i < n, other=0.0)
-    tl.store(code_ptr + i, ELEM.codec.encode(x, zero, ELEM), i < n)
+    tl.store(code_ptr + i, ELEM.codec.encode(x, zero, None, ELEM), i < n)
     tl.store(value_ptr + i, ELEM.codec.round(x, zero, ELEM), i < n)
 
 
@@ -77,18 +77,18 @@ def scale_kernel(x_ptr, code_ptr, value_ptr, zero, n, ELEM: tl.constexpr, BLOCK:
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, i < n, other=0.0)
     bad = x - x != 0.0
-    bits = device_scales._store_bits(tl.where(bad, 0.0, x), bad, ELEM)
+    bits, value = device_scales._store(tl.where(bad, 0.0, x), bad, ELEM)
     tl.store(code_ptr + i, bits, i < n)
-    tl.store(value_ptr + i, device_scales.load(bits, 1.0, ELEM), i < n)
+    tl.store(value_ptr + i, tl.where(bad, float("nan"), value), i < n)
 
 
 @triton.jit
 def exponent_kernel(x_ptr, code_ptr, value_ptr, zero, n, ELEM: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    key = device_scales.high_key(tl.load(x_ptr + i, i < n, other=0.0), ELEM)
-    bits, factor, _ = device_scales.choose(key, key, 1.0, ELEM)
+    high, low = device_scales.keys(tl.load(x_ptr + i, i < n, other=0.0), ELEM)
+    bits, factor, _, bad = device_scales.choose(high, low, 1.0, ELEM)
     tl.store(code_ptr + i, bits, i < n)
-    tl.store(value_ptr + i, factor, i < n)
+    tl.store(value_ptr + i, tl.where(bad, float("nan"), factor), i < n)
 
 
 @triton.jit
@@ -110,6 +110,18 @@ def pack_kernel(codes_ptr, data_ptr, back_ptr, BITS: tl.constexpr, M: tl.constex
         PADDED: tl.constexpr = data.shape[2]
         run = tl.arange(0, M)[:, None] * data.shape[1] + tl.arange(0, data.shape[1])[None, :]
         tl.store(data_ptr + run[:, :, None] * PADDED + tl.arange(0, PADDED)[None, None, :], data)
+
+
+@triton.jit
+def quotient_kernel(factor_ptr, wrong_ptr, first, MODERATE: tl.constexpr, FMT: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts dividends 1.0 + k * 2^-23, k from `first` on, that `quotient` divides unlike an IEEE division."""
+    program, factor = tl.program_id(0), tl.load(factor_ptr + tl.program_id(1))
+    x = (0x3F800000 + first + program * BLOCK + tl.arange(0, BLOCK)).to(tl.float32, bitcast=True)
+    b = tl.full([BLOCK], 0.0, tl.float32) + factor
+    shift, divisor, inverse, below, correction = device_scales.reciprocal(b, MODERATE, FMT)
+    q = device_scales.quotient(x, shift, divisor, inverse, below, correction, MODERATE, FMT)
+    wrong = q.to(tl.int32, bitcast=True) != tl.div_rn(x, b).to(tl.int32, bitcast=True)
+    tl.atomic_add(wrong_ptr + tl.program_id(1), tl.sum(wrong.to(tl.int32)))
 
 
 @triton.jit
@@ -152,6 +164,31 @@ def same(got, expected):
     np.testing.assert_array_equal(got, expected)
     kept = ~np.isnan(expected)
     np.testing.assert_array_equal(np.signbit(got)[kept], np.signbit(expected)[kept])
+
+
+@pytest.mark.parametrize(
+    "name,moderate", [("int4_g128_f32", False), ("int4_g128_bf16", False), ("nvfp4", False), ("nvfp4", True)]
+)
+def test_quotient_is_the_ieee_division(name, moderate, device):
+    """On a GPU for every significand of the dividend; of divisors those at the ends, with few bits, and random ones."""
+    if device == "cpu" and not INTERPRET:
+        pytest.skip("the CPU divides")
+    fmt = get_format(name)
+    rng = np.random.default_rng(0)
+    ends = [0x000000, 0x000001, 0x000002, 0x3FFFFF, 0x400000, 0x400001, 0x555555, 0x6A09E6, 0x7FFFFE, 0x7FFFFF]
+    significands = np.array([*ends, *rng.integers(0, 1 << 23, 6 if INTERPRET else 1014)])
+    if name == "int4_g128_bf16":
+        significands &= 0x7F0000
+    exponents = np.resize([127, 126, 70, 180], significands.size)
+    signs = np.resize([0, 0, 1], significands.size) << 31 if name != "nvfp4" else 0
+    factors = torch.from_numpy((signs + significands + (exponents << 23)).astype(np.uint32).view(np.float32)).to(device)
+    wrong = torch.zeros(factors.numel(), dtype=torch.int32, device=device)
+    block, programs, first = (1 << 16, 1, 0x123456) if INTERPRET else (1024, 1 << 13, 0)
+    quotient_kernel[(programs, factors.numel())](
+        factors, wrong, first, MODERATE=moderate, FMT=fmt, BLOCK=block, enable_fp_fusion=False
+    )
+    bad = wrong.nonzero().flatten().tolist()
+    assert not bad, [(factors[i].item().hex(), wrong[i].item()) for i in bad[:10]]
 
 
 @pytest.mark.parametrize("name", ML_DTYPES)
@@ -230,12 +267,14 @@ def store(x, fmt, device):
 
 @pytest.mark.parametrize("name", ["e4m3", "ue5m3", "f16", "bf16", "f32"])
 def test_scale_storage(name, device):
-    """Rounded half to even, saturated, zero to the smallest positive number, non-finite to NaN."""
-    fmt = scale_format(name)
+    """Rounded half to even, saturated, zero to the smallest positive number, non-finite to NaN. Only full_range has
+    negative ones."""
+    signed = name != "ue5m3"
+    fmt = scale_format(name, "full_range", get_element("int4")) if signed else scale_format(name)
     x = np.concatenate(
         [numbers(get_element("e5m2"), 20_000), np.float32([np.nan, 114688, 1e5, 122880, 65504, 65519, 448, 464])]
     )
-    if name == "ue5m3":
+    if not signed:
         x = x[~(x < 0)]
     bits, value = store(x, fmt, device)
     finite = np.isfinite(x)

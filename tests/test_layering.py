@@ -9,7 +9,7 @@ import tritonq.formats
 
 PACKAGE = Path(tritonq.formats.__file__).parent
 LAYERS = (
-    ("formats", "codecs"), ("reference", "kernels"), ("tuning", "tiling", "launch"), ("ops",), ("autograd", "ste"),
+    ("formats", "codecs"), ("reference", "kernels"), ("tuning", "tiling", "launch", "memory"), ("ops",), ("autograd", "ste"),
     ("tensor",),
     ("offload", "nn"), ("calibrate", "io"), ("integrations", "cli", "demo", "__main__"),
 )  # fmt: skip

@@ -21,6 +21,7 @@ import functools
 import hashlib
 import math
 import re
+import struct
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -32,6 +33,10 @@ Shape = tuple[int, ...]
 FLOAT_RULES = ("absmax", "half_range", "full_range")
 EXPONENT_RULES = ("floor", "rceil", "ceil", "even")
 RULES = (*FLOAT_RULES, "minmax", *EXPONENT_RULES)
+
+
+def _fp32_bits(x: float) -> int:
+    return int(struct.unpack("<I", struct.pack("<f", x))[0])
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,16 @@ class ElementType:
     def max_mantissa(self) -> int:
         """Mantissa field of `max` as an fp32 number."""
         return int((math.frexp(self.max)[0] * 2 - 1) * (1 << 23))
+
+    @functools.cached_property
+    def smallest_bits(self) -> int:
+        """The smallest positive number of a minifloat as fp32 bits (that of bf16 is subnormal there)."""
+        return _fp32_bits(2.0 ** (1 - self.bias - self.mbits))
+
+    @functools.cached_property
+    def half_smallest_bits(self) -> int:
+        """Half of it: up to here magnitudes round to zero."""
+        return _fp32_bits(2.0 ** (-self.bias - self.mbits))
 
     @property
     def zero_code(self) -> int:

@@ -286,8 +286,9 @@ def _partial(m: tiling.Matrix, fmt: Format) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _grouped_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> Plan:
     """Programs, integer arguments and constants of `group_kernel` for one slab."""
-    config, tiles = tuning.group_config(m.rows, m.columns, fmt)
-    constants = (fmt, mode, limit, _partial(m, fmt), config["M"], config["R"], config["GROUPS"], config["C"])
+    config, tiles = tuning.group_config(m.rows, m.columns, fmt, mode)
+    flat = m.batch * tiles[0] == 1
+    constants = (fmt, mode, limit, _partial(m, fmt), flat, *(config[k] for k in ("S", "M", "R", "GROUPS", "W")))
     return (
         m.batch * tiles[0] * tiles[1],
         (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
@@ -308,7 +309,7 @@ def _flat_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> Plan:
     """The same for `apply_kernel` and, with no mode, `dequantize_kernel`."""
     config = tuning.flat_config(m.rows, m.columns, fmt)
     tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
-    blocks = (config["BLOCK_M"], config["BLOCK_N"])
+    blocks = (m.batch * tiles[0] == 1, config["BLOCK_M"], config["BLOCK_N"])
     sizes = (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles)
     if mode:
         return (
@@ -362,7 +363,7 @@ def _launch_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
     groups = scale.numel()
     keys = torch.zeros((groups, 2), dtype=torch.int32, device=x.device)
     _launch_keys(x, fmt, keys, finite=False)
-    launch(choose_kernel, -(-groups // 256), (keys.view(torch.uint32), scale, zero, divisor, groups), (fmt, 256), 4)
+    launch(choose_kernel, -(-groups // 256), (keys, scale, zero, divisor, groups), (fmt, 256), 4)
 
 
 def _launch_keys(x: Tensor, fmt: Format, keys: Tensor, finite: bool) -> None:
@@ -387,7 +388,7 @@ def _launch_keys(x: Tensor, fmt: Format, keys: Tensor, finite: bool) -> None:
         own = keys if whole else keys[m.index]
         integers = (m.rows, m.columns, *extents, per_column, per_row, splits, *m.strides)
         constants = (fmt, finite, config["BLOCK_M"], config["BLOCK_N"])
-        tensors = (_view(x, m), own.view(torch.uint32))
+        tensors = (_view(x, m), own)
         launch(keys_kernel, groups * splits, (*tensors, *integers), constants, config["num_warps"])
 
 
@@ -399,7 +400,7 @@ def _launch_tensor_scale(x: Tensor, fmt: Format, out: Tensor) -> None:
 
     keys = torch.zeros((1, 2), dtype=torch.int32, device=x.device)
     _launch_keys(x, fmt, keys, finite=True)
-    launch(tensor_scale_kernel, 1, (keys.view(torch.uint32), out), (fmt,), 1)
+    launch(tensor_scale_kernel, 1, (keys, out), (fmt,), 1)
 
 
 def _launch_dequantize(parts: Parts, fmt: Format, y: Tensor) -> None:

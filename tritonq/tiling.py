@@ -275,9 +275,9 @@ def encode(
     divisor = parts.get("tensor_scale")
     with reuse():
         for tiles in groups:
-            x = None if given else _choose(tiles, fmt, divisor)
+            loaded = None if given else _choose(tiles, fmt, divisor)
             for slab, tile in [] if scales_only else tiles:
-                _apply(slab, tile, _load(slab, tile) if x is None else x, divisor, given, y)
+                _apply(slab, tile, _load(slab, tile) if loaded is None else loaded, divisor, given, y)
 
 
 def decode(fmt: Format, parts: reference.Parts, y: Tensor) -> None:

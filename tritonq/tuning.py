@@ -13,6 +13,7 @@ LONG_ROW = 1 << 17  # rows in between are read twice, the second time from the c
 ROW_TILE = 4096
 ROW_WARPS = 16
 ELEMENTS_PER_THREAD = 32
+WRITTEN_SLICE = 32  # 64 bytes of bf16
 
 Config = dict[str, Any]
 
@@ -63,7 +64,19 @@ def row_config() -> Config:
     return {"BLOCK_N": ROW_TILE, "num_warps": ROW_WARPS}
 
 
-def group_config(rows: int, columns: int, fmt: Format) -> tuple[Config, tuple[int, int]]:
+def _slices(columns: int, fmt: Format, mode: str) -> int:
+    """Into how many slices a group is cut that lie above each other in a tile of `group_kernel`: as many as one thread
+    holds, which then works out the scales of fewer groups."""
+    rows, cols = fmt.group
+    if rows != 1 or cols != _power(cols) or columns % cols:
+        return 1
+    # What a thread reads side by side: 8 elements, or 16 where it then writes 16 codes of 8 bits. Slices of values have
+    # to be whole sectors, because values are written as they lie; codes are brought into the order of memory first.
+    width = 16 if fmt.bits == 8 and mode != "qdq" else 8
+    return max(1, min(ELEMENTS_PER_THREAD // width, cols // (WRITTEN_SLICE if mode == "qdq" else width)))
+
+
+def group_config(rows: int, columns: int, fmt: Format, mode: str) -> tuple[Config, tuple[int, int]]:
     """Tile of `group_kernel`, and how many tiles cover [rows, columns]."""
     r, c = _padded_group(fmt, columns)
     group_columns = 1 if fmt.group[1] == -1 else -(-columns // fmt.group[1])
@@ -73,7 +86,10 @@ def group_config(rows: int, columns: int, fmt: Format) -> tuple[Config, tuple[in
     m = min(max(1, target // groups), _power(group_rows))
     if c * groups < 8:  # packing works on runs of eight codes
         groups = 8 // c
-    config = {"M": m, "R": r, "GROUPS": groups, "C": c, "num_warps": _warps(m * r * groups * c)}
+    slices = _slices(columns, fmt, mode)
+    config = {
+        "S": slices, "M": m, "R": r, "GROUPS": groups, "W": c // slices, "num_warps": _warps(m * r * groups * c)
+    }  # fmt: skip
     return config, (-(-group_rows // m), -(-group_columns // groups))
 
 

@@ -20,24 +20,38 @@ def _hardware(element):
 
 
 @triton.jit
-def _magnitude(x, ELEM: tl.constexpr):
-    if ELEM.signed:
+def _bounded(x, finite, ELEM: tl.constexpr):
+    """x within the range of the codes, 0 where not `finite` (None: everywhere), even if x is NaN."""
+    low: tl.constexpr = -ELEM.max if ELEM.signed else 0.0
+    if finite is None:
+        return tl.minimum(tl.maximum(x, low), ELEM.max)
+    else:
+        return tl.minimum(tl.maximum(x, tl.where(finite, low, 0.0)), tl.where(finite, ELEM.max, 0.0))
+
+
+@triton.jit
+def _magnitude(x, finite, ELEM: tl.constexpr):
+    """|x|, or x where codes have no sign, within the range of the codes; 0 as `_bounded` says."""
+    if not ELEM.signed:
+        return _bounded(x, finite, ELEM)
+    elif finite is None:
         return tl.minimum(tl.abs(x), ELEM.max)
     else:
-        return tl.minimum(tl.maximum(x, 0.0), ELEM.max)
+        return tl.minimum(tl.abs(x), tl.where(finite, ELEM.max, 0.0))
 
 
 @triton.jit
 def _exponent(a, ELEM: tl.constexpr):
-    """Exponent field of a, at least that of the smallest normal number of ELEM."""
+    """Exponent field of a, at least that of the smallest normal number of ELEM: 2^e as fp32 bits."""
     return tl.maximum(a.to(tl.int32, bitcast=True) & 0x7F800000, (128 - ELEM.bias) << 23)
 
 
 @triton.jit
-def _magic(exponent, ELEM: tl.constexpr):
-    """Bits of 1.5 * 2^(e + 23 - M): a sum with it is rounded to multiples of 2^(e - M), half to even, and counts them
-    in its low bits."""
-    return exponent + (((23 - ELEM.mbits) << 23) + 0x400000)
+def _steps(a, exponent, OFFSET: tl.constexpr, ELEM: tl.constexpr):
+    """a + 1.5 * 2^(e + 23 - M): the sum is rounded to multiples of 2^(e - M), half to even, and counts them in its low
+    22 bits, from an even OFFSET on. The product is exact."""
+    MAGIC: tl.constexpr = (1.5 * 2**23 + OFFSET) * 2.0**-ELEM.mbits
+    return tl.fma(exponent.to(tl.float32, bitcast=True), MAGIC, a)
 
 
 @triton.jit
@@ -50,12 +64,53 @@ def _powers(a, ELEM: tl.constexpr):
 
 
 @triton.jit
-def encode(x, zero, ELEM: tl.constexpr):
+def magnitude_code(a, ELEM: tl.constexpr):
+    """Code of 0 <= a <= max, without its sign."""
+    if ELEM.mbits == 0:
+        code = _powers(a, ELEM)
+    elif ELEM.bias == 127:  # bf16: the upper half of fp32 bits, rounded
+        bits = a.to(tl.int32, bitcast=True)
+        SHIFT: tl.constexpr = 23 - ELEM.mbits
+        code = (bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1)) >> SHIFT
+    else:
+        exponent = _exponent(a, ELEM)
+        MASK: tl.constexpr = (1 << (ELEM.ebits + ELEM.mbits)) - 1
+        OFFSET: tl.constexpr = -((128 - ELEM.bias) << ELEM.mbits) & MASK
+        steps = _steps(a, exponent, OFFSET, ELEM).to(tl.int32, bitcast=True)
+        code = (steps + (exponent >> (23 - ELEM.mbits))) & MASK
+    return code
+
+
+@triton.jit
+def magnitude_value(a, ELEM: tl.constexpr):
+    """0 <= a <= max rounded to a number of ELEM."""
+    if ELEM.mbits == 0:
+        return decode_bits(_powers(a, ELEM), ELEM)
+    elif ELEM.bias == 127:
+        return (magnitude_code(a, ELEM) << (23 - ELEM.mbits)).to(tl.float32, bitcast=True)
+    else:
+        exponent = _exponent(a, ELEM)
+        power = exponent.to(tl.float32, bitcast=True)
+        return tl.fma(power, -1.5 * 2.0 ** (23 - ELEM.mbits), _steps(a, exponent, 0, ELEM))
+
+
+@triton.jit
+def encode(x, zero, finite, ELEM: tl.constexpr):
     HARDWARE: tl.constexpr = _hardware(ELEM)
     if HARDWARE is not None:
-        x = tl.minimum(tl.maximum(x, -ELEM.max), ELEM.max)
-        return x.to(HARDWARE).to(tl.uint8, bitcast=True).to(tl.int32)
-    return encode_bits(x, ELEM)
+        return _bounded(x, finite, ELEM).to(HARDWARE).to(tl.uint8, bitcast=True).to(tl.int32)
+    code = magnitude_code(_magnitude(x, finite, ELEM), ELEM)
+    if ELEM.signed:
+        SIGN: tl.constexpr = 1 << (ELEM.bits - 1)
+        sign = x.to(tl.int32, bitcast=True) >> (32 - ELEM.bits)
+        if finite is None:
+            sign = sign & SIGN
+        else:
+            sign = sign & tl.where(finite, SIGN, 0)
+        if ELEM.special == "fnuz":
+            sign = tl.where(code == 0, 0, sign)
+        code = code | sign
+    return code
 
 
 @triton.jit
@@ -67,40 +122,11 @@ def decode(code, zero, ELEM: tl.constexpr):
 
 
 @triton.jit
-def encode_bits(x, ELEM: tl.constexpr):
-    """`encode` by integer arithmetic on every target."""
-    a = _magnitude(x, ELEM)
-    if ELEM.mbits == 0:
-        code = _powers(a, ELEM)
-    elif ELEM.bias == 127:  # bf16: the upper half of fp32 bits, rounded
-        bits = a.to(tl.int32, bitcast=True)
-        SHIFT: tl.constexpr = 23 - ELEM.mbits
-        code = (bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1)) >> SHIFT
-    else:
-        exponent = _exponent(a, ELEM)
-        magic = _magic(exponent, ELEM)
-        steps = (a + magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) - magic
-        code = steps + (exponent >> (23 - ELEM.mbits)) - ((128 - ELEM.bias) << ELEM.mbits)
-    if ELEM.signed:
-        sign = (x.to(tl.int32, bitcast=True) >> (32 - ELEM.bits)) & (1 << (ELEM.bits - 1))
-        if ELEM.special == "fnuz":
-            sign = tl.where(code == 0, 0, sign)
-        code = code | sign
-    return code
-
-
-@triton.jit
 def round(x, zero, ELEM: tl.constexpr):
     HARDWARE: tl.constexpr = _hardware(ELEM)
     if HARDWARE is not None:
-        x = tl.minimum(tl.maximum(x, -ELEM.max), ELEM.max)
-        return x.to(HARDWARE).to(tl.float32)
-    a = _magnitude(x, ELEM)
-    if ELEM.mbits == 0:
-        y = decode_bits(_powers(a, ELEM), ELEM).to(tl.int32, bitcast=True)
-    else:
-        magic = _magic(_exponent(a, ELEM), ELEM).to(tl.float32, bitcast=True)
-        y = ((a + magic) - magic).to(tl.int32, bitcast=True)
+        return _bounded(x, None, ELEM).to(HARDWARE).to(tl.float32)
+    y = magnitude_value(_magnitude(x, None, ELEM), ELEM).to(tl.int32, bitcast=True)
     if ELEM.signed:
         sign = x.to(tl.int32, bitcast=True) & -2147483648
         if ELEM.special == "fnuz":

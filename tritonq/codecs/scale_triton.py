@@ -1,8 +1,7 @@
 """Device functions of `scale`: keys that a group is reduced to, the choice of a scale, its storage bits.
 
-A group is reduced by unsigned integer maxima of *keys*, fp32 bits arranged so that a larger key means a larger element.
-Infinity and NaN have the largest keys, so the maximum also tells whether the group is finite; and a maximum of integers
-does not depend on the order of reduction.
+A group is reduced by integer maxima of its fp32 bits: `keys`. Infinity and NaN have the largest bits, so the maxima
+also tell whether the group is finite; and a maximum of integers does not depend on the order of reduction.
 
 Stored scales are converted by integer arithmetic, not by the hardware: with Triton 3.6, e4m3 scales that went through a
 hardware conversion and back inside the NVFP4 QDQ kernel came out wrong on sm_90.
@@ -14,36 +13,36 @@ import triton.language as tl
 from tritonq.codecs import minifloat_triton as minifloat
 
 
+@triton.constexpr_function
+def key_type(fmt):
+    """Type of the first of `keys`."""
+    return tl.int32 if fmt.scale.signed_range else tl.uint32
+
+
 @triton.jit
-def _ordered(x):
-    """fp32 to uint32 of the same order."""
+def keys(x, FMT: tl.constexpr):
+    """What a group is reduced to by two maxima.
+
+    Where the rule looks at magnitudes only, the first is twice the bits of |x| and the second unused. Otherwise they
+    are the bits of x read as signed and as unsigned: the maximum of the former is the largest element if any is
+    positive, of the latter the smallest if any is negative.
+    """
     bits = x.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    if FMT.scale.signed_range:
+        return bits, bits.to(tl.uint32, bitcast=True)
+    else:  # NVIDIA GPUs shift on the pipe of multiplications, which has less to do than that of logic
+        return (bits << 1).to(tl.uint32, bitcast=True), tl.full([1], 0, tl.uint32)
 
 
 @triton.jit
-def _unordered(key):
-    bits = key.to(tl.int32, bitcast=True)
-    return bits ^ (((bits ^ -1) >> 31) | -2147483648)
-
-
-@triton.jit
-def high_key(x, FMT: tl.constexpr):
-    """Key of the largest element (minmax) or of the largest magnitude; bit 0 then says that it is positive."""
-    if FMT.scale.rule == "minmax":
-        key = _ordered(x)
+def magnitudes(high, low, FMT: tl.constexpr):
+    """Maximal keys to the bits of max(x, 0) and max(-x, 0) over the group; or of max |x|, twice."""
+    if FMT.scale.signed_range:
+        low = low.to(tl.int32, bitcast=True)
+        return tl.maximum(high, 0), tl.where(low < 0, low & 0x7FFFFFFF, 0)
     else:
-        bits = x.to(tl.uint32, bitcast=True)
-        key = bits << 1
-        if FMT.scale.rule == "full_range":
-            key = key | ((bits >> 31) ^ 1)
-    return key
-
-
-@triton.jit
-def low_key(x):
-    """Key of the smallest element; only minmax needs it."""
-    return _ordered(x) ^ 0xFFFFFFFF
+        largest = (high >> 1).to(tl.int32, bitcast=True)
+        return largest, largest
 
 
 @triton.jit
@@ -53,19 +52,25 @@ def _over_constant(a, DIVISOR: tl.constexpr):
 
 @triton.jit
 def _over_constant_coarse(a, DIVISOR: tl.constexpr):
-    """a / DIVISOR, correctly rounded where it is at least 2^-70 (see `quotient`); DIVISOR has at most 12 significant
-    bits."""
+    """a / DIVISOR, correctly rounded where it is at least 2^-70 (see `quotient`), NaN for infinity; DIVISOR has at most
+    12 significant bits."""
     INVERSE: tl.constexpr = 1.0 / DIVISOR
     inverse = tl.full(a.shape, INVERSE, tl.float32)
-    q = tl.minimum(a * inverse, 3.4028234663852886e38)
+    q = a * inverse
     return tl.fma(tl.fma(-q, tl.full(a.shape, DIVISOR, tl.float32), a), inverse, q)
+
+
+@triton.jit
+def divides_fast(tensor_scale):
+    """Whether every factor there can be with this tensor scale is MODERATE for `quotient`."""
+    return (tensor_scale > 2.0**-60) & (tensor_scale < 2.0**60)
 
 
 @triton.jit
 def _over_scalar(a, divisor):
     """a / divisor, correctly rounded, for a between 2^-20 and 2^20 (see `quotient`): cheap unless it could
     underflow."""
-    if (divisor > 2.0**-60) & (divisor < 2.0**60):
+    if divides_fast(divisor):
         b = tl.zeros_like(a) + divisor
         inverse = tl.zeros_like(a) + tl.div_rn(1.0, divisor)
         q = tl.fma(a, inverse, a * (tl.fma(-inverse, b, tl.zeros_like(a) + 1.0) * inverse))
@@ -92,19 +97,28 @@ def _exponent_bits(amax, FMT: tl.constexpr):
 
 
 @triton.jit
-def _store_bits(raw, bad, FMT: tl.constexpr):
-    """fp32 to storage bits (int32): rounded, saturated, never zero, NaN where `bad`."""
+def _store(raw, bad, FMT: tl.constexpr):
+    """fp32 to (storage bits int32, their value fp32): rounded, saturated, never zero. The bits are those of NaN where
+    `bad`, the value is then any number."""
     if FMT.scale.element is None:
-        raw = tl.minimum(tl.maximum(raw, -FMT.scale.max), FMT.scale.max)
-        bits = raw.to(tl.int32, bitcast=True)
+        value = tl.minimum(tl.maximum(raw, -FMT.scale.max), FMT.scale.max)
+        bits = value.to(tl.int32, bitcast=True)
         bits = tl.where((bits & 0x7FFFFFFF) == 0, 1, bits)
+        value = bits.to(tl.float32, bitcast=True)
         bits = tl.where(bad, 0x7FC00000, bits)
     else:
         TYPE: tl.constexpr = FMT.scale.element
-        bits = minifloat.encode_bits(raw, TYPE)
-        bits = tl.where((bits & ((1 << (TYPE.ebits + TYPE.mbits)) - 1)) == 0, 1, bits)
+        raw_bits = tl.minimum(tl.abs(raw), TYPE.max).to(tl.int32, bitcast=True)
+        magnitude = tl.maximum(raw_bits, TYPE.smallest_bits).to(tl.float32, bitcast=True)
+        bits = minifloat.magnitude_code(magnitude, TYPE)
+        value = minifloat.magnitude_value(magnitude, TYPE)
+        if FMT.scale.rule == "full_range":  # the only one with negative scales; what rounds to zero becomes positive
+            HALF: tl.constexpr = TYPE.half_smallest_bits
+            negative = (raw < 0.0) & (raw_bits > HALF)
+            value = tl.where(negative, 0.0 - value, value)
+            bits = tl.where(negative, bits | (1 << (TYPE.bits - 1)), bits)
         bits = tl.where(bad, TYPE.nan_code, bits)
-    return bits
+    return bits, value
 
 
 @triton.jit
@@ -126,38 +140,38 @@ def load(bits, tensor_scale, FMT: tl.constexpr):
 
 @triton.jit
 def choose(high, low, tensor_scale, FMT: tl.constexpr):
-    """Maximal keys of groups to (storage bits int32, fp32 factor, fp32 zero point)."""
+    """Maximal keys of groups to (storage bits int32, fp32 factor, fp32 zero point, whether an element is not finite).
+    The factor of a group with such an element is any number; its storage bits are those of NaN."""
     ELEM: tl.constexpr = FMT.element
     RULE: tl.constexpr = FMT.scale.rule
-    zero = tl.zeros_like(high).to(tl.float32) + ELEM.zero_code
+    positive, negative = magnitudes(high, low, FMT)
+    largest = tl.maximum(positive, negative)
+    bad = largest >= 0x7F800000
+    amax = largest.to(tl.float32, bitcast=True)
+    zero = tl.zeros_like(amax) + ELEM.zero_code
     if RULE == "minmax":
-        high_bits, low_bits = _unordered(high), _unordered(low ^ 0xFFFFFFFF)
-        bad = ((high_bits & 0x7FFFFFFF) >= 0x7F800000) | ((low_bits & 0x7FFFFFFF) >= 0x7F800000)
-        hi = tl.maximum(tl.where(bad, 0, high_bits).to(tl.float32, bitcast=True), 0.0)
-        lo = tl.minimum(tl.where(bad, 0, low_bits).to(tl.float32, bitcast=True), 0.0)
+        lo = negative.to(tl.float32, bitcast=True)
         LEVELS: tl.constexpr = (1 << ELEM.bits) - 1
-        bits = _store_bits(_over_constant(hi - lo, LEVELS), bad, FMT)
-        factor = load(bits, tensor_scale, FMT)
-        zero = tl.minimum(tl.div_rn(0.0 - lo, factor), LEVELS)  # >= 0, so only the upper bound can be passed
+        bits, factor = _store(_over_constant(positive.to(tl.float32, bitcast=True) + lo, LEVELS), bad, FMT)
+        zero = tl.minimum(tl.div_rn(lo, factor), LEVELS)  # >= 0, so only the upper bound can be passed
         zero = tl.where(bad, 0.0, (zero + 12582912.0) - 12582912.0)
+    elif FMT.scale.is_exponent:
+        bits = _exponent_bits(amax, FMT)
+        factor = tl.where(bits == 0, 0x400000, bits << 23).to(tl.float32, bitcast=True)  # 2^-127 is subnormal
+        bits = tl.where(bad, 0xFF, bits)
     else:
-        bad = high >= 0xFF000000
-        amax = (tl.where(bad, 0, high) >> 1).to(tl.float32, bitcast=True)
-        if FMT.scale.is_exponent:
-            bits = tl.where(bad, 0xFF, _exponent_bits(amax, FMT))
+        if RULE == "full_range":
+            raw = tl.where(positive >= negative, 0.0 - amax, amax) * (1.0 / (1 << (ELEM.bits - 1)))  # a power of two
+        elif RULE == "half_range":
+            raw = _over_constant(amax, ((1 << ELEM.bits) - 1) / 2)
+        elif FMT.tensor_scale:  # stored with a smallest number far above 2^-70
+            raw = _over_constant_coarse(amax * tensor_scale, ELEM.max)
         else:
-            if RULE == "full_range":
-                raw = tl.where((high & 1) == 1, 0.0 - amax, amax) * (1.0 / (1 << (ELEM.bits - 1)))  # a power of two
-            elif RULE == "half_range":
-                raw = _over_constant(amax, ((1 << ELEM.bits) - 1) / 2)
-            else:
-                if FMT.tensor_scale:  # stored with a smallest number far above 2^-70
-                    raw = _over_constant_coarse(amax * tensor_scale, ELEM.max)
-                else:
-                    raw = _over_constant(amax, ELEM.max)
-            bits = _store_bits(raw, bad, FMT)
-        factor = load(bits, tensor_scale, FMT)
-    return bits, factor, zero
+            raw = _over_constant(amax, ELEM.max)
+        bits, factor = _store(raw, bad, FMT)
+        if FMT.tensor_scale:
+            factor = _over_scalar(factor, tensor_scale)
+    return bits, factor, zero, bad
 
 
 @triton.jit
@@ -168,31 +182,50 @@ def divide(x, factor):
 
 
 @triton.jit
-def reciprocal(factor, FMT: tl.constexpr):
+def _rounded_reciprocal(b, SIGNED: tl.constexpr):
+    """1 / b, correctly rounded, for |b| between 2^-80 and 2^80: two Newton steps from an approximation good to 2^-20,
+    which fail only where the significand of b is all ones; the reciprocal then ends in a one."""
+    one = tl.full(b.shape, 1.0, tl.float32)
+    y = b
+    if SIGNED:
+        y = tl.abs(b)
+    y = tl.rsqrt(y)
+    if SIGNED:
+        y = y * tl.where(b < 0.0, 0.0 - y, y)
+    else:
+        y = y * y
+    y = tl.fma(tl.fma(-y, b, one), y, y)
+    y = tl.fma(tl.fma(-y, b, one), y, y).to(tl.int32, bitcast=True)
+    ones = ((b.to(tl.int32, bitcast=True) + 1) & 0x7FFFFF) == 0
+    return tl.where(ones, y | 1, y).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def reciprocal(factor, MODERATE: tl.constexpr, FMT: tl.constexpr):
     """(shift, divisor, inverse, below, correction) with which `quotient` divides by a factor that `choose` returned.
 
     shift is a power of two and divisor = factor * shift, in [2^-23, 4), so nothing below over- or underflows where it
-    matters. inverse is 1 / divisor rounded. below + correction is 1 / divisor to within 2^-46 of itself, with a
-    correction that is not negative.
+    matters; a MODERATE factor, between 2^-80 and 2^80, is the divisor itself. inverse is 1 / divisor rounded. below +
+    correction is 1 / divisor to within 2^-43 of itself, with a correction that is not negative.
     """
     bits = factor.to(tl.int32, bitcast=True)
     if FMT.scale.is_exponent:  # the reciprocal of a power of two is one, and exact
         exact = tl.where(bits == 0x7F000000, 0x400000, 0x7F000000 - bits)
         exact = tl.where(bits == 0x400000, 0x7F000000, exact).to(tl.float32, bitcast=True)
         return exact, exact, exact, exact, exact
-    exponent = (bits >> 23) & 0xFF
-    shift = (tl.maximum(253 - exponent, 1) << 23).to(tl.float32, bitcast=True)
-    divisor = factor * shift
-    one = tl.full(factor.shape, 1.0, tl.float32)
-    inverse = tl.div_rn(one, divisor)
-    above = tl.fma(-inverse, divisor, one) < 0.0
-    below = inverse.to(tl.int32, bitcast=True) - above.to(tl.int32)
-    below = below.to(tl.float32, bitcast=True)
-    return shift, divisor, inverse, below, tl.fma(-below, divisor, one) * below
+    if MODERATE:
+        shift, divisor = tl.full(factor.shape, 1.0, tl.float32), factor
+    else:
+        exponent = (bits >> 23) & 0xFF
+        shift = (tl.maximum(253 - exponent, 1) << 23).to(tl.float32, bitcast=True)
+        divisor = factor * shift
+    inverse = _rounded_reciprocal(divisor, FMT.scale.rule == "full_range")
+    below = (inverse.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)  # of smaller magnitude
+    return shift, divisor, inverse, below, tl.fma(-below, divisor, tl.full(factor.shape, 1.0, tl.float32)) * below
 
 
 @triton.jit
-def quotient(x, shift, divisor, inverse, below, correction, FMT: tl.constexpr):
+def quotient(x, shift, divisor, inverse, below, correction, MODERATE: tl.constexpr, FMT: tl.constexpr):
     """x / factor, correctly rounded, in four or five operations instead of a division's dozen.
 
     Markstein: with q a faithful rounding of a / b and y the correctly rounded 1 / b, fma(fma(-q, b, a), y, q) is the
@@ -200,11 +233,14 @@ def quotient(x, shift, divisor, inverse, below, correction, FMT: tl.constexpr):
     where the divisor has at most 12 significant bits a - b q is exact all the same, and a / b keeps 2^-36 from the
     midpoints of fp32, so the correction can go. -0 stays -0: no sum below adds zeros of different sign to it.
     """
-    a = x * shift
+    a = x
+    if not MODERATE:
+        a = x * shift
     if FMT.scale.is_exponent:
         return a
-    q = a * inverse
     if FMT.scale.element is None or FMT.tensor_scale:
         q = tl.fma(a, below, a * correction)
+    else:
+        q = a * inverse
     # Times -1, not unary minus: that is 0 - x in Triton 3.6, which turns 0 into 0 instead of -0.
     return tl.fma(tl.fma(q, divisor, a * -1.0) * -1.0, inverse, q)

@@ -13,50 +13,81 @@ from tritonq.kernels import tile
 
 
 @triton.jit
-def _max_per_group(keys, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, C: tl.constexpr):
-    """[M * R, GROUPS * C] to [M, GROUPS]."""
-    if R == 1:
-        return tl.max(keys.reshape([M, GROUPS, C]), 2)
+def _max_per_group(keys, S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr):
+    """[S * M * R, GROUPS * W] to [M, GROUPS]."""
+    if S > 1:
+        return tl.max(tl.max(keys.reshape([S, M, GROUPS, W]), 0), 2)
+    elif R == 1:
+        return tl.max(keys.reshape([M, GROUPS, W]), 2)
     else:
-        return tl.max(tl.max(keys.reshape([M, R, GROUPS, C]), 3), 1)
+        return tl.max(tl.max(keys.reshape([M, R, GROUPS, W]), 3), 1)
 
 
 @triton.jit
-def _spread(per_group, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, C: tl.constexpr):
-    """[M, GROUPS] to [M * R, GROUPS * C]."""
-    if R == 1:
-        return tl.broadcast_to(per_group[:, :, None], [M, GROUPS, C]).reshape([M, GROUPS * C])
+def _spread(per_group, S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr):
+    """[M, GROUPS] to [S * M * R, GROUPS * W]."""
+    if S > 1:
+        return tl.broadcast_to(per_group[None, :, :, None], [S, M, GROUPS, W]).reshape([S * M, GROUPS * W])
+    elif R == 1:
+        return tl.broadcast_to(per_group[:, :, None], [M, GROUPS, W]).reshape([M, GROUPS * W])
     else:
-        return tl.broadcast_to(per_group[:, None, :, None], [M, R, GROUPS, C]).reshape([M * R, GROUPS * C])
+        return tl.broadcast_to(per_group[:, None, :, None], [M, R, GROUPS, W]).reshape([M * R, GROUPS * W])
+
+
+@triton.jit
+def _quotient(
+    x, factor, MODERATE: tl.constexpr,
+    S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, FMT: tl.constexpr,
+):  # fmt: skip
+    """x / factor of its group."""
+    shift, divisor, inverse, below, correction = scales.reciprocal(factor, MODERATE, FMT)
+    return scales.quotient(
+        x,
+        _spread(shift, S, M, R, GROUPS, W),
+        _spread(divisor, S, M, R, GROUPS, W),
+        _spread(inverse, S, M, R, GROUPS, W),
+        _spread(below, S, M, R, GROUPS, W),
+        _spread(correction, S, M, R, GROUPS, W),
+        MODERATE,
+        FMT,
+    )
 
 
 @triton.jit
 def group_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
-    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
-    M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, C: tl.constexpr,
+    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr, FLAT: tl.constexpr,
+    S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """A tile of M x GROUPS groups, each padded to R x C elements (powers of two).
+    """A tile of M x GROUPS groups, each padded to R x (S * W) elements (powers of two).
 
+    The S slices of a group (more than one only where groups fill rows exactly, R = 1) lie above each other in the tile,
+    so that a thread holds more elements of fewer groups, and works out fewer scales.
     PARTIAL: a row's last byte is not full, so codes beyond the row have to be 0.
     MODE "quantize" writes codes to q_ptr, and scales; "qdq" writes values to q_ptr and no scales; "scale" only scales.
     """
     ELEM: tl.constexpr = FMT.element
     ROWS: tl.constexpr = FMT.group[0]
     COLS: tl.constexpr = FMT.group[1]
-    pid = tl.program_id(0).to(tl.int64)
-    tile_n, pid = pid % tiles_n, pid // tiles_n
-    tile_m, batch = pid % tiles_m, pid // tiles_m
+    C: tl.constexpr = S * W
+    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, FLAT)
 
-    r = tl.arange(0, M * R)
+    r = tl.arange(0, S * M * R)
+    slice_col = tl.zeros([S * M * R], tl.int32)
+    if S > 1:
+        slice_col, r = (r // M) * W, r % M
     group_row = tile_m * M + r // R
     row = group_row * ROWS + r % R
     row_mask = row < N
     if R != ROWS:
         row_mask = row_mask & (r % R < ROWS)
-    c = tl.arange(0, GROUPS * C)
-    if COLS == C or COLS == -1:
+    c = tl.arange(0, GROUPS * W)
+    if S > 1:
+        first = tile_n * (GROUPS * C)
+        col = first + (c // W) * C + c % W
+        col_mask = col < K
+    elif COLS == C or COLS == -1:
         first = tile_n * (GROUPS * C)
         col = first + c
         col_mask = col < K
@@ -65,17 +96,17 @@ def group_kernel(
         col = first + (c // C) * COLS + c % C
         col_mask = (col < K) & (c % C < COLS)
     mask = row_mask[:, None] & col_mask[None, :]
-    offsets = row[:, None] * stride_row + col[None, :] * stride_col
+    offsets = (row * stride_row + slice_col * stride_col)[:, None] + col[None, :] * stride_col
     x = tile.to_float32(tl.load(x_ptr + batch * stride_batch + offsets, mask, other=0.0))
 
     tensor_scale = 1.0
     if FMT.tensor_scale:
         tensor_scale = tl.load(tensor_scale_ptr)
-    high = _max_per_group(scales.high_key(x, FMT), M, R, GROUPS, C)
-    low = high
-    if FMT.zero_point:
-        low = _max_per_group(scales.low_key(x), M, R, GROUPS, C)
-    stored, factor, zero = scales.choose(high, low, tensor_scale, FMT)
+    high, low = scales.keys(x, FMT)
+    high = _max_per_group(high, S, M, R, GROUPS, W)
+    if FMT.scale.signed_range:
+        low = _max_per_group(low, S, M, R, GROUPS, W)
+    stored, factor, zero, bad = scales.choose(high, low, tensor_scale, FMT)
 
     if MODE != "qdq":
         in_row = 1 if COLS == -1 else (K + COLS - 1) // COLS
@@ -89,36 +120,34 @@ def group_kernel(
             tl.store(zero_ptr + index, zero.to(tl.uint8), scale_mask)
     if MODE != "scale":
         if FMT.zero_point:
-            zero = _spread(zero, M, R, GROUPS, C)
+            zero = _spread(zero, S, M, R, GROUPS, W)
         else:
             zero = ELEM.zero_code
-        shift, divisor, inverse, below, correction = scales.reciprocal(factor, FMT)
-        x = scales.quotient(
-            x,
-            _spread(shift, M, R, GROUPS, C),
-            _spread(divisor, M, R, GROUPS, C),
-            _spread(inverse, M, R, GROUPS, C),
-            _spread(below, M, R, GROUPS, C),
-            _spread(correction, M, R, GROUPS, C),
-            FMT,
-        )
-        x = tl.where(_spread(factor == factor, M, R, GROUPS, C), x, 0.0)
+        if FMT.tensor_scale:
+            if scales.divides_fast(tensor_scale):
+                x = _quotient(x, factor, True, S, M, R, GROUPS, W, FMT)
+            else:
+                x = _quotient(x, factor, False, S, M, R, GROUPS, W, FMT)
+        else:
+            x = _quotient(x, factor, False, S, M, R, GROUPS, W, FMT)
         if MODE == "qdq":
-            factor = _spread(factor, M, R, GROUPS, C)
+            factor = _spread(tl.where(bad, float("nan"), factor), S, M, R, GROUPS, W)
             y = tile.saturate(ELEM.codec.round(x, zero, ELEM) * factor, LIMIT)
-            offsets = (batch * N + row)[:, None] * K + col[None, :]
+            offsets = (batch * N + row)[:, None] * K + slice_col[:, None] + col[None, :]
             tl.store(q_ptr + offsets, y.to(q_ptr.dtype.element_ty), mask)
         else:
-            codes = ELEM.codec.encode(x, zero, ELEM)
+            codes = ELEM.codec.encode(x, zero, _spread(~bad, S, M, R, GROUPS, W), ELEM)
             if PARTIAL:
                 codes = tl.where(mask, codes, 0)
-            if COLS == C or COLS == -1:
+            row_start = (batch * N + row) * row_bytes  # an argument: the compiler knows whether 16 divides it
+            if S == 1 and (COLS == C or COLS == -1):
                 BYTES: tl.constexpr = GROUPS * C * FMT.bits // 8
-                tile.store_codes(q_ptr, batch * N + row, row_mask, row_bytes, tile_n * BYTES, codes, 1, 0, FMT)
+                tile.store_codes(q_ptr, row_start, row_mask, row_bytes, tile_n * BYTES, codes, 1, 0, FMT)
             else:
                 BYTES: tl.constexpr = (COLS * FMT.bits + 7) // 8  # whole, or the only group of its row
                 first_byte = tile_n * (GROUPS * BYTES)
-                tile.store_codes(q_ptr, batch * N + row, row_mask, row_bytes, first_byte, codes, GROUPS, BYTES, FMT)
+                row_start += slice_col * FMT.bits // 8
+                tile.store_codes(q_ptr, row_start, row_mask, row_bytes, first_byte, codes, GROUPS, BYTES, FMT)
 
 
 @triton.jit
@@ -132,57 +161,58 @@ def row_kernel(
     index = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     row_offset = (index // N) * stride_batch + (index % N) * stride_row
     row_mask = index >= 0
-    high = tl.zeros([1, BLOCK_N], tl.uint32)
+    high = tl.zeros([1, BLOCK_N], scales.key_type(FMT))
     low = tl.zeros([1, BLOCK_N], tl.uint32)
     for t in range(tl.cdiv(K, BLOCK_N)):
         col = t * BLOCK_N + tl.arange(0, BLOCK_N)
         offsets = row_offset[:, None] + col[None, :] * stride_col
         x = tile.to_float32(tl.load(x_ptr + offsets, (col < K)[None, :], other=0.0))
-        high = tl.maximum(high, scales.high_key(x, FMT))
-        if FMT.zero_point:
-            low = tl.maximum(low, scales.low_key(x))
+        signed, unsigned = scales.keys(x, FMT)
+        high = tl.maximum(high, signed)
+        if FMT.scale.signed_range:
+            low = tl.maximum(low, unsigned)
     tensor_scale = 1.0
     if FMT.tensor_scale:
         tensor_scale = tl.load(tensor_scale_ptr)
-    stored, factor, zero = scales.choose(tl.max(high, 1), tl.max(low, 1), tensor_scale, FMT)
+    stored, factor, zero, bad = scales.choose(tl.max(high, 1), tl.max(low, 1), tensor_scale, FMT)
     if MODE == "quantize":
         tl.store(scale_ptr + index, stored.to(scale_ptr.dtype.element_ty))
         if FMT.zero_point:
             tl.store(zero_ptr + index, zero.to(tl.uint8))
-    shift, divisor, inverse, below, correction = scales.reciprocal(factor, FMT)
-    finite = (factor == factor)[:, None]
-    factor, zero = factor[:, None], zero[:, None]
+    shift, divisor, inverse, below, correction = scales.reciprocal(factor, False, FMT)
+    finite, factor = ~bad[:, None], factor[:, None]
+    if FMT.zero_point:
+        zero = zero[:, None]
+    else:
+        zero = ELEM.zero_code
     for t in range(tl.cdiv(K, BLOCK_N)):
         col = t * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (col < K)[None, :]
         x = tile.to_float32(tl.load(x_ptr + row_offset[:, None] + col[None, :] * stride_col, mask, other=0.0))
         x = scales.quotient(
-            x, shift[:, None], divisor[:, None], inverse[:, None], below[:, None], correction[:, None], FMT
+            x, shift[:, None], divisor[:, None], inverse[:, None], below[:, None], correction[:, None], False, FMT
         )
-        x = tl.where(finite, x, 0.0)
         if MODE == "qdq":
-            y = tile.saturate(ELEM.codec.round(x, zero, ELEM) * factor, LIMIT)
+            y = tile.saturate(ELEM.codec.round(x, zero, ELEM) * tl.where(finite, factor, float("nan")), LIMIT)
             tl.store(q_ptr + (index * K)[:, None] + col[None, :], y.to(q_ptr.dtype.element_ty), mask)
         else:
-            codes = ELEM.codec.encode(x, zero, ELEM)
+            codes = ELEM.codec.encode(x, zero, finite, ELEM)
             if PARTIAL:
                 codes = tl.where(mask, codes, 0)
             BYTES: tl.constexpr = BLOCK_N * FMT.bits // 8
-            tile.store_codes(q_ptr, index, row_mask, row_bytes, t * BYTES, codes, 1, 0, FMT)
+            tile.store_codes(q_ptr, index * row_bytes, row_mask, row_bytes, t * BYTES, codes, 1, 0, FMT)
 
 
 @triton.jit
 def apply_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
-    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
+    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Codes ("quantize") or values ("qdq") for scales and zero points that are given."""
     ELEM: tl.constexpr = FMT.element
-    pid = tl.program_id(0).to(tl.int64)
-    tile_n, pid = pid % tiles_n, pid // tiles_n
-    tile_m, batch = pid % tiles_m, pid // tiles_m
+    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, FLAT)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tile_n * BLOCK_N
     col = first + tl.arange(0, BLOCK_N)
@@ -204,10 +234,11 @@ def apply_kernel(
         offsets = (batch * N + row)[:, None] * K + col[None, :]
         tl.store(q_ptr + offsets, y.to(q_ptr.dtype.element_ty), mask)
     else:
-        codes = ELEM.codec.encode(scaled, zero, ELEM)
+        codes = ELEM.codec.encode(scaled, zero, None, ELEM)
         if ELEM.nan_code >= 0:
             codes = tl.where(lost, ELEM.nan_code, codes)
         if PARTIAL:
             codes = tl.where(mask, codes, 0)
         BYTES: tl.constexpr = BLOCK_N * FMT.bits // 8
-        tile.store_codes(q_ptr, batch * N + row, row_mask, row_bytes, tile_n * BYTES, codes, 1, 0, FMT)
+        row_start = (batch * N + row) * row_bytes
+        tile.store_codes(q_ptr, row_start, row_mask, row_bytes, tile_n * BYTES, codes, 1, 0, FMT)

@@ -14,7 +14,7 @@ def keys_kernel(
     stride_batch, stride_row, stride_col,
     FMT: tl.constexpr, FINITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """keys [groups, 2] (uint32, zero-filled) of groups of rows x cols elements; `splits` programs share a group.
+    """keys [groups, 2] (int32, zero-filled) of groups of rows x cols elements; `splits` programs share a group.
 
     all_rows is N, or batch * N where one group spans the tensor. FINITE leaves non-finite elements out (tensor scales).
     """
@@ -28,7 +28,7 @@ def keys_kernel(
     last_col = tl.minimum(first_col + cols, K)
     tiles_n = tl.cdiv(last_col - first_col, BLOCK_N)
     tiles = tl.cdiv(last_row - first_row, BLOCK_M) * tiles_n
-    high = tl.zeros([BLOCK_M, BLOCK_N], tl.uint32)
+    high = tl.zeros([BLOCK_M, BLOCK_N], scales.key_type(FMT))
     low = tl.zeros([BLOCK_M, BLOCK_N], tl.uint32)
     for t in range(split, tiles, splits):
         row = first_row + (t // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -38,12 +38,14 @@ def keys_kernel(
         x = tile.to_float32(tl.load(x_ptr + row_offset[:, None] + col[None, :] * stride_col, mask, other=0.0))
         if FINITE:
             x = tl.where(x - x == 0.0, x, 0.0)
-        high = tl.maximum(high, scales.high_key(x, FMT))
-        if FMT.zero_point:
-            low = tl.maximum(low, scales.low_key(x))
-    tl.atomic_max(keys_ptr + 2 * group, tl.max(tl.max(high, 1), 0))
-    if FMT.zero_point:
-        tl.atomic_max(keys_ptr + 2 * group + 1, tl.max(tl.max(low, 1), 0))
+        signed, unsigned = scales.keys(x, FMT)
+        high = tl.maximum(high, signed)
+        if FMT.scale.signed_range:
+            low = tl.maximum(low, unsigned)
+    high_ptr = (keys_ptr + 2 * group).to(tl.pointer_type(scales.key_type(FMT)))
+    tl.atomic_max(high_ptr, tl.max(tl.max(high, 1), 0))
+    if FMT.scale.signed_range:
+        tl.atomic_max((keys_ptr + 2 * group + 1).to(tl.pointer_type(tl.uint32)), tl.max(tl.max(low, 1), 0))
 
 
 @triton.jit
@@ -56,7 +58,8 @@ def choose_kernel(keys_ptr, scale_ptr, zero_ptr, tensor_scale_ptr, groups, FMT: 
         tensor_scale = tl.load(tensor_scale_ptr)
     high = tl.load(keys_ptr + 2 * index, mask, other=0)
     low = tl.load(keys_ptr + 2 * index + 1, mask, other=0)
-    stored, _, zero = scales.choose(high, low, tensor_scale, FMT)
+    high, low = high.to(scales.key_type(FMT), bitcast=True), low.to(tl.uint32, bitcast=True)
+    stored, _, zero, _ = scales.choose(high, low, tensor_scale, FMT)
     tl.store(scale_ptr + index, stored.to(scale_ptr.dtype.element_ty), mask)
     if FMT.zero_point:
         tl.store(zero_ptr + index, zero.to(tl.uint8), mask)
@@ -65,7 +68,9 @@ def choose_kernel(keys_ptr, scale_ptr, zero_ptr, tensor_scale_ptr, groups, FMT: 
 @triton.jit
 def tensor_scale_kernel(keys_ptr, tensor_scale_ptr, FMT: tl.constexpr):
     """G = scale.max * element.max / amax, 1 where amax is 0, at most the largest fp32 number."""
-    amax = (tl.load(keys_ptr) >> 1).to(tl.float32, bitcast=True)
+    high = tl.load(keys_ptr).to(scales.key_type(FMT), bitcast=True)
+    positive, negative = scales.magnitudes(high, tl.load(keys_ptr + 1).to(tl.uint32, bitcast=True), FMT)
+    amax = tl.maximum(positive, negative).to(tl.float32, bitcast=True)
     PRODUCT: tl.constexpr = FMT.scale.max * FMT.element.max
     scale = tl.minimum(tl.div_rn(amax * 0.0 + PRODUCT, amax), 3.4028234663852886e38)
     tl.store(tensor_scale_ptr, tl.where(amax > 0.0, scale, 1.0))

@@ -8,6 +8,16 @@ from tritonq.codecs import scale_triton as scales
 
 
 @triton.jit
+def position(tiles_m, tiles_n, FLAT: tl.constexpr):
+    """Which tile of which matrix this program handles: (batch, row, column), int64. FLAT: there is one row of tiles."""
+    pid = tl.program_id(0)
+    if FLAT:
+        return tl.full([], 0, tl.int64), tl.full([], 0, tl.int64), pid.to(tl.int64)
+    row = pid // tiles_n
+    return (row // tiles_m).to(tl.int64), (row % tiles_m).to(tl.int64), (pid % tiles_n).to(tl.int64)
+
+
+@triton.jit
 def to_float32(x):
     """fp32 of any floating type; finite fp64 numbers beyond fp32 saturate."""
     y = x.to(tl.float32)
@@ -27,7 +37,7 @@ def saturate(y, LIMIT: tl.constexpr):
 @triton.jit
 def store_codes(
     q_ptr,
-    row,
+    row_start,
     row_mask,
     row_bytes,
     first_byte,
@@ -36,13 +46,12 @@ def store_codes(
     GROUP_BYTES: tl.constexpr,
     FMT: tl.constexpr,
 ):
-    """Pack int32 codes [M, COLS] and store them from `first_byte` of each row on; row [M] counts through the batch.
+    """Pack int32 codes [M, COLS] and store them from `first_byte` of each row on; rows begin at `row_start` [M].
 
     With GROUP_BYTES the columns are that many padded groups, of which the first GROUP_BYTES are kept; with 0 they are
     consecutive. Bytes past the end of a row are not written.
     """
     M: tl.constexpr = codes.shape[0]
-    row_offset = row * row_bytes  # an argument, so that the compiler knows whether it is a multiple of 16
     if FMT.sign_flip != 0:
         codes = codes ^ FMT.sign_flip
     data = bits.pack(codes, FMT.bits).to(tl.uint8)
@@ -56,13 +65,13 @@ def store_codes(
         byte = first_byte + (run // RUNS) * GROUP_BYTES + (run % RUNS) * WIDTH
         keep = (byte < row_bytes) & ((run % RUNS) * WIDTH < GROUP_BYTES)
     if WIDTH == 1:
-        tl.store(q_ptr + row_offset[:, None] + byte[None, :], data, row_mask[:, None] & keep[None, :])
+        tl.store(q_ptr + row_start[:, None] + byte[None, :], data, row_mask[:, None] & keep[None, :])
     else:
         within = tl.arange(0, data.shape[2])
         byte = byte[:, None] + within[None, :]
         mask = keep[:, None] & (within < WIDTH)[None, :] & (byte < row_bytes)
         mask = tl.reshape(row_mask, [M, 1, 1]) & mask[None, :, :]
-        tl.store(q_ptr + tl.reshape(row_offset, [M, 1, 1]) + byte[None, :, :], data, mask)
+        tl.store(q_ptr + tl.reshape(row_start, [M, 1, 1]) + byte[None, :, :], data, mask)
 
 
 @triton.jit
