@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-cpu test-interpret test-gpu bench bench-cpu lint tables clean
+.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-check bench-cpu lint tables clean
 
 demo: $(STAMP)
 	$(BIN)/tritonq demo
@@ -18,7 +18,8 @@ test-cpu: $(STAMP)
 
 # The kernels themselves, in Triton's interpreter, which has to be chosen before they are defined.
 test-interpret: $(STAMP)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" -n 2 tests/test_laws.py tests/test_codecs.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" -n 2 tests/test_laws.py tests/test_codecs.py \
+		tests/test_tuning.py tests/test_tune.py
 
 # On a machine with a GPU: with the interpreter of the environment that holds torch, `make test-gpu BIN=$$(dirname $$(which python3))`.
 test-gpu:
@@ -26,6 +27,14 @@ test-gpu:
 
 bench:
 	PYTHONPATH=. $(BIN)/python -m bench.kernels
+
+# 64 KiB to 2 GiB.
+bench-sweep:
+	PYTHONPATH=. $(BIN)/python -m bench.kernels --sizes
+
+# Exit code 1 if anything got slower than a committed file: `make bench-check RESULTS=bench/results/<gpu>/kernels.json`.
+bench-check:
+	PYTHONPATH=. $(BIN)/python -m bench.kernels --peers none --check $(RESULTS)
 
 bench-cpu: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m bench.cpu

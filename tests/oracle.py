@@ -1,11 +1,13 @@
 """A slow, independent oracle in numpy and Python integers, group by group, from the specification (numerics.md).
 
-It takes nothing from tritonq but the declared fields of a Format: bits, ebits, mbits, special, group, scale name and
-rule. fp32 arithmetic is numpy's fp32 arithmetic; everything else is exact (float64 of few bits, Fraction, table
-search).
+It takes nothing from tritonq but the declared fields of a Format: bits, ebits, mbits, special, fraction, values, group,
+scale name and rule. fp32 arithmetic is numpy's fp32 arithmetic; everything else is exact (float64 of few bits,
+Fraction, table search).
 """
 
+import bisect
 import functools
+import itertools
 import math
 from fractions import Fraction
 from types import SimpleNamespace
@@ -65,10 +67,25 @@ def decode_minifloat(code, ebits, mbits, special="", signed=True):
     return np.array(table, np.float32)[np.asarray(code)]
 
 
+def nearest(x, values):
+    """Codes of the nearest entries of an ascending table in rational arithmetic, ties to the even code, saturating."""
+    exact = [Fraction(float(v)) for v in values]
+    middle = [(a + b) / 2 for a, b in itertools.pairwise(exact)]
+    codes = []
+    for number in np.ravel(np.clip(np.asarray(x, np.float64), float(exact[0]), float(exact[-1]))):
+        number = Fraction(float(number))
+        code = bisect.bisect_left(middle, number)  # middles below it
+        tie = code < len(middle) and middle[code] == number
+        codes.append(code + code % 2 if tie else code)
+    return np.array(codes, np.int64).reshape(np.shape(x))
+
+
 def element_max(element):
-    """Largest finite magnitude: of integers the positive one, 2^(B-1) - 1."""
+    """Largest finite magnitude: of integers the positive one, (2^(B-1) - 1) / 2^F."""
+    if element.values:
+        return max(abs(v) for v in element.values)
     if not element.ebits:
-        return 2 ** (element.bits - 1) - 1
+        return (2 ** (element.bits - 1) - 1) / 2**element.fraction
     return float(magnitudes(element.ebits, element.mbits, element.special)[-1])
 
 
@@ -183,8 +200,10 @@ def encode(x, fmt, factor, zero):
         if nan is not None and not np.isnan(factor):
             code = np.where(np.isfinite(x), code, nan)
         return code
+    if element.values:
+        return nearest(y, element.values)
     levels = 2**element.bits - 1
-    y = np.clip(np.rint(y.astype(np.float64)), -1e6, 1e6).astype(np.int64)
+    y = np.clip(np.rint(y.astype(np.float64) * 2**element.fraction), -1e6, 1e6).astype(np.int64)
     return np.clip(y + (zero if fmt.zero_point else 2 ** (element.bits - 1)), 0, levels)
 
 
@@ -193,8 +212,11 @@ def decode(codes, fmt, factor, zero):
     element = fmt.element
     if element.ebits:
         values = decode_minifloat(codes, element.ebits, element.mbits, element.special)
+    elif element.values:  # codes beyond the table stand for its last value
+        values = np.array(element.values, np.float32)[np.minimum(codes, len(element.values) - 1)]
     else:
         values = (np.asarray(codes) - (zero if fmt.zero_point else 2 ** (element.bits - 1))).astype(np.float32)
+        values /= F32(2**element.fraction)
     with np.errstate(over="ignore", invalid="ignore"):
         return values * F32(factor)
 
@@ -289,7 +311,7 @@ def unpack(data, bits, n):
 def qdata(codes, fmt):
     """Stored bytes [..., ceil(bits K / 8)] of codes; symmetric int8 is stored as two's complement."""
     codes = np.asarray(codes)
-    if not fmt.element.ebits and fmt.element.bits == 8 and not fmt.zero_point:
+    if not (fmt.element.ebits or fmt.element.values or fmt.zero_point) and fmt.element.bits == 8:
         codes = (codes - 128) % 256
     rows = [list(pack(row, fmt.element.bits)) for row in codes.reshape(-1, codes.shape[-1])] if codes.size else []
     width = -(-fmt.element.bits * codes.shape[-1] // 8)

@@ -5,6 +5,7 @@ Under TRITON_INTERPRET=1, and on a GPU, the device functions run through a small
 
 import itertools
 import math
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +20,7 @@ from tritonq.codecs import pack as packing
 from tritonq.codecs import pack_triton as device_pack
 from tritonq.codecs import scale as scales
 from tritonq.codecs import scale_triton as device_scales
-from tritonq.formats import Format, ScaleType, get_element, get_format, integer, minifloat
+from tritonq.formats import Format, ScaleType, get_element, get_format, integer, lookup, minifloat
 
 ML_DTYPES = {
     "e2m1": ml_dtypes.float4_e2m1fn, "e2m3": ml_dtypes.float6_e2m3fn, "e3m2": ml_dtypes.float6_e3m2fn,
@@ -36,7 +37,16 @@ KINDS = [
     minifloat(e, m, kind)
     for e, m, kind in ((2, 1, "fn"), (3, 4, "ieee"), (4, 3, "ieee"), (2, 5, "fnuz"), (3, 2, "fnuz"))
 ]
-INTEGERS = [integer(bits) for bits in range(2, 9)]
+INTEGERS = [*(integer(bits) for bits in range(2, 9)), integer(8, 6), integer(8, 7), integer(3, 1)]
+# 0 at either end, in the middle, and nowhere near it; midpoints between two fp32 numbers and on one, subnormal numbers,
+# neighbours in fp32, the largest one; and counts that do not fill their codes.
+TABLES = [
+    get_element("nf4"), get_element("af4"), lookup("bits", (0, 1)), lookup("negative", (-4, -1.5, 0)),
+    lookup("tiny", (-1e-40, -1e-45, 0, 1e-45, 3e-45, 4e-45, 2e-38, 1)),
+    lookup("close", (-1, 0, *(1 + i * 2.0**-23 for i in range(6)), 2**24, 2**24 + 2, 3.4028234e38)),
+    lookup("wide", (-7e30, -1, -1e-20, 0, 1e-9)), lookup("seventeen", range(-3, 14)),
+    lookup("all", (math.copysign(abs(i / 128) ** 1.7, i) for i in range(-127, 129))),
+]  # fmt: skip
 
 
 def numbers(element, count=None):
@@ -47,8 +57,10 @@ def numbers(element, count=None):
     anything = rng.integers(0, 1 << 32, count, dtype=np.uint32).view(np.float32)
     if element.ebits:
         table = oracle.magnitudes(element.ebits, element.mbits, element.special)
+    elif element.values:
+        table = np.array(element.values)
     else:
-        table = np.arange(2 ** (element.bits - 1) + 1, dtype=np.float64)
+        table = np.arange(2 ** (element.bits - 1) + 1, dtype=np.float64) / 2**element.fraction
     edges = np.concatenate([table, (table[1:] + table[:-1]) / 2]).astype(np.float32)
     edges = np.concatenate([edges, np.nextafter(edges, np.float32(np.inf)), np.nextafter(edges, np.float32(-np.inf))])
     with np.errstate(over="ignore"):
@@ -232,17 +244,122 @@ def test_any_minifloat(element, device):
 
 @pytest.mark.parametrize("element", INTEGERS, ids=lambda e: e.name)
 def test_integers(element, device):
-    """code = clamp(rne(x) + z, 0, 2^b - 1) for every zero point; decode is its inverse; 0 is never negative."""
-    levels = 2**element.bits - 1
+    """code = clamp(rne(x * 2^F) + z, 0, 2^b - 1) for every zero point; decode is its inverse; 0 is never negative."""
+    levels, unit = 2**element.bits - 1, 2.0**-element.fraction
     x = numbers(element, 20_000)
     middle = 2 ** (element.bits - 1)
     for zero in (middle,) if INTERPRET else sorted({0, 1, middle, levels}):
         codes, rounded = run(x, element, device, zero)
-        expected = np.clip(np.rint(np.clip(x.astype(np.float64), -1e9, 1e9)) + zero, 0, levels).astype(np.int64)
+        expected = np.rint(np.clip(x.astype(np.float64), -1e9, 1e9) / unit)
+        expected = np.clip(expected + zero, 0, levels).astype(np.int64)
         np.testing.assert_array_equal(codes, expected)
-        same(rounded, (expected - zero).astype(np.float32))
+        same(rounded, ((expected - zero) * unit).astype(np.float32))
         every = np.arange(levels + 1)
-        same(decode(every, element, device, zero), (every - zero).astype(np.float32))
+        same(decode(every, element, device, zero), ((every - zero) * unit).astype(np.float32))
+
+
+def test_mx_int8():
+    """OCP MX 1.0 section 5.3.4: INT8 is two's complement with an implied scale of 2^-6, from -2 to 1 63/64."""
+    element = get_format("mxint8").element
+    assert (element.max, element.emax, element.bits, element.dtype) == (1.984375, 0, 8, torch.int8)
+    spec = {1.0: 0x40, -1.0: 0xC0, 1.984375: 0x7F, -2.0: 0x80, 0.015625: 0x01, -0.015625: 0xFF, 0.0: 0x00}
+    codes = element.codec.encode_ref(torch.tensor(list(spec)), element.zero_code, element)
+    assert (codes ^ 0x80).tolist() == list(spec.values())
+
+
+@pytest.mark.parametrize("element", TABLES, ids=lambda e: e.name)
+def test_tables(element, device):
+    """Law 4 for tables: the nearest value, ties to the even code, over all midpoints with their neighbours in fp32."""
+    x = numbers(element, 1_000)[-8_000:] if len(element.values) > 16 else numbers(element, 3_000)
+    x = np.concatenate([x, np.float32([np.inf, -np.inf, 0.0, -0.0])])
+    codes, rounded = run(x, element, device)
+    expected = oracle.nearest(x, element.values)
+    np.testing.assert_array_equal(codes, expected)
+    table = np.array(element.values, np.float32)
+    same(rounded, table[expected])
+    every = np.arange(2**element.bits)
+    same(decode(every, element, device), table[np.minimum(every, len(table) - 1)])
+
+
+@pytest.mark.parametrize("element", TABLES, ids=lambda e: e.name)
+def test_thresholds(element):
+    """The fp32 number at a threshold rounds down and the next one up, by comparing exact distances."""
+    values = [Fraction(v) for v in element.values]
+    assert len(element.thresholds) == len(values) - 1 and list(element.thresholds) == sorted(set(element.thresholds))
+
+    def nearest(x):
+        return min(range(len(values)), key=lambda code: (abs(Fraction(float(x)) - values[code]), code % 2))
+
+    for code, threshold in enumerate(np.float32(element.thresholds)):
+        assert nearest(threshold) == code and nearest(np.nextafter(threshold, np.float32(np.inf))) == code + 1
+
+
+@triton.jit
+def masked_kernel(x_ptr, finite_ptr, code_ptr, n, ELEM: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x, finite = tl.load(x_ptr + i, i < n, other=0.0), tl.load(finite_ptr + i, i < n, other=0) != 0
+    ZERO: tl.constexpr = ELEM.zero_code
+    tl.store(code_ptr + i, ELEM.codec.encode(x, ZERO, finite, ELEM), i < n)
+
+
+@pytest.mark.parametrize("element", [*TABLES, *INTEGERS], ids=lambda e: e.name)
+def test_encode_gives_zero_where_not_finite(element, device):
+    """Where `finite` is false, the code is that of 0 whatever x is; elsewhere nothing changes."""
+    if device == "cpu" and not INTERPRET:
+        pytest.skip("concerns device functions; run with TRITON_INTERPRET=1 or on a GPU")
+    x = np.concatenate([np.float32([np.nan, np.inf, -np.inf, 1e30, -1e30]), numbers(element, 100)[-250:]])
+    finite = np.isfinite(x) & (np.arange(x.size) % 3 != 0)
+    code = torch.empty(x.size, dtype=torch.int32, device=device)
+    masked_kernel[(1,)](
+        torch.from_numpy(x).to(device), torch.from_numpy(finite.astype(np.int32)).to(device), code, x.size,
+        ELEM=element, BLOCK=256, enable_fp_fusion=False,
+    )  # fmt: skip
+    expected, _ = run(np.where(np.isfinite(x), x, 0), element, device, element.zero_code)
+    np.testing.assert_array_equal(code.cpu().numpy(), np.where(finite, expected, element.zero_code))
+
+
+def test_nf4_is_that_of_bitsandbytes():
+    """bitsandbytes' create_normal_map: quantiles of the normal distribution, 8 above 0 and 7 below, over the largest.
+
+    Its constants came out of single precision, so they are 1e-7 off the formula; the QLoRA paper lists the same ones.
+    """
+    quantile = torch.special.ndtri
+    above = quantile(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])
+    below = -quantile(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])
+    formula = torch.cat([below, torch.zeros(1, dtype=torch.float64), above.flip(0)]) / above.max()
+    values = get_element("nf4").values
+    np.testing.assert_allclose(values, formula.numpy(), atol=2e-7)
+    assert (values[0], values[7], values[15]) == (-1.0, 0.0, 1.0)
+    printed = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+               -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+               0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+               1.0]  # fmt: skip
+    assert list(values) == printed and [float(np.float32(v)) for v in printed] == printed
+    boundaries = [-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544,
+                  -0.23460740596055984, -0.13791173323988914, -0.045525018125772476, 0.03979014977812767,
+                  0.1202552504837513, 0.2035212516784668, 0.2920137718319893, 0.3893125355243683, 0.5016634166240692,
+                  0.6427869200706482, 0.8614784181118011]  # fmt: skip
+    # dQuantizeNF4 compares with these rounded midpoints, so the two differ within an fp32 neighbour of a midpoint only.
+    thresholds = np.float32(get_element("nf4").thresholds)
+    assert (np.abs(thresholds.view(np.int32) - np.float32(boundaries).view(np.int32)) <= 1).all()
+
+
+def test_af4_halves_its_cells():
+    """Yoshida 2023: with the values -1, 0 and 1 fixed, the others halve the probability of their cell, which ends at 0
+    or halfway to the neighbour, for x / absmax over 64 normal numbers."""
+    group, values = 64, torch.tensor(get_element("af4").values, dtype=torch.float64)
+    absmax = torch.linspace(1e-3, 9, 20_001, dtype=torch.float64)
+    normal = torch.special.ndtr
+    inside = 2 * normal(absmax) - 1
+    density = group * inside ** (group - 1) * 2 * torch.exp(-(absmax**2) / 2) / math.sqrt(2 * math.pi)
+
+    def below(x):  # P(0 <= an element that is not the largest <= x), for either sign
+        return float(torch.trapezoid((normal(absmax * x) - 0.5) / inside * density, absmax))
+
+    for code in (*range(1, 7), *range(8, 15)):
+        lower, upper = (values[code - 1] + values[code]) / 2, (values[code] + values[code + 1]) / 2
+        lower, upper = (lower, 0.0) if code == 6 else (0.0, upper) if code == 8 else (lower, upper)
+        assert abs(below(values[code]) - below(lower) - (below(upper) - below(values[code]))) < 1e-7
 
 
 # ----------------------------------------------------------------------------------------------------------- scales

@@ -10,13 +10,15 @@ import torch
 
 import tritonq.formats as formats
 from tritonq import ops
-from tritonq.formats import FORMATS, Format, ScaleType, get_element, get_format, integer, minifloat, register
+from tritonq.formats import FORMATS, Format, ScaleType, get_element, get_format, integer, lookup, minifloat, register
 
 PACKAGE = Path(formats.__file__).parent
 UNLISTED = (
     "e3m4_g48", "int5_g20", "int3_g7", "int3_g64_asym", "e2m0_g16", "e1m2_b3x5", "int6_channel", "int4_tensor_asym",
     "e5m1_b16x16_f16", "mxfp4_rceil", "mxfp8_ceil", "mxfp4_even", "int4_g128_half_range", "int8_channel_absmax",
     "e4m3_g32_ue5m3", "e3m0_g32_e8m0_even", "int4_g128_f16", "fp8_e4m3_channel_bf16", "int4_g128_full_range",
+    "nf4_channel", "nf4_b16x16", "nf4_g48_bf16", "af4_g64", "nf4_tensor_f16_absmax", "mxint8_rceil", "int8f6_g32",
+    "int4f3_channel_f32",
 )  # fmt: skip
 
 
@@ -35,7 +37,8 @@ def test_names_round_trip(name):
 MAXIMA = {"e2m1": 6, "e2m3": 7.5, "e3m2": 28, "e4m3": 448, "e5m2": 57344, "e3m4": 31, "e4m3fnuz": 240,
           "e5m2fnuz": 57344,
           "fp8_e4m3": 448, "fp8_e5m2": 57344, "e2m0": 4, "e1m2": 3.5, "e3m0": 16, "e4m3ieee": 240, "e3m4ieee": 15.5,
-          "int2": 1, "int3": 3, "int4": 7, "int8": 127}  # fmt: skip
+          "int2": 1, "int3": 3, "int4": 7, "int8": 127, "int8f6": 127 / 64, "int3f2": 0.75, "nf4": 1,
+          "af4": 1}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MAXIMA)
@@ -59,8 +62,11 @@ def test_defaults_of_names():
     assert fields["int4_g128_asym"] == ((1, 128), "bf16", "minmax", True, False)
     assert fields["fp8_e4m3_channel"] == ((1, -1), "f32", "absmax", False, False)
     assert fields["fp8_e4m3_tensor"][0] == (-1, -1) and fields["fp8_e4m3_b128x128"][0] == (128, 128)
-    for name in ("mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4"):
+    for name in ("mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4", "mxint8"):
         assert fields[name] == ((1, 32), "e8m0", "floor", False, False)
+    assert fields["nf4_g64"] == ((1, 64), "f32", "absmax", False, False)
+    int8f6 = get_format("int8f6_g32").scale
+    assert (int8f6.name, int8f6.rule) == ("bf16", "absmax")
     assert fields["nvfp4"] == ((1, 16), "e4m3", "absmax", False, True)
     assert (
         get_format("int4_g128_half_range").scale.rule == "half_range"
@@ -82,6 +88,8 @@ STORAGE = {
     "tensor_scale": ((1,), torch.float32)},
     ("e4m3_g32_ue5m3", (2, 0)): {"qdata": ((2, 0), torch.float8_e4m3fn), "scale": ((2, 0), torch.uint8)},
     ("int8_channel", (2, 0)): {"qdata": ((2, 0), torch.int8), "scale": ((2, 1), torch.bfloat16)},
+    ("nf4_g64", (3, 130)): {"qdata": ((3, 65), torch.uint8), "scale": ((3, 3), torch.float32)},
+    ("mxint8", (2, 33)): {"qdata": ((2, 33), torch.int8), "scale": ((2, 2), torch.float8_e8m0fnu)},
     ("fp8_e4m3fnuz_channel", (1,)): {"qdata": ((1,), torch.float8_e4m3fnuz), "scale": ((1,), torch.float32)},
 }  # fmt: skip
 
@@ -108,7 +116,9 @@ def test_unknown_name_lists_the_known():
 @pytest.mark.parametrize("name", ["int9_g8", "int1_g8", "e5m5_g16", "fp8_e3m2_g16", "int4_g0", "int4_gx", "mxfp5",
                                   "mxfp8_e3m2",
                                   "mxfp6", "nf5_g64", "e0m3_g16", "int4_g128_foo", "fp8_e4m3_g32_asym",
-                                  "int4_g32_ue5m3_full_range", ""])  # fmt: skip
+                                  "int4_g32_ue5m3_full_range", "nf4_g64_asym", "nf4_g64_full_range", "int8f6_g32_asym",
+                                  "int8f6_g32_half_range", "int4f4_g32", "mxint8_e4m3", "mxint4", "nf3_g64",
+                                  ""])  # fmt: skip
 def test_impossible_names_are_value_errors(name):
     with pytest.raises(ValueError) as error:
         get_format(name)
@@ -150,9 +160,54 @@ def test_contradictory_formats_are_refused(change):
 
 def test_impossible_elements_are_refused():
     for build in (lambda: integer(1), lambda: integer(9), lambda: minifloat(0, 3), lambda: minifloat(5, 2, "nope"),
+                  lambda: integer(8, 8), lambda: integer(8, -1),
                   lambda: minifloat(1, 0, "fn"), lambda: minifloat(1, 2, "ieee"), lambda: minifloat(9, 9)):  # fmt: skip
         with pytest.raises(ValueError):
             build()
+
+
+@pytest.mark.parametrize("values,complaint", [
+    ((0.0,), "1 values"), (range(-1, 256), "257 values"), ((-1, 0.5, 1), "lacks 0"), ((0, 1, 1), "1.0 at 2 after 1.0"),
+    ((1, 0), "0.0 at 1 after 1.0"), ((0, 1, 1 + 1e-9), "equal"), ((0, float("nan")), "nan at 1"),
+    ((float("-inf"), 0), "-inf at 0"), ((0, 1e39), "1e[+]39 at 1"), ((0, 1e-40), "subnormal"),
+])  # fmt: skip
+def test_impossible_tables_are_refused(values, complaint):
+    with pytest.raises(ValueError, match=f"table 'mine'.*{complaint}") as error:
+        lookup("mine", values)
+    assert "\n" not in str(error.value)
+
+
+def test_tables_are_data():
+    """Values are rounded to fp32 and are part of equality and keys; bits follow from their count; -0 is 0."""
+    a, b = lookup("mine", (-1, -0.0, 0.1, 1)), lookup("mine", (-1, 0, 0.2, 1))
+    assert a != b and a.digest != b.digest and a.cache_key != b.cache_key and hash(a) == hash(b)
+    assert a == lookup("mine", torch.tensor([-1, 0, 0.1, 1]).tolist()) and "-0.0" not in repr(a.values)
+    assert a.values[2] == float(torch.tensor(0.1)) and (a.max, a.zero_code, a.nan_code, a.emax) == (1, 1, -1, 0)
+    bits = {2: 2, 3: 2, 4: 2, 5: 3, 8: 3, 9: 4, 16: 4, 17: 5, 129: 8, 256: 8}
+    assert {n: lookup("mine", range(n)).bits for n in bits} == bits
+    full = lookup("mine", range(-1, 255))
+    assert full.dtype is None and Format("mine_g32", full, (1, 32)).qdtype is torch.uint8
+    assert lookup("mine", range(5)).table == (0, 1, 2, 3, 4, 4, 4, 4)
+
+
+def test_tensor_scales_need_a_short_maximum():
+    """The kernels divide by element.max in a way that is exact for 12 significant bits."""
+    Format("good", lookup("mine", (0, 1 + 2**-11)), (1, 16), ScaleType("e4m3"), tensor_scale=True)
+    with pytest.raises(ValueError, match="12 bits"):
+        Format("bad", lookup("mine", (0, 1 + 2**-12)), (1, 16), ScaleType("e4m3"), tensor_scale=True)
+
+
+def test_a_table_of_ones_own_is_a_usable_format(monkeypatch):
+    monkeypatch.setattr(formats, "FORMATS", dict(FORMATS))
+    mine = register(Format("mine_g8", lookup("mine", (-1, -0.3, 0, 0.2, 0.9)), (1, 8)))
+    x = torch.tensor([[2.0, -2.0, 0.7, -0.3, 0.1, 0.2, 0.0, -0.0]])
+    parts = ops.quantize(x, "mine_g8")
+    assert {k: (tuple(v.shape), v.dtype) for k, v in parts.items()} == mine.storage((1, 8))
+    # The scale is 2. -0.15 and 0.1 lie halfway between 0, the even code 2, and its neighbours; 0.35 is nearer to 0.2.
+    expected = torch.tensor([[1.8, -2.0, 0.4, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    y = ops.dequantize(parts, "mine_g8", (1, 8), x.dtype)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(y, ops.qdq(x, "mine_g8")) and not torch.signbit(y[0, -1])
 
 
 def test_replace_and_register_make_a_usable_format(monkeypatch):

@@ -15,20 +15,33 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from oracle import assert_same, assert_same_parts
 
-from tritonq import ops, reference, tiling, tuning
-from tritonq.formats import FORMATS, get_format
+from tritonq import formats, ops, plans, reference, tiling, tuning
+from tritonq.formats import FORMATS, Format, ScaleType, lookup
 
 UNLISTED = (
     "e3m4_g48", "int5_g20", "int3_g7", "int3_g64_asym", "e2m0_g16", "e1m2_b3x5", "int6_channel", "int4_tensor_asym",
     "int3_g3_asym", "e5m1_b16x16_f16", "mxfp4_rceil", "mxfp8_ceil", "mxfp4_even", "int4_g128_half_range",
     "int8_channel_absmax", "e4m3_g32_ue5m3", "e3m0_g32_e8m0_even", "int4_g128_f16", "fp8_e4m3_channel_bf16",
     "int8_g32_e8m0_floor", "int7_b2x6_absmax", "e4m3ieee_g16_e4m3", "int2_tensor", "e1m0_g5", "int8_g16_asym",
-    "int4_g3", "int2_g3_asym", "e2m3_g3", "int8_g3", "int4_g1",
+    "int4_g3", "int2_g3_asym", "e2m3_g3", "int8_g3", "int4_g1", "nf4_channel", "nf4_b16x16", "nf4_g48_bf16", "af4_g64",
+    "mxint8_rceil", "int6f2_g20", "nf4_g32_e8m0_even",
 )  # fmt: skip
-NAMES = tuple(dict.fromkeys((*FORMATS, *UNLISTED)))
+# Tables of a user: 3 bits, subnormal values among them; 3 bits of which 3 codes are not used; 8 bits.
+TABLES = {fmt.name: fmt for fmt in (
+    Format("table8_g24", lookup("table8", (-3, -1.5, -0.4, 0, 1e-40, 0.7, 2, 5.1)), (1, 24)),
+    Format("table5_channel", lookup("table5", (-1, -0.25, 0, 0.3, 0.9)), (1, -1), ScaleType("f16")),
+    Format("table256_g32", lookup("table256", (math.copysign(abs(i / 128) ** 1.7, i) for i in range(-127, 129))),
+           (1, 32), ScaleType("e8m0", "floor")),
+)}  # fmt: skip
+NAMES = tuple(dict.fromkeys((*FORMATS, *UNLISTED, *TABLES)))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 every_format = pytest.mark.parametrize("name", NAMES)
+
+
+def get_format(name):
+    """As `formats.get_format`; knows TABLES, which stay out of the registry."""
+    return TABLES.get(name) or formats.get_format(name)
 
 
 def examples(device, native, interpreted):
@@ -231,12 +244,20 @@ def test_representable_values_midpoints_monotone(name, device):
         ties = (positive[1:] + positive[:-1]) / 2
         tie_values = positive[even]
         points, point_values = np.concatenate([-ties, ties]), np.concatenate([-tie_values, tie_values])
+    elif element.values:
+        exact = np.array(element.values)
+        points = ((exact[1:] + exact[:-1]) / 2).astype(np.float32)  # few are midpoints in fp32
+        points = np.concatenate([points, *(np.nextafter(points, np.float32(d)) for d in (-np.inf, np.inf))])
+        points = points.astype(np.float64)
+        point_values = exact[oracle.nearest(points, element.values)]
     else:
+        unit = 2.0**-element.fraction
         exact = np.arange(-(2 ** (element.bits - 1)), 2 ** (element.bits - 1), dtype=np.float64)
         points = exact[:-1] + 0.5
-        point_values = np.array([2 * math.floor(p / 2 + 0.5) for p in points], float)
+        point_values = np.array([2 * math.floor(p / 2 + 0.5) for p in points], float) * unit
+        exact, points = exact * unit, points * unit
     top = exact[-1]
-    assert element.max == top
+    assert element.max == oracle.element_max(element)
     ramp = np.sort(np.random.default_rng(0).uniform(exact[0] * 1.2, top * 1.2, 300))
     beyond = np.array([top * 1.001, top * 4, 1e30, -1e30, exact[0] * 4])
     x = torch.from_numpy(np.concatenate([exact, points, beyond, ramp]).astype(np.float32))
@@ -297,6 +318,8 @@ def test_zeros(name, device):
     assert_same(ops.qdq(x.to(device), fmt), y)
     codes = oracle.encode(x.to(torch.float32).numpy(), fmt, np.float32(1), 0)
     zero_code = {True: 0, False: 2 ** (fmt.bits - 1)}[bool(fmt.element.ebits) or fmt.zero_point]
+    if fmt.element.values:
+        zero_code = fmt.element.values.index(0)
     assert set(np.unique(codes % 2 ** (fmt.bits - 1) if fmt.element.ebits else codes)) == {zero_code}
     np.testing.assert_array_equal(parts["qdata"].cpu().view(torch.uint8).numpy(), oracle.qdata(codes, fmt))
     if signed_zero:
@@ -308,7 +331,7 @@ def test_signed_zeros(name, device):
     """Law 7: zeros, and what rounds to zero, keep their sign beside other numbers; fnuz has no -0."""
     fmt = get_format(name)
     if not fmt.element.ebits:
-        pytest.skip("integers have one zero")
+        pytest.skip("integers and tables have one zero")
     x = values((max(1, fmt.group[0]) + 1, 48), torch.float32, 3)
     x[:, 1::4], x[:, 2::4] = -0.0, 1e-30
     x[:, 3::8] = -1e-30
@@ -322,7 +345,7 @@ def test_signed_zeros(name, device):
 
 def forget_plans():
     """Drop what ops and tiling remember about tile sizes."""
-    for module in (ops, tiling, tuning):
+    for module in (ops, plans, tiling, tuning):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
                 function.cache_clear()
@@ -415,7 +438,7 @@ LARGE = {
     "int8_channel": (2, 40000), "int6_channel": (2, 33333), "fp8_e4m3_channel": (1, 65537), "int4_tensor_asym": (3,
     20001),
     "fp8_e4m3_tensor": (2, 2, 9000), "fp8_e4m3_b256x256": (2, 300, 700), "int4_g65536": (2, 70001), "nvfp4": (3, 8192),
-    "int3_g50000_asym": (2, 60003), "int8_b512x100_absmax": (600, 333),
+    "nf4_channel": (2, 40001), "int3_g50000_asym": (2, 60003), "int8_b512x100_absmax": (600, 333),
     "int4_channel_asym": (3, 40003), "int3_channel": (2, 140001), "e3m4_channel": (2, 200000),
 }  # fmt: skip
 
@@ -496,7 +519,8 @@ def edge_cases():
     for name in ("mxfp8", "mxfp8_ceil", "mxfp8_rceil", "mxfp8_even", "mxfp4", "mxfp4_ceil", "mxfp4_rceil", "mxfp4_even",
                  "int8_g32_e8m0_even", "mxfp6_e3m2_rceil", "e4m3_g32_ue5m3", "nvfp4", "int4_g32", "int4_g32_f16",
                  "int8_g32_f32",
-                 "int4_g32_asym", "int4_g32_asym_f32", "fp8_e4m3_g32", "int3_g32_half_range"):  # fmt: skip
+                 "int4_g32_asym", "int4_g32_asym_f32", "fp8_e4m3_g32", "int3_g32_half_range", "mxint8", "mxint8_rceil",
+                 "nf4_g32"):  # fmt: skip
         yield (
             name,
             [*powers, *around, *rounding, top, -top, top / 2, 448.0, 6.0, 448.00003, 6.0000005, 65504.0, 1e-45, 3e-39],

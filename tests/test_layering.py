@@ -9,9 +9,10 @@ import tritonq.formats
 
 PACKAGE = Path(tritonq.formats.__file__).parent
 LAYERS = (
-    ("formats", "codecs"), ("reference", "kernels"), ("tuning", "tiling", "launch", "memory"), ("ops",), ("autograd", "ste"),
-    ("tensor",),
-    ("offload", "nn"), ("calibrate", "io"), ("integrations", "cli", "demo", "__main__"),
+    ("formats", "codecs"), ("reference", "kernels"),
+    ("tuning", "tuning_cache", "tuning_files", "tiling", "launch", "memory", "plans"),
+    ("ops",), ("autograd", "ste", "tune"), ("tensor",),
+    ("offload", "nn"), ("calibrate", "io"), ("integrations", "bench", "cli", "demo", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

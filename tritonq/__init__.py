@@ -1,7 +1,7 @@
 """tritonq: a JIT quantization engine for PyTorch."""
 
 from tritonq.autograd import qdq
-from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, minifloat, register
+from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.model import save_pretrained
 from tritonq.nn.linear import QLinear
@@ -24,6 +24,7 @@ __all__ = [
     "get_format",
     "get_scheme",
     "integer",
+    "lookup",
     "minifloat",
     "qdq",
     "quantize",

@@ -29,6 +29,22 @@ class _QDQ(torch.autograd.Function):
         return ops.qdq_backward(x, grads[0], ctx.fmt, **dict(zip(ctx.names, given, strict=True))), None, None
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, fmt, *given = inputs
+    ctx.fmt = get_format(fmt)
+    ctx.save_for_backward(*((x, *given) if ctx.fmt.saturates else ()))
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.fmt.saturates:
+        return dy, None, None, None, None
+    x, *given = ctx.saved_tensors
+    return torch.ops.tritonq.qdq_backward(x, dy, ctx.fmt.name, *given), None, None, None, None
+
+
+torch.library.register_autograd("tritonq::qdq", _backward, setup_context=_setup_context, lib=ops.library)
+
+
 def qdq(
     x: Tensor,
     fmt: Format | str,
@@ -56,7 +72,7 @@ def qdq(
     fmt = get_format(fmt)
     given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
     present = {name: value for name, value in given.items() if value is not None}
-    if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+    if isinstance(x, Tensor) and torch.is_grad_enabled() and x.requires_grad and not ops.traced(x):
         return _QDQ.apply(x, fmt, present)
     return ops.qdq(x, fmt, **present)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -190,6 +192,152 @@ def evaluate(
     out.print(f"perplexity {result['perplexity']:.4f} ({windows} x {length} tokens)", highlight=False)
     if prompt is not None:
         out.print(result["text"], markup=False, highlight=False, soft_wrap=True)
+
+
+Names = Annotated[list[str] | None, typer.Option(help="Comma-separated or repeated.")]
+
+
+def _names(values: list[str] | None) -> list[str] | None:
+    """All names of an option that takes lists and may be repeated."""
+    return [name for value in values for name in value.split(",") if name] if values else None
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[0-9]{1,12}(x[0-9]{1,12})*", text.lower()):
+        raise ValueError(f"a shape is written as 4096x14336, got {text!r}")
+    return tuple(int(extent) for extent in text.lower().split("x"))
+
+
+@app.command()
+def bench(
+    formats: Names = None,
+    shape: Annotated[str | None, typer.Option(help="ROWSxCOLUMNS; default 4096x14336.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="64 KiB to 2 GiB instead of one shape.")] = False,
+    sizes: Annotated[list[str] | None, typer.Option(help="Some of the sizes, such as 64K,2M,112M,2G.")] = None,
+    dtypes: Names = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(help="torch.compile, torchao, bitsandbytes, or none; default: all, none in a sweep."),
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds; what would not fit is left out.")] = None,
+    path: Annotated[Path | None, typer.Option("--out", help="Write the results to this JSON file.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Use this result file instead of measuring.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Compare with this result file; exit code 1 if slower.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Allowed loss, of the share of a copy.")] = 0.05,
+    plot: Annotated[Path | None, typer.Option(help="Write the roofline picture, .svg or .png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time every format on this GPU, beside a copy and beside peers, verified first."""
+    from tritonq.bench import command
+
+    wanted = command.options(
+        _names(formats), shape, _names(sizes) or ([] if sweep else None), _names(dtypes), _names(peers), budget,
+        " ".join(["tritonq", *sys.argv[1:]]),
+    )  # fmt: skip
+    sys.exit(
+        command.execute(
+            wanted, out=path, results=results, check=check, tolerance=tolerance, picture=plot, as_json=as_json
+        )
+    )
+
+
+@app.command()
+def tune(
+    formats: Names = None,
+    ops: Names = None,
+    shapes: Annotated[list[str] | None, typer.Option(help="Such as 4096x14336. Comma-separated or repeated.")] = None,
+    dtypes: Names = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer candidates, formats and shapes.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Show the entries there are; measure nothing.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Where entries go; default: your cache folder, which tritonq reads.")
+    ] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure kernel configurations on this GPU and keep the best."""
+    from tritonq import tune as tuner
+
+    ops, formats, dtypes = _names(ops), _names(formats), _names(dtypes)
+    sizes = None if shapes is None else [_shape(text) for text in _names(shapes) or []]
+    found = tuner.cases(ops, formats, sizes, dtypes, quick)
+    if listing:
+        _list_entries(ops, formats, dtypes, as_json)
+        return
+    where = tuner.require_gpu(device)
+    with _tuning_progress(len(found), quiet=as_json) as progress:
+        outcomes = tuner.tune(ops, formats, sizes, dtypes, where, quick, progress, folder=folder)
+    if as_json:
+        _print_json([outcome.to_dict() for outcome in outcomes])
+    else:
+        table = _table(("op", "input", "us", "before", "choice"))
+        for o in outcomes:
+            times = ("", "") if o.us is None or o.heuristic_us is None else (f"{o.us:.1f}", f"{o.heuristic_us:.1f}")
+            shape = "x".join(map(str, o.shape))
+            table.add_row(f"{o.op} {o.format}", f"{shape} {o.dtype}", *times, _choice(o.choice))
+        out.print(table)
+        for o in outcomes:
+            for reason in o.skipped:
+                out.print(f"skipped: {o.op} {o.format} {reason}", markup=False, highlight=False, soft_wrap=True)
+    errors = [o.error for o in outcomes if o.error]
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(outcomes)} could not be tuned; the first: {errors[0]}")
+
+
+def _choice(choice: dict[str, int] | None) -> str:
+    if choice is None:
+        return "none"
+    return " ".join(f"{k}={v}" for k, v in choice.items()) or "heuristic"
+
+
+@contextlib.contextmanager
+def _tuning_progress(total: int, quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A bar on stderr."""
+    if quiet:
+        yield None
+        return
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=escape(text))
+
+
+def _list_entries(ops: list[str] | None, formats: list[str] | None, dtypes: list[str] | None, as_json: bool) -> None:
+    """The entries on disk, of the ops, formats and dtypes asked for."""
+    from tritonq import tuning_cache
+
+    found = [
+        one for one in tuning_cache.every_entry()
+        if (not ops or one.op in ops)
+        and (not formats or one.entry.format in formats)
+        and (not dtypes or one.entry.fields.dtype in dtypes)
+    ]  # fmt: skip
+    if as_json:
+        _print_json(
+            [
+                {"origin": one.origin, "arch": one.arch, "gpu": one.gpu, "op": one.op, **one.entry.row(),
+                 "stale": one.entry.stale}
+                for one in found
+            ]
+        )  # fmt: skip
+        return
+    table = _table(("gpu", "op", "input", "us", "before", "choice", "from"))
+    for one in found:
+        entry = one.entry
+        origin = one.origin + (", stale" if entry.stale else "")
+        size = f"{entry.fields.layout} 2^{entry.size.log2_rows}x2^{entry.size.log2_columns}"
+        table.add_row(
+            f"{one.arch} {one.gpu}", f"{one.op} {entry.format}", f"{size} {entry.fields.dtype}", f"{entry.us:.1f}",
+            f"{entry.heuristic_us:.1f}", _choice(entry.config), origin,
+        )  # fmt: skip
+    out.print(table)
+    folders = ", ".join(str(p) for p in (tuning_cache.shipped_folder(), tuning_cache.user_folder()) if p)
+    out.print(f"{len(found)} entries in {folders}", markup=False, highlight=False, soft_wrap=True)
+    if any(one.entry.stale for one in found):
+        out.print("stale: measured with other kernel sources; used all the same", highlight=False)
 
 
 def _read(path: Path) -> str:

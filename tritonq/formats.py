@@ -5,14 +5,15 @@ Nothing in tritonq branches on a format's name.
 
 Names follow `<element>_<granularity>[_asym][_<scale type>][_<rule>]`:
 
-* element: `int2`..`int8`, `eXmY` with an optional `fn` | `ieee` | `fnuz`, `fp8_e4m3`, `fp8_e5m2`, ...
+* element: `int2`..`int8`, `intBfF` (F of the B bits are fractional), `eXmY` with an optional `fn` | `ieee` | `fnuz`,
+  `fp8_e4m3`, `fp8_e5m2`, ..., and the tables `nf4`, `af4`
 * granularity: `tensor`, `channel` (one scale a row), `gN` (N elements of a row), `bRxC` (a block of R rows and C
   columns)
-* scale type: `e8m0`, `e4m3`, `ue5m3`, `f16`, `bf16`, `f32`; left out, integers take bf16 and floats f32
+* scale type: `e8m0`, `e4m3`, `ue5m3`, `f16`, `bf16`, `f32`; left out, integers take bf16, floats and tables f32
 * rule: how the scale follows from the group, see `RULES`; a rule of e8m0 implies that scale type
 
-and the families `mxfp8[_e5m2]`, `mxfp6_e3m2`, `mxfp6_e2m3`, `mxfp4`, `nvfp4` (OCP MX 1.0; NVFP4), with an optional
-rule.
+and the families `mxfp8[_e5m2]`, `mxfp6_e3m2`, `mxfp6_e2m3`, `mxfp4`, `mxint8`, `nvfp4` (OCP MX 1.0; NVFP4), with an
+optional rule.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import hashlib
 import math
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from tritonq.codecs import INTEGER, MINIFLOAT, Codec
+from tritonq.codecs import INTEGER, LOOKUP, MINIFLOAT, Codec
+from tritonq.codecs import lookup as tables
 
 Shape = tuple[int, ...]
 
@@ -39,6 +42,14 @@ def _fp32_bits(x: float) -> int:
     return int(struct.unpack("<I", struct.pack("<f", x))[0])
 
 
+def _fp32(x: float) -> float:
+    """x rounded to fp32; infinite beyond its range."""
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", x))[0])
+    except OverflowError:
+        return math.copysign(math.inf, x)
+
+
 @dataclass(frozen=True)
 class ElementType:
     """What one code means.
@@ -46,12 +57,15 @@ class ElementType:
     Attributes:
         name: how the field writes it: `int4`, `e2m1`, `e4m3`.
         bits: width of a code.
-        max: largest finite magnitude; use `integer` and `minifloat` to build one, they compute it from the codes.
+        max: largest finite magnitude; use `integer`, `minifloat` and `lookup` to build one, they compute it from the
+            codes.
         codec: the functions that turn numbers into codes and back.
         ebits, mbits: exponent and mantissa bits (integers: `mbits` counts the bits below the leading one of `max`).
         special: minifloats only. "" every code is a finite number, "fn" all ones is NaN, "ieee" the top exponent holds
             infinity and NaN, "fnuz" the code of -0 is NaN and the bias is one higher.
-        signed: whether the top bit is a sign.
+        signed: minifloats only, whether the top bit is a sign.
+        fraction: integers only, the number of fractional bits F: code c stands for c * 2^-F.
+        values: tables only, the fp32 numbers that the codes 0, 1, ... stand for, strictly ascending.
     """
 
     name: str
@@ -62,6 +76,21 @@ class ElementType:
     mbits: int = 0
     special: str = ""
     signed: bool = True
+    fraction: int = 0
+    values: tuple[float, ...] = ()
+
+    def __hash__(self) -> int:  # a table may have 256 values; equality compares them
+        return hash(self.name)
+
+    @functools.cached_property
+    def table(self) -> tuple[float, ...]:
+        """`values` by code for all 2^bits codes: those that a table leaves unused stand for its last value."""
+        return self.values + self.values[-1:] * ((1 << self.bits) - len(self.values))
+
+    @functools.cached_property
+    def thresholds(self) -> tuple[float, ...]:
+        """Tables: the largest fp32 number that rounds to value i instead of to value i + 1, for every i."""
+        return tables.thresholds(self.values)
 
     @functools.cached_property
     def bias(self) -> int:
@@ -91,6 +120,8 @@ class ElementType:
     @property
     def zero_code(self) -> int:
         """The code of 0: integers are stored offset-binary, so 2^(bits - 1)."""
+        if self.values:
+            return self.values.index(0.0)
         return 1 << (self.bits - 1) if self.codec.offset_binary else 0
 
     @functools.cached_property
@@ -112,7 +143,7 @@ class ElementType:
     @functools.cached_property
     def dtype(self) -> torch.dtype | None:
         """The torch dtype with the same codes, if there is one."""
-        if not self.ebits:
+        if self.codec.offset_binary:
             return torch.int8 if self.bits == 8 else None
         key = (self.ebits, self.mbits, self.special, self.signed)
         return _TORCH_FLOATS.get(key)
@@ -120,7 +151,8 @@ class ElementType:
     @functools.cached_property
     def digest(self) -> str:
         """Everything that shapes a kernel, for cache keys."""
-        fields = (self.bits, self.max, self.codec.name, self.ebits, self.mbits, self.special, self.signed)
+        minifloat_fields = (self.ebits, self.mbits, self.special, self.signed)
+        fields = (self.bits, self.max, self.codec.name, minifloat_fields, self.fraction, self.values, self.thresholds)
         return hashlib.sha256(repr(fields).encode()).hexdigest()[:16]
 
     @property
@@ -141,11 +173,72 @@ _TORCH_FLOATS = {
 }
 
 
-def integer(bits: int) -> ElementType:
-    """Two's complement range [-2^(bits-1), 2^(bits-1) - 1], 2 to 8 bits."""
+def integer(bits: int, fraction: int = 0) -> ElementType:
+    """k * 2^-fraction for k of the two's complement range [-2^(bits-1), 2^(bits-1) - 1], 2 to 8 bits.
+
+    OCP MX 1.0 section 5.3.4 has INT8 with the implied scale 2^-6: `integer(8, 6)`, up to 127 / 64.
+
+    Raises:
+        ValueError: other numbers of bits, or a fraction that is not 0 .. bits - 1.
+    """
     if not 2 <= bits <= 8:
         raise ValueError(f"integer elements have 2 to 8 bits, got {bits}")
-    return ElementType(f"int{bits}", bits, float((1 << (bits - 1)) - 1), INTEGER, 0, bits - 2)
+    if not 0 <= fraction < bits:
+        raise ValueError(f"int{bits} has 0 to {bits - 1} fractional bits, got {fraction}")
+    name = f"int{bits}" + (f"f{fraction}" if fraction else "")
+    return ElementType(
+        name, bits, math.ldexp((1 << (bits - 1)) - 1, -fraction), INTEGER, 0, bits - 2, fraction=fraction
+    )
+
+
+def lookup(name: str, values: Iterable[float]) -> ElementType:
+    """A table: code i stands for `values[i]` rounded to fp32; numbers take the nearest value, ties the even code.
+
+    2 to 256 values, of which one is 0. Codes have max(2, ceil(log2 n)) bits; those beyond n are never written and
+    decode to the last value. There is no -0. A format of it scales by `absmax`: the largest magnitude of the table
+    stands for that of the group.
+
+    Raises:
+        ValueError: too few or too many values, one that is not finite in fp32, not strictly ascending, no 0, or a
+            largest magnitude that is subnormal.
+    """
+    given = tuple(float(v) for v in values)
+    if not 2 <= len(given) <= 256:
+        raise ValueError(f"table {name!r} has {len(given)} values; codes of up to 8 bits stand for 2 to 256 of them")
+    rounded = tuple(_fp32(v) + 0.0 for v in given)  # -0 becomes 0
+    for code, value in enumerate(rounded):
+        if not math.isfinite(value):
+            raise ValueError(f"table {name!r} holds {given[code]!r} at {code}; its values have to be finite in fp32")
+        if code and value <= rounded[code - 1]:
+            raise ValueError(
+                f"table {name!r} holds {given[code]!r} at {code} after {given[code - 1]!r}; its values have to ascend "
+                "strictly in fp32, so sort them and drop those that are equal"
+            )
+    if 0.0 not in rounded:
+        raise ValueError(f"table {name!r} lacks 0, which groups of zeros and NaN are stored as; add 0.0 to {given}")
+    largest = max(-rounded[0], rounded[-1])
+    if largest < 2.0**-126:
+        raise ValueError(
+            f"table {name!r} reaches {largest!r}, which is subnormal in fp32; scale it, to a largest magnitude of 1 say"
+        )
+    return ElementType(name, max(2, (len(rounded) - 1).bit_length()), largest, LOOKUP, values=rounded)
+
+
+# QLoRA's NormalFloat (Dettmers et al. 2023, appendix E), the fp32 numbers of bitsandbytes: averages of neighbouring
+# quantiles of the normal distribution, eight below and nine from 0 up, divided by the largest.
+NF4 = lookup("nf4", (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+))  # fmt: skip
+# Yoshida 2023, "NF4 isn't information theoretically optimal (and that's good)", for groups of 64: -1, 0, 1, and in
+# between each value the median of what rounds to it (next to 0: of what lies between 0 and the midpoint beyond it), for
+# x / absmax of 64 normal numbers.
+AF4 = lookup("af4", (
+    -1.0, -0.69441008, -0.51243739, -0.3736951, -0.25607552, -0.14982478, -0.04934812, 0.0, 0.04273164, 0.12934483,
+    0.21961274, 0.31675666, 0.42563882, 0.55496234, 0.72424863, 1.0,
+))  # fmt: skip
+_TABLES = {element.name: element for element in (NF4, AF4)}
 
 
 def minifloat(ebits: int, mbits: int, special: str = "", signed: bool = True, name: str | None = None) -> ElementType:
@@ -257,18 +350,25 @@ class Format:
         if self.scale.name not in _SCALE_DTYPES:
             raise ValueError(f"{self.name}: unknown scale type {self.scale.name!r}; known: {', '.join(_SCALE_DTYPES)}")
         is_integer = self.element.codec.offset_binary
-        if self.zero_point and (not is_integer or self.scale.is_exponent or self.tensor_scale):
-            raise ValueError(f"{self.name}: a zero point needs an integer element and a floating-point scale")
+        if self.zero_point and (not is_integer or self.element.fraction or self.scale.is_exponent or self.tensor_scale):
+            raise ValueError(
+                f"{self.name}: a zero point needs an integer element without fraction and a floating-point scale"
+            )
         if self.scale.is_exponent:
             allowed: tuple[str, ...] = EXPONENT_RULES
         elif self.zero_point:
             allowed = ("minmax",)
         else:
-            allowed = FLOAT_RULES if is_integer else ("absmax",)
+            allowed = FLOAT_RULES if is_integer and not self.element.fraction else ("absmax",)
         if self.scale.rule == "full_range" and self.scale.element and not self.scale.element.signed:
             raise ValueError(f"{self.name}: full_range scales can be negative, {self.scale.name} has no sign")
         if self.scale.rule not in allowed:
             raise ValueError(f"{self.name}: scale rule {self.scale.rule!r} is not one of {', '.join(allowed)}")
+        if self.tensor_scale and self.element.max * 2.0 ** (11 - self.element.emax) % 1:
+            raise ValueError(
+                f"{self.name}: a tensor scale needs an element whose largest magnitude has at most 12 bits, "
+                f"{self.element.name} has {self.element.max!r}; scale the table, to a largest magnitude of 1 say"
+            )
         if self.element.bits > 8:
             raise ValueError(f"{self.name}: elements have at most 8 bits, {self.element.name} has {self.element.bits}")
 
@@ -365,22 +465,32 @@ class Format:
         return sum(math.prod(s) * d.itemsize for s, d in self.storage(shape).values())
 
 
-_ELEMENT = re.compile(r"(?:int(?P<int>\d)|(?:fp8_)?e(?P<e>\d)m(?P<m>\d)(?P<special>fn|ieee|fnuz)?)$")
+_ELEMENT = re.compile(
+    r"(?:int(?P<int>\d)(?:f(?P<fraction>[1-9]))?|(?:fp8_)?e(?P<e>\d)m(?P<m>\d)(?P<special>fn|ieee|fnuz)?)$"
+)
 _NAME = re.compile(
-    r"(?P<element>int\d|(?:fp8_)?e\dm\d(?:fnuz|fn|ieee)?)_(?P<group>tensor|channel|g\d+|b\d+x\d+)(?P<asym>_asym)?"
+    rf"(?P<element>int\d(?:f[1-9])?|(?:fp8_)?e\dm\d(?:fnuz|fn|ieee)?|{'|'.join(_TABLES)})_"
+    r"(?P<group>tensor|channel|g\d+|b\d+x\d+)(?P<asym>_asym)?"
     rf"(?:_(?P<scale>{'|'.join(_SCALE_DTYPES)}))?(?:_(?P<rule>{'|'.join(RULES)}))?$"
 )
-_MX = re.compile(rf"mxfp(?P<bits>[864])(?:_(?P<element>e\dm\d))?(?:_(?P<rule>{'|'.join(EXPONENT_RULES)}))?$")
-_MX_ELEMENTS = {"8": ("e4m3", "e5m2"), "6": ("e3m2", "e2m3"), "4": ("e2m1",)}
+_MX = re.compile(rf"mx(?P<kind>fp[864]|int8)(?:_(?P<element>e\dm\d))?(?:_(?P<rule>{'|'.join(EXPONENT_RULES)}))?$")
+# The first is the one that the name may leave out; mxfp6 has to say.
+_MX_ELEMENTS = {"fp8": ("e4m3", "e5m2"), "fp6": (None, "e3m2", "e2m3"), "fp4": ("e2m1",), "int8": ("int8f6",)}
 
 
 def get_element(name: str) -> ElementType:
-    """Element type by name: `int4`, `e2m1`, `e4m3` (which is e4m3fn), `e5m2` (IEEE-like), `e4m3fnuz`, `fp8_e5m2`."""
+    """Element type by name: `int4`, `int8f6` (6 fractional bits), `e2m1`, `e4m3` (which is e4m3fn), `e5m2` (IEEE-like),
+    `e4m3fnuz`, `fp8_e5m2`, `nf4`, `af4`."""
+    if name in _TABLES:
+        return _TABLES[name]
     match = _ELEMENT.match(name)
     if not match:
-        raise ValueError(f"unknown element type {name!r}; write intB (B = 2..8) or eXmY, such as int4, e4m3, e2m1")
+        raise ValueError(
+            f"unknown element type {name!r}; write intB (B = 2..8), eXmY or {' or '.join(_TABLES)}, such as int4, "
+            "e4m3, e2m1"
+        )
     if match["int"]:
-        return integer(int(match["int"]))
+        return integer(int(match["int"]), int(match["fraction"] or 0))
     e, m = int(match["e"]), int(match["m"])
     if 1 + e + m > 8 or (name.startswith("fp8_") and 1 + e + m != 8):
         raise ValueError(f"{name!r} has {1 + e + m} bits; element types have at most 8, and fp8 ones exactly 8")
@@ -393,9 +503,9 @@ def get_element(name: str) -> ElementType:
 
 def _parse(name: str) -> Format | None:
     if match := _MX.match(name):
-        choices = _MX_ELEMENTS[match["bits"]]
-        element = match["element"] or (choices[0] if match["bits"] != "6" else None)
-        if element not in choices:
+        choices = _MX_ELEMENTS[match["kind"]]
+        element = match["element"] or choices[0]
+        if element is None or element not in choices:
             return None
         return Format(name, get_element(element), (1, 32), ScaleType("e8m0", match["rule"] or "floor"))
     if name == "nvfp4":
@@ -417,7 +527,9 @@ def _parse(name: str) -> Format | None:
     if scale is None:
         scale = "e8m0" if rule in EXPONENT_RULES else "bf16" if is_integer else "f32"
     if rule is None:
-        rule = "floor" if scale == "e8m0" else "minmax" if asym else "full_range" if is_integer else "absmax"
+        rule = "floor" if scale == "e8m0" else "minmax" if asym else "absmax"
+        if is_integer and not (asym or element.fraction or scale == "e8m0"):
+            rule = "full_range"
         if scale == "ue5m3" and rule == "full_range":  # no sign to keep
             rule = "absmax"
     return Format(name, element, group, ScaleType(scale, rule), zero_point=asym)
@@ -468,5 +580,6 @@ for _name in (
     "int8_channel", "int8_g128", "int4_g128", "int4_g128_asym", "int4_g64", "int4_g32", "int3_g128", "int2_g128",
     "fp8_e4m3_tensor", "fp8_e4m3_channel", "fp8_e4m3_g128", "fp8_e4m3_b128x128", "fp8_e5m2_channel",
     "fp8_e4m3fnuz_channel", "fp8_e5m2fnuz_channel", "mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4", "nvfp4",
+    "mxint8", "nf4_g64",
 ):  # fmt: skip
     register(get_format(_name))

@@ -7,33 +7,77 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_HIP = torch.version.hip is not None
-_compiled: dict[tuple[Any, ...], Any] = {}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _specialisation(value: Any) -> Any:
-    """What Triton specialises an argument on: type and alignment of a pointer; being 1, the type and divisibility by 16
-    of an integer."""
-    if isinstance(value, Tensor):
-        if _HIP:  # AMD's backend also uses whether 32-bit offsets reach the whole tensor
-            return value.dtype, value.data_ptr() % 16 == 0, value.nbytes < 2**31
-        return value.dtype, value.data_ptr() % 16 == 0
-    return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+def as_integers(part: Tensor) -> Tensor:
+    """A part as integers of its width: kernels move bits, and sm_80 has no fp8 pointers."""
+    integer = _INTEGERS[part.dtype.itemsize]
+    return part if part.dtype is integer else part.view(integer)
 
 
-def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: tuple[Any, ...], warps: int) -> None:
-    """Run `programs` instances. `arguments` are tensors and integers, `constants` the values of the trailing
-    constexprs, both in the order of the kernel's parameters.
+class Plan:
+    """One launch, ready but for its tensors: a kernel, how many programs, its integers and constants.
 
-    The first launch goes through Triton; later ones with the same specialisation take the compiled kernel at once.
+    Args:
+        kernel: a Triton kernel whose parameters are tensors, then `integers`, then `constants` (constexprs).
+        bits: positions of the tensors that the kernel sees as integers of their width.
+
+    The first call on a device with tensors of some alignment compiles; later ones go to the driver at once. Types and
+    sizes of the tensors have to be those of the first call.
     """
-    device = arguments[0].device
-    key = (kernel, device.index, constants, warps, *[_specialisation(a) for a in arguments])
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[(programs, 1, 1)](*arguments, *constants)
-        return
-    # A fused multiply-add would round differently from torch.
-    result = kernel[(programs,)](*arguments, *constants, num_warps=warps, enable_fp_fusion=False)
-    if device.type != "cpu" and not torch.compiler.is_compiling():
-        _compiled[key] = result
+
+    __slots__ = ("_aligned", "_others", "bits", "constants", "integers", "kernel", "options", "programs")
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        integers: tuple[int, ...],
+        constants: tuple[Any, ...],
+        options: dict[str, int],
+        bits: tuple[int, ...] = (),
+    ) -> None:
+        self.kernel, self.programs, self.integers, self.constants = kernel, programs, integers, constants
+        self.options, self.bits = options, bits
+        self._aligned: dict[int | None, Any] = {}  # by device index
+        self._others: dict[tuple[Any, ...], Any] = {}  # by device index, and which tensors begin at multiples of 16
+
+    def __call__(self, *tensors: Tensor) -> None:
+        pointers = 0
+        for t in tensors:
+            pointers |= t.data_ptr()
+        device = tensors[0].get_device()
+        if pointers & 15 == 0:
+            found = self._aligned.get(device)
+            if found is None:
+                self._aligned[device] = self._first(tensors)
+                return
+        else:
+            key = (device, *[t.data_ptr() & 15 == 0 for t in tensors])
+            found = self._others.get(key)
+            if found is None:
+                self._others[key] = self._first(tensors)
+                return
+        compiled, run, function, metadata, hooks = found
+        if hooks.calls:  # a profiler listens
+            compiled[(self.programs, 1, 1)](*tensors, *self.integers, *self.constants)
+            return
+        run(
+            self.programs, 1, 1, torch._C._cuda_getCurrentRawStream(device), function, metadata, None, None, None,
+            *tensors, *self.integers, *self.constants,
+        )  # fmt: skip
+
+    def _first(self, tensors: tuple[Tensor, ...]) -> Any:
+        """Launch through Triton; what later launches need, or None where they have to come here again."""
+        seen = [as_integers(t) if i in self.bits else t for i, t in enumerate(tensors)]
+        # A fused multiply-add would round differently from torch.
+        compiled = self.kernel[(self.programs,)](
+            *seen, *self.integers, *self.constants, **self.options, enable_fp_fusion=False
+        )
+        if not tensors[0].is_cuda or compiled is None:
+            return None
+        from triton import knobs
+
+        hooks = knobs.runtime.launch_enter_hook
+        return compiled, compiled.run, compiled.function, compiled.packed_metadata, hooks

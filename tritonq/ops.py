@@ -1,6 +1,9 @@
 """Quantize, dequantize and QDQ of plain tensors: check, allocate, plan, launch.
 
 GPU tensors go to the Triton kernels, CPU tensors to the tiled torch path (`tritonq.tiling`); both give the same bits.
+
+The same functions are operators of torch, `torch.ops.tritonq.*`, with shapes for tracing. Whoever traces (compile and
+export, fake tensors, dispatch modes, function transforms) is sent there; eager calls save themselves the dispatcher.
 """
 
 from __future__ import annotations
@@ -8,16 +11,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from tritonq import tiling, tuning
+from tritonq import plans, tiling, tuning
 from tritonq.formats import Format, Shape, get_format
-from tritonq.launch import launch
+from tritonq.launch import Plan
 from tritonq.memory import empty
 from tritonq.reference import Parts
 
@@ -92,6 +96,30 @@ def _triton_installed() -> bool:
         return False
 
 
+def traced(x: Tensor) -> bool:
+    """Whether a call has to be an operator that others can see, instead of a launch."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def _only_launch(x: Tensor, fmt: Format, mode: str) -> Plan | None:
+    """The plan of an eager call on the current GPU that is a single launch with nothing to check first."""
+    if not isinstance(x, Tensor) or not x.is_cuda or traced(x) or not _triton_installed():
+        return None
+    if x.get_device() != torch._C._cuda_getDevice():
+        return None
+    return plans.single(x.shape, x.stride(), x.dtype, fmt, mode, x.device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _storage(fmt: Format, shape: Shape) -> tuple[tuple[str, Shape, torch.dtype], ...]:
+    return tuple((name, s, d) for name, (s, d) in fmt.storage(shape).items())
+
+
 def quantize(
     x: Tensor,
     fmt: Format | str,
@@ -111,7 +139,30 @@ def quantize(
         ValueError: unknown format, or parts of another shape. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
+    if out is None and scale is None and zero_point is None and tensor_scale is None:
+        plan = _only_launch(x, fmt, "quantize")
+        if plan is not None:
+            parts = {name: torch.empty(s, dtype=d, device=x.device) for name, s, d in _storage(fmt, x.shape)}
+            chosen = parts["scale"]
+            plan(x, parts["qdata"], chosen, parts.get("zero_point", chosen), x)
+            return parts
     check_input(x, fmt)
+    if traced(x):
+        scale = None if scale is None else _bits(scale)
+        values = torch.ops.tritonq.quantize(x, fmt.name, scale, zero_point, tensor_scale)
+        made = _typed(values, fmt, tuple(x.shape))
+        return made if out is None else {name: part.copy_(made[name]) for name, part in out.items()}
+    return _quantize(x, fmt, scale, zero_point, tensor_scale, out)
+
+
+def _quantize(
+    x: Tensor,
+    fmt: Format,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    tensor_scale: Tensor | None,
+    out: Parts | None = None,
+) -> Parts:
     parts = allocate(fmt, tuple(x.shape), x.device) if out is None else out
     if x.device.type == "meta":
         return parts
@@ -130,7 +181,21 @@ def qdq(
 ) -> Tensor:
     """dequantize(quantize(x)) of x's shape and dtype, contiguous, without codes in memory."""
     fmt = get_format(fmt)
+    if scale is None and zero_point is None and tensor_scale is None:
+        plan = _only_launch(x, fmt, "qdq")
+        if plan is not None:
+            y = torch.empty_like(x, memory_format=torch.contiguous_format)
+            plan(x, y, y, y, x)
+            return y
     check_input(x, fmt)
+    if traced(x):
+        return torch.ops.tritonq.qdq(x, fmt.name, None if scale is None else _bits(scale), zero_point, tensor_scale)
+    return _qdq(x, fmt, scale, zero_point, tensor_scale)
+
+
+def _qdq(
+    x: Tensor, fmt: Format, scale: Tensor | None, zero_point: Tensor | None, tensor_scale: Tensor | None
+) -> Tensor:
     y = empty(x.shape, x.dtype, x.device)
     if x.device.type == "meta":
         return y
@@ -153,6 +218,20 @@ def qdq_backward(
     """dy where x / scale lies within the element's range, 0 where QDQ clipped it; the scales are computed again."""
     fmt = get_format(fmt)
     check_input(x, fmt)
+    if traced(x) or traced(dy):
+        scale = None if scale is None else _bits(scale)
+        return torch.ops.tritonq.qdq_backward(x, dy, fmt.name, scale, zero_point, tensor_scale)
+    return _qdq_backward(x, dy, fmt, scale, zero_point, tensor_scale)
+
+
+def _qdq_backward(
+    x: Tensor,
+    dy: Tensor,
+    fmt: Format,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    tensor_scale: Tensor | None,
+) -> Tensor:
     dx = empty(x.shape, dy.dtype, x.device)
     if x.device.type == "meta" or x.numel() == 0:
         return dx
@@ -163,7 +242,7 @@ def qdq_backward(
     if not given:
         if uses_triton(x):
             with _device_of(x):
-                _launch_scales(x, fmt, parts)
+                plans.scales(x, fmt, parts)
         else:
             tiling.choose(x, fmt, parts)
     tiling.clip_gradient(x, dy.contiguous(), fmt, parts, dx)
@@ -176,11 +255,18 @@ def dequantize(parts: Parts, fmt: Format | str, shape: Shape, dtype: torch.dtype
     qdata = parts["qdata"]
     if dtype not in FLOATS:
         raise TypeError(f"dequantize gives bfloat16, float16, float32 or float64, got {dtype}")
-    y = empty(shape, dtype, qdata.device)
+    if traced(qdata):
+        given = [parts.get(name) for name in ("zero_point", "tensor_scale")]
+        return torch.ops.tritonq.dequantize(_bits(qdata), _bits(parts["scale"]), *given, fmt.name, shape, dtype)
+    return _dequantize(parts, fmt, shape, dtype)
+
+
+def _dequantize(parts: Parts, fmt: Format, shape: Shape, dtype: torch.dtype) -> Tensor:
+    y = empty(shape, dtype, parts["qdata"].device)
     if y.numel() and y.device.type != "meta":
         if uses_triton(y):
             with _device_of(y):
-                _launch_dequantize(parts, fmt, y)
+                plans.decode(parts, fmt, y)
         else:
             tiling.decode(fmt, parts, y)
     return y
@@ -192,6 +278,8 @@ def tensor_scale(x: Tensor, fmt: Format | str) -> Tensor:
     check_input(x, fmt)
     if not fmt.tensor_scale:
         raise ValueError(f"{fmt.name} has no tensor_scale")
+    if traced(x):
+        return torch.ops.tritonq.tensor_scale(x, fmt.name)
     return _tensor_scale(x, fmt)
 
 
@@ -199,7 +287,7 @@ def _tensor_scale(x: Tensor, fmt: Format) -> Tensor:
     if uses_triton(x) and x.numel():
         out = torch.empty(1, dtype=torch.float32, device=x.device)
         with _device_of(x):
-            _launch_tensor_scale(x, fmt, out)
+            plans.tensor_scale(x, fmt, out)
         return out
     return tiling.tensor_scale(x, fmt)
 
@@ -215,8 +303,8 @@ def _run(x: Tensor, fmt: Format, parts: Parts, given: bool, given_tensor_scale: 
         return
     with _device_of(x):
         if fmt.tensor_scale and not given_tensor_scale:
-            _launch_tensor_scale(x, fmt, parts["tensor_scale"])
-        _launch(x, fmt, parts, given, y)
+            plans.tensor_scale(x, fmt, parts["tensor_scale"])
+        plans.encode(x, fmt, parts, given, y)
 
 
 def _empty_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
@@ -230,11 +318,8 @@ def _empty_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
         parts["zero_point"].copy_(zero_point)
 
 
-# ------------------------------------------------------------------------------------------------------- launching
-
-
 def _device_of(x: Tensor) -> Any:
-    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+    if x.is_cuda and x.get_device() != torch._C._cuda_getDevice():
         return torch.cuda.device(x.device)
     return _NO_CONTEXT
 
@@ -242,172 +327,86 @@ def _device_of(x: Tensor) -> Any:
 _NO_CONTEXT = contextlib.nullcontext()
 
 
-Plan = tuple[int, tuple[Any, ...], tuple[Any, ...]]  # programs, integer arguments, (constants, warps)
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+# --------------------------------------------------------------------------------------------- operators of torch
+
+library = torch.library.Library("tritonq", "DEF")
+_GIVEN = "Tensor? scale=None, Tensor? zero_point=None, Tensor? tensor_scale=None"
 
 
-def _raw(part: Tensor) -> Tensor:
-    """A part as integers of its width: kernels move bits, and sm_80 has no fp8 pointers."""
-    integer = _INTEGERS[part.dtype.itemsize]
-    return part if part.dtype is integer else part.view(integer)
+def _bits(part: Tensor) -> Tensor:
+    """8-bit floats pass through operators as bytes: torch can do little more with them than cast."""
+    return part.view(torch.uint8) if part.dtype.itemsize == 1 and part.dtype.is_floating_point else part
 
 
-_LIMITS = {d: torch.finfo(torch.float32 if d is torch.float64 else d).max for d in FLOATS}
+def _typed(values: Sequence[Tensor | None], fmt: Format, shape: Shape) -> Parts:
+    """Parts by name, in their own dtypes again."""
+    storage = fmt.storage(shape).items()
+    return {name: v.view(dtype) for (name, (_, dtype)), v in zip(storage, values, strict=True) if v is not None}
 
 
-@functools.lru_cache(maxsize=4096)
-def _geometry(shape: Shape, strides: Shape, fmt: Format) -> list[tiling.Matrix]:
-    """[batch, N, K] slabs of a tensor, at best one long row: groups and bytes then follow each other without a gap."""
-    columns = shape[-1]
-    whole_groups = fmt.group[0] == -1 or (fmt.group[0] == 1 and fmt.group[1] > 0 and columns % fmt.group[1] == 0)
-    if whole_groups and columns * fmt.bits % 8 == 0 and tiling.is_contiguous(shape, strides):
-        n = math.prod(shape)
-        return [tiling.Matrix((), 1, 1, n, (n, n, 1), 0)]
-    return tiling.matrices(shape, strides, fmt)
+def _scales(fmt: Format, given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Scale, zero point and tensor scale; an operator's arguments that keep their default are not passed on."""
+    scale, zero_point, tensor_scale = (*given, None, None, None)[:3]
+    return None if scale is None else scale.view(fmt.scale.dtype), zero_point, tensor_scale
 
 
-def _own(part: Tensor, m: tiling.Matrix) -> Tensor:
-    """The part of one slab; parts of one element belong to all of them."""
-    return part[m.index] if m.index and part.numel() > 1 else part
+def _quantize_operator(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
+    fmt = get_format(name)
+    return [_bits(part) for part in _quantize(x, fmt, *_scales(fmt, given)).values()]
 
 
-def _view(x: Tensor, m: tiling.Matrix) -> Tensor:
-    """x from where the slab begins; kernels get the strides themselves."""
-    if m.offset == 0:
-        return x
-    return x.as_strided((m.batch, m.rows, m.columns), m.strides, x.storage_offset() + m.offset)
+def _quantize_fake(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
+    storage = get_format(name).storage(tuple(x.shape)).values()
+    return [_bits(x.new_empty(shape, dtype=dtype)) for shape, dtype in storage]
 
 
-def _partial(m: tiling.Matrix, fmt: Format) -> bool:
-    """Whether a row of codes ends inside a byte."""
-    return m.columns * fmt.bits % 8 != 0
+def _qdq_operator(x: Tensor, name: str, *given: Tensor | None) -> Tensor:
+    fmt = get_format(name)
+    return _qdq(x, fmt, *_scales(fmt, given))
 
 
-@functools.lru_cache(maxsize=4096)
-def _grouped_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> Plan:
-    """Programs, integer arguments and constants of `group_kernel` for one slab."""
-    config, tiles = tuning.group_config(m.rows, m.columns, fmt, mode)
-    flat = m.batch * tiles[0] == 1
-    constants = (fmt, mode, limit, _partial(m, fmt), flat, *(config[k] for k in ("S", "M", "R", "GROUPS", "W")))
-    return (
-        m.batch * tiles[0] * tiles[1],
-        (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
-        (constants, config["num_warps"]),
-    )
+def _qdq_backward_operator(x: Tensor, dy: Tensor, name: str, *given: Tensor | None) -> Tensor:
+    fmt = get_format(name)
+    return _qdq_backward(x, dy, fmt, *_scales(fmt, given))
 
 
-@functools.lru_cache(maxsize=4096)
-def _row_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> Plan:
-    """The same for `row_kernel`."""
-    config = tuning.row_config()
-    sizes = (m.rows, m.columns, fmt.row_bytes(m.columns), *m.strides)
-    return m.batch * m.rows, sizes, ((fmt, mode, limit, _partial(m, fmt), config["BLOCK_N"]), config["num_warps"])
+def _dequantize_operator(
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    tensor_scale: Tensor | None,
+    name: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    fmt = get_format(name)
+    parts = {"qdata": qdata, "scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
+    values = [parts[part] for part in fmt.storage(tuple(shape))]
+    return _dequantize(_typed(values, fmt, tuple(shape)), fmt, tuple(shape), dtype)
 
 
-@functools.lru_cache(maxsize=4096)
-def _flat_plan(m: tiling.Matrix, fmt: Format, mode: str, limit: float) -> Plan:
-    """The same for `apply_kernel` and, with no mode, `dequantize_kernel`."""
-    config = tuning.flat_config(m.rows, m.columns, fmt)
-    tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
-    blocks = (m.batch * tiles[0] == 1, config["BLOCK_M"], config["BLOCK_N"])
-    sizes = (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles)
-    if mode:
-        return (
-            m.batch * tiles[0] * tiles[1],
-            (*sizes, *m.strides),
-            ((fmt, mode, limit, _partial(m, fmt), *blocks), config["num_warps"]),
-        )
-    return m.batch * tiles[0] * tiles[1], sizes, ((fmt, limit, *blocks), config["num_warps"])
+def _operator(schema: str, function: Any, fake: Any) -> None:
+    name = schema.partition("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tritonq::{name}", fake, lib=library)
 
 
-def _start(kernel: Any, plan: Plan, *tensors: Tensor) -> None:
-    programs, integers, (constants, warps) = plan
-    launch(kernel, programs, (*tensors, *integers), constants, warps)
-
-
-def _launch(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None) -> None:
-    from tritonq.kernels.quantize import apply_kernel, group_kernel, row_kernel
-
-    mode = "quantize" if y is None else "qdq"
-    if not given and not tuning.fits(fmt, x.shape[-1]):
-        _launch_scales(x, fmt, parts)
-        given = True
-    target = _raw(parts["qdata"]) if y is None else y
-    scale = _raw(parts["scale"]) if "scale" in parts else target
-    zero = parts.get("zero_point", target)
-    divisor = parts.get("tensor_scale", target)
-    limit = _LIMITS[x.dtype]
-    for m in _geometry(x.shape, x.stride(), fmt):
-        own = (_view(x, m), _own(target, m), _own(scale, m), _own(zero, m), divisor)
-        if given:
-            _start(apply_kernel, _flat_plan(m, fmt, mode, limit), *own)
-        elif tuning.loops_over_rows(fmt, m.columns):
-            _start(row_kernel, _row_plan(m, fmt, mode, limit), *own)
-        else:
-            _start(group_kernel, _grouped_plan(m, fmt, mode, limit), *own)
-
-
-def _launch_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
-    """Scales alone: groups that share bytes with their neighbours in tiles, larger ones through their keys."""
-    from tritonq.kernels.quantize import group_kernel
-    from tritonq.kernels.stats import choose_kernel
-
-    scale = _raw(parts["scale"])
-    zero = parts.get("zero_point", scale)
-    divisor = parts.get("tensor_scale", scale)
-    if tuning.fits_tile(fmt, x.shape[-1]):
-        for m in _geometry(x.shape, x.stride(), fmt):
-            own = (_view(x, m), _own(scale, m), _own(scale, m), _own(zero, m), divisor)
-            _start(group_kernel, _grouped_plan(m, fmt, "scale", 0.0), *own)
-        return
-    groups = scale.numel()
-    keys = torch.zeros((groups, 2), dtype=torch.int32, device=x.device)
-    _launch_keys(x, fmt, keys, finite=False)
-    launch(choose_kernel, -(-groups // 256), (keys, scale, zero, divisor, groups), (fmt, 256), 4)
-
-
-def _launch_keys(x: Tensor, fmt: Format, keys: Tensor, finite: bool) -> None:
-    """Maximal keys of groups (or, with `finite`, of the finite elements of the tensor) into zero-filled keys
-    [groups, 2]."""
-    from tritonq.kernels.stats import keys_kernel
-
-    rows, cols = fmt.group
-    whole = finite or rows == -1
-    if not whole:
-        keys = keys.view(*fmt.scale_shape(tuple(x.shape)), 2)
-    for m in _geometry(x.shape, x.stride(), _WHOLE if whole else fmt):
-        if whole:
-            extents = (m.batch * m.rows, m.columns, m.batch * m.rows)
-            per_column = per_row = groups = 1
-        else:
-            extents = (rows, m.columns if cols == -1 else cols, m.rows)
-            per_column, per_row = -(-m.rows // rows), 1 if cols == -1 else -(-m.columns // cols)
-            groups = m.batch * per_column * per_row
-        config = tuning.keys_config(extents[0], extents[1])
-        splits = tuning.splits(groups, extents[0], extents[1], config)
-        own = keys if whole else keys[m.index]
-        integers = (m.rows, m.columns, *extents, per_column, per_row, splits, *m.strides)
-        constants = (fmt, finite, config["BLOCK_M"], config["BLOCK_N"])
-        tensors = (_view(x, m), own)
-        launch(keys_kernel, groups * splits, (*tensors, *integers), constants, config["num_warps"])
-
-
-_WHOLE = get_format("fp8_e4m3_tensor")  # only its geometry: one group, whole bytes
-
-
-def _launch_tensor_scale(x: Tensor, fmt: Format, out: Tensor) -> None:
-    from tritonq.kernels.stats import tensor_scale_kernel
-
-    keys = torch.zeros((1, 2), dtype=torch.int32, device=x.device)
-    _launch_keys(x, fmt, keys, finite=True)
-    launch(tensor_scale_kernel, 1, (keys, out), (fmt,), 1)
-
-
-def _launch_dequantize(parts: Parts, fmt: Format, y: Tensor) -> None:
-    from tritonq.kernels.dequantize import dequantize_kernel
-
-    qdata, scale = _raw(parts["qdata"]), _raw(parts["scale"])
-    zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", y)
-    for m in _geometry(y.shape, y.stride(), fmt):
-        own = (_own(qdata, m), _own(scale, m), _own(zero, m), divisor, _own(y, m))
-        _start(dequantize_kernel, _flat_plan(m, fmt, "", _LIMITS[y.dtype]), *own)
+_operator(f"quantize(Tensor x, str format, {_GIVEN}) -> Tensor[]", _quantize_operator, _quantize_fake)
+_operator(f"qdq(Tensor x, str format, {_GIVEN}) -> Tensor", _qdq_operator, lambda x, *_, **__: x.new_empty(x.shape))
+_operator(
+    f"qdq_backward(Tensor x, Tensor dy, str format, {_GIVEN}) -> Tensor",
+    _qdq_backward_operator,
+    lambda x, dy, *_, **__: dy.new_empty(x.shape),
+)
+_operator(
+    "dequantize(Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? tensor_scale, str format, SymInt[] shape, "
+    "ScalarType dtype) -> Tensor",
+    _dequantize_operator,
+    lambda qdata, scale, zero_point, tensor_scale, format, shape, dtype: qdata.new_empty(shape, dtype=dtype),
+)
+_operator(
+    "tensor_scale(Tensor x, str format) -> Tensor",
+    lambda x, name: _tensor_scale(x, get_format(name)),
+    lambda x, name: x.new_empty(1, dtype=torch.float32),
+)

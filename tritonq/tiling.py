@@ -1,6 +1,6 @@
 """Tiles: how a tensor of any rank and strides becomes matrices for a kernel, and the CPU path.
 
-The CPU path runs the torch reference on tiles whose fp32 intermediates take 3 MiB a thread, in buffers that it reuses:
+The CPU path runs the torch reference on tiles whose fp32 intermediates take 2 MiB a thread, in buffers that it reuses:
 naive eager code spends most of its time in page faults of fresh intermediates.
 """
 
@@ -19,7 +19,7 @@ from tritonq.codecs import scale as scales
 from tritonq.codecs.scratch import reuse
 from tritonq.formats import Format, Shape
 
-SCRATCH = 3 << 20  # bytes of fp32 intermediates of a CPU tile, per thread
+SCRATCH = 2 << 20  # bytes of fp32 intermediates of a CPU tile, per thread
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,20 @@
-"""Kernel configurations: how large a tile each kernel takes, chosen from the shape and fields of the format."""
+"""Kernel configurations: how large a tile each kernel takes, chosen from the shape and fields of the format.
+
+A measured `Choice` (`tritonq.tuning_cache`) replaces the constants of the heuristics, never what follows from the
+shape: every choice is a valid configuration at every size, and none changes a bit of the result (law 8).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
 from typing import Any
 
 from tritonq.codecs.pack import chunk
 from tritonq.formats import Format
+from tritonq.tuning_files import KNOBS, OPS, Choice
 
 TILE = 4096  # elements a program handles where the group does not ask for more
 LARGEST_TILE = 32768  # elements of the largest group that stays in the registers of one program
@@ -14,8 +23,27 @@ ROW_TILE = 4096
 ROW_WARPS = 16
 ELEMENTS_PER_THREAD = 32
 WRITTEN_SLICE = 32  # 64 bytes of bf16
+ROW_REGISTERS = 80  # of a thread with 64 elements of a row: fewer than the compiler takes, so that more threads fit
 
 Config = dict[str, Any]
+_forced: dict[str, Choice] = {}
+
+
+@contextlib.contextmanager
+def forced(op: str, choice: Choice) -> Iterator[None]:
+    """Configure the kernel of `op` by `choice` here, whatever was measured; callers drop the plans they keep."""
+    kernel = OPS[op]
+    before = _forced.copy()
+    _forced[kernel] = choice
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def _chosen(kernel: str, choice: Choice | None) -> Choice:
+    return _forced.get(kernel, choice or {})
 
 
 def _power(n: int) -> int:
@@ -23,10 +51,11 @@ def _power(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _warps(elements: int) -> int:
+def _warps(elements: int, per_thread: int | None = None) -> int:
     """Larger tiles give a thread more to do: several programs then share a multiprocessor and hide each other's
     waits."""
-    per_thread = ELEMENTS_PER_THREAD * (2 if elements > 2 * TILE else 1)
+    if per_thread is None:
+        per_thread = ELEMENTS_PER_THREAD * (2 if elements > 2 * TILE else 1)
     return min(16, max(1, elements // (32 * per_thread)))
 
 
@@ -60,36 +89,62 @@ def loops_over_rows(fmt: Format, columns: int) -> bool:
     return fmt.group == (1, -1) and _power(columns) > LARGEST_TILE
 
 
-def row_config() -> Config:
+def row_config(choice: Choice | None = None) -> Config:
+    if choice := _chosen("row", choice):
+        return {"BLOCK_N": choice["TILE"], "num_warps": _warps(choice["TILE"], choice["PER_THREAD"])}
     return {"BLOCK_N": ROW_TILE, "num_warps": ROW_WARPS}
 
 
-def _slices(columns: int, fmt: Format, mode: str) -> int:
+def _slices(columns: int, fmt: Format, mode: str, wanted: int | None = None) -> int:
     """Into how many slices a group is cut that lie above each other in a tile of `group_kernel`: as many as one thread
     holds, which then works out the scales of fewer groups."""
     rows, cols = fmt.group
     if rows != 1 or cols != _power(cols) or columns % cols:
         return 1
+    if wanted is not None:
+        return max(1, min(wanted, cols // 8))  # packing works on runs of eight codes
     # What a thread reads side by side: 8 elements, or 16 where it then writes 16 codes of 8 bits. Slices of values have
     # to be whole sectors, because values are written as they lie; codes are brought into the order of memory first.
     width = 16 if fmt.bits == 8 and mode != "qdq" else 8
-    return max(1, min(ELEMENTS_PER_THREAD // width, cols // (WRITTEN_SLICE if mode == "qdq" else width)))
+    slice_columns = WRITTEN_SLICE if mode == "qdq" else width if 8 % fmt.bits == 0 else _codes_of_words(fmt.bits)
+    return max(1, min(ELEMENTS_PER_THREAD // width, cols // slice_columns))
 
 
-def group_config(rows: int, columns: int, fmt: Format, mode: str) -> tuple[Config, tuple[int, int]]:
+def _codes_of_words(bits: int) -> int:
+    """The fewest codes that are whole 32-bit words."""
+    return 32 // math.gcd(32, bits)
+
+
+def in_words(fmt: Format, columns: int, config: Config) -> bool:
+    """Whether codes of a width that does not divide 8 move as 32-bit words: rows and tiles hold whole ones."""
+    if 8 % fmt.bits == 0 or columns * fmt.bits % 32:
+        return False
+    run, cols = _codes_of_words(fmt.bits), fmt.group[1]
+    if "BLOCK_N" in config:
+        return bool(config["BLOCK_N"] % run == 0)
+    if config["S"] > 1 or cols not in (-1, config["W"]):  # slices or padded groups lie apart
+        return config["W"] % run == 0 and cols % run == 0
+    return bool(config["GROUPS"] * config["W"] % run == 0)
+
+
+def group_config(
+    rows: int, columns: int, fmt: Format, mode: str, choice: Choice | None = None
+) -> tuple[Config, tuple[int, int]]:
     """Tile of `group_kernel`, and how many tiles cover [rows, columns]."""
+    choice = _chosen("group", choice)
     r, c = _padded_group(fmt, columns)
     group_columns = 1 if fmt.group[1] == -1 else -(-columns // fmt.group[1])
     group_rows = -(-rows // fmt.group[0])
-    target = max(1, TILE // (r * c))
+    target = max(1, choice.get("TILE", TILE) // (r * c))
     groups = min(target, _power(group_columns))
     m = min(max(1, target // groups), _power(group_rows))
     if c * groups < 8:  # packing works on runs of eight codes
         groups = 8 // c
-    slices = _slices(columns, fmt, mode)
-    config = {
-        "S": slices, "M": m, "R": r, "GROUPS": groups, "W": c // slices, "num_warps": _warps(m * r * groups * c)
-    }  # fmt: skip
+    slices = _slices(columns, fmt, mode, choice.get("SLICES"))
+    warps = _warps(m * r * groups * c, choice.get("PER_THREAD"))
+    config = {"S": slices, "M": m, "R": r, "GROUPS": groups, "W": c // slices, "num_warps": warps}
+    if r == 1 and m * groups * c // warps > 32 * ELEMENTS_PER_THREAD:
+        config["maxnreg"] = ROW_REGISTERS
     return config, (-(-group_rows // m), -(-group_columns // groups))
 
 
@@ -101,20 +156,67 @@ def _block_n(columns: int) -> int:
     return min(TILE, max(8, _power(columns)))
 
 
-def flat_config(rows: int, columns: int, fmt: Format) -> Config:
+def _block_config(rows: int, columns: int, choice: Choice) -> Config:
+    block_n = min(choice["BLOCK_N"], max(8, _power(columns))) if choice else _block_n(columns)
+    while choice and block_n > 256 and -columns % block_n > columns // 16:  # measured where more columns divide by it
+        block_n //= 2
+    block_m = min(max(1, choice.get("TILE", TILE) // block_n), _power(rows))
+    return {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": _warps(block_m * block_n, choice.get("PER_THREAD"))
+    }  # fmt: skip
+
+
+def flat_config(rows: int, columns: int, fmt: Format, choice: Choice | None = None) -> Config:
     """Tile of `apply_kernel` and `dequantize_kernel`."""
-    block_n = _block_n(columns)
-    block_m = min(max(1, TILE // block_n), _power(rows))
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": _warps(block_m * block_n)}
+    return _block_config(rows, columns, _chosen("flat", choice))
 
 
-def keys_config(rows: int, columns: int) -> Config:
-    block_n = _block_n(columns)
-    block_m = min(max(1, TILE // block_n), _power(rows))
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": _warps(block_m * block_n)}
+def keys_config(rows: int, columns: int, choice: Choice | None = None) -> Config:
+    return _block_config(rows, columns, _chosen("keys", choice))
 
 
 def splits(groups: int, rows: int, columns: int, config: Config) -> int:
     """Programs that share one group: enough of them in all to fill a GPU, each with work to do."""
     tiles = -(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"])
     return max(1, min(tiles, 2048 // max(1, groups)))
+
+
+# ------------------------------------------------------------------------------------------------------ for the tuner
+
+
+def serves(op: str, fmt: Format, columns: int) -> bool:
+    """Whether tensors with rows of `columns` elements reach the kernel of `op` in this format."""
+    if op in ("quantize", "qdq"):
+        return fits(fmt, columns) and not loops_over_rows(fmt, columns)
+    if op in ("row_quantize", "row_qdq"):
+        return fits(fmt, columns) and loops_over_rows(fmt, columns)
+    if op == "scale":
+        return fits_tile(fmt, columns) and not fits(fmt, columns)
+    if op == "keys":
+        return fmt.tensor_scale or not fits_tile(fmt, columns)
+    return True
+
+
+def configure(op: str, fmt: Format, rows: int, columns: int, choice: Choice) -> Config:
+    """What the kernel of `op` is launched with for a matrix [rows, columns]."""
+    kernel = OPS[op]
+    if kernel == "group":
+        return group_config(rows, columns, fmt, op, choice)[0]
+    if kernel == "row":
+        return row_config(choice)
+    return flat_config(rows, columns, fmt, choice) if kernel == "flat" else keys_config(rows, columns, choice)
+
+
+_QUICK = {"TILE": (2048, 4096, 8192), "PER_THREAD": (16, 32), "SLICES": (1, 2, 4), "BLOCK_N": (1024, 4096)}
+
+
+def candidates(op: str, fmt: Format, rows: int, columns: int, quick: bool = False) -> list[Choice]:
+    """Choices that configure the kernel of `op` differently for a matrix [rows, columns]; first {}, the heuristic."""
+    knobs = KNOBS[OPS[op]]
+    values = [[v for v in allowed if not quick or v in _QUICK[name]] for name, allowed in knobs.items()]
+    found: dict[tuple[Any, ...], Choice] = {}
+    for choice in ({}, *(dict(zip(knobs, picked, strict=True)) for picked in itertools.product(*values))):
+        if choice and choice.get("BLOCK_N", 0) > choice["TILE"]:
+            continue
+        found.setdefault(tuple(configure(op, fmt, rows, columns, choice).values()), choice)
+    return list(found.values())

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tritonq.codecs import integer, minifloat
+from tritonq.codecs import integer, lookup, minifloat
 
 
 @dataclass(frozen=True)
@@ -81,4 +81,7 @@ MINIFLOAT = Codec(
     minifloat.clipped,
     "tritonq.codecs.minifloat_triton",
     scratch=3,
+)
+LOOKUP = Codec(
+    "lookup", lookup.encode, lookup.decode, lookup.round, lookup.clipped, "tritonq.codecs.lookup_triton", scratch=3
 )

@@ -1,4 +1,4 @@
-"""Integer codes, offset-binary: code = clamp(rne(x) + zero, 0, 2^bits - 1).
+"""Integer codes, offset-binary: code = clamp(rne(x * 2^F) + zero, 0, 2^bits - 1), with F fractional bits (mostly 0).
 
 Symmetric formats are the asymmetric ones with the constant zero point 2^(bits - 1).
 """
@@ -14,24 +14,32 @@ from tritonq.codecs.scratch import buffer
 
 
 def _bounds(zero: Any, element: Any) -> tuple[Any, Any]:
-    return -zero, (1 << element.bits) - 1 - zero
+    low, high = -zero, (1 << element.bits) - 1 - zero
+    unit = 2.0**-element.fraction
+    return (low * unit, high * unit) if element.fraction else (low, high)
 
 
-_MAGIC = 1.5 * 2**23  # fp32 keeps integers around it, half to even
+_MAGIC = 1.5 * 2**23  # fp32 keeps integers around it, half to even; multiples of 2^-F around 2^-F of it
 
 
 def round(x: Tensor, zero: Any, element: Any) -> Tensor:
     low, high = _bounds(zero, element)
-    # Integer bounds: clamping first rounds the same. Unlike round_, the sum has no -0, which no code stands for.
-    return x.clamp_(low, high).add_(_MAGIC).sub_(_MAGIC)
+    # The bounds are values of codes, so clamping first rounds the same. Unlike round_, the sum has no -0, which no code
+    # stands for.
+    magic = _MAGIC * 2.0**-element.fraction
+    return x.clamp_(low, high).add_(magic).sub_(magic)
 
 
 def encode(x: Tensor, zero: Any, element: Any) -> Tensor:
-    return round(x, zero, element).add_(zero).to(torch.uint8)
+    x = round(x, zero, element)
+    if element.fraction:
+        x = x.mul_(1 << element.fraction)
+    return x.add_(zero).to(torch.uint8)
 
 
 def decode(code: Tensor, zero: Any, element: Any) -> Tensor:
-    return buffer("values", code, torch.float32).copy_(code).sub_(zero)
+    values = buffer("values", code, torch.float32).copy_(code).sub_(zero)
+    return values.mul_(2.0**-element.fraction) if element.fraction else values
 
 
 def clipped(x: Tensor, zero: Any, element: Any) -> Tensor:

@@ -9,6 +9,8 @@ def _bounded(x, zero, finite, ELEM: tl.constexpr):
     """x within the range of the codes, 0 where not `finite` (None: everywhere), even if x is NaN."""
     low = 0.0 - zero
     high = low + ((1 << ELEM.bits) - 1)
+    if ELEM.fraction != 0:
+        low, high = low * 2.0**-ELEM.fraction, high * 2.0**-ELEM.fraction
     if finite is not None:
         low, high = tl.where(finite, low, 0.0), tl.where(finite, high, 0.0)
     return tl.minimum(tl.maximum(x, low), high)
@@ -17,20 +19,25 @@ def _bounded(x, zero, finite, ELEM: tl.constexpr):
 @triton.jit
 def round(x, zero, ELEM: tl.constexpr):
     x = _bounded(x, zero, None, ELEM)
-    return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: fp32 keeps integers there, half to even
+    MAGIC: tl.constexpr = 12582912.0 * 2.0**-ELEM.fraction  # 1.5 * 2^(23 - F): fp32 keeps multiples of 2^-F there
+    return (x + MAGIC) - MAGIC  # half to even
 
 
 @triton.jit
 def encode(x, zero, finite, ELEM: tl.constexpr):
     x = _bounded(x, zero, finite, ELEM)
-    # The low bits of x + 1.5 * 2^23 are the rounded integer. An even zero point may join the sum: ties stay ties.
+    # The low bits of x + 1.5 * 2^(23 - F) are rne(x * 2^F). An even zero point may join the sum: ties stay ties.
+    UNIT: tl.constexpr = 2.0**-ELEM.fraction
     if isinstance(zero, tl.constexpr):
-        code = (x + (12582912.0 + zero)).to(tl.int32, bitcast=True)
+        code = (x + (12582912.0 + zero) * UNIT).to(tl.int32, bitcast=True)
     else:
-        code = (x + 12582912.0).to(tl.int32, bitcast=True) + tl.cast(zero, tl.int32)
+        code = (x + 12582912.0 * UNIT).to(tl.int32, bitcast=True) + tl.cast(zero, tl.int32)
     return code & 0xFF
 
 
 @triton.jit
 def decode(code, zero, ELEM: tl.constexpr):
-    return code.to(tl.float32) - zero
+    x = code.to(tl.float32) - zero
+    if ELEM.fraction != 0:
+        x = x * 2.0**-ELEM.fraction
+    return x

@@ -43,7 +43,7 @@ def _strategy(fmt: Format) -> str:
 
 
 def _is_integer(fmt: Format) -> bool:
-    return fmt.element.codec.offset_binary
+    return fmt.element.codec.offset_binary and not fmt.element.fraction
 
 
 def _is_e2m1(fmt: Format) -> bool:

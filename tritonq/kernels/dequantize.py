@@ -10,7 +10,8 @@ from tritonq.kernels import tile
 def dequantize_kernel(
     q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr, y_ptr,
     N, K, row_bytes, tiles_m, tiles_n,
-    FMT: tl.constexpr, LIMIT: tl.constexpr, FLAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FMT: tl.constexpr, LIMIT: tl.constexpr, FLAT: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y [batch, N, K] from packed codes; everything contiguous."""
     ELEM: tl.constexpr = FMT.element
@@ -20,7 +21,7 @@ def dequantize_kernel(
     col = first + tl.arange(0, BLOCK_N)
     row_mask = row < N
     BYTES: tl.constexpr = BLOCK_N * FMT.bits // 8
-    codes = tile.load_codes(q_ptr, batch * N + row, row_mask, row_bytes, tile_n * BYTES, BLOCK_N, FMT)
+    codes = tile.load_codes(q_ptr, batch * N + row, row_mask, row_bytes, tile_n * BYTES, BLOCK_N, WORDS, FMT)
     tensor_scale = 1.0
     if FMT.tensor_scale:
         tensor_scale = tl.load(tensor_scale_ptr)

@@ -19,6 +19,8 @@ def _max_per_group(keys, S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROU
         return tl.max(tl.max(keys.reshape([S, M, GROUPS, W]), 0), 2)
     elif R == 1:
         return tl.max(keys.reshape([M, GROUPS, W]), 2)
+    elif GROUPS == 1:  # over both axes at once: fewer exchanges between threads
+        return tl.max(keys.reshape([M, R * W]), 1)[:, None]
     else:
         return tl.max(tl.max(keys.reshape([M, R, GROUPS, W]), 3), 1)
 
@@ -58,7 +60,7 @@ def group_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
     FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr, FLAT: tl.constexpr,
-    S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+    WORDS: tl.constexpr, S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """A tile of M x GROUPS groups, each padded to R x (S * W) elements (powers of two).
 
@@ -142,19 +144,20 @@ def group_kernel(
             row_start = (batch * N + row) * row_bytes  # an argument: the compiler knows whether 16 divides it
             if S == 1 and (COLS == C or COLS == -1):
                 BYTES: tl.constexpr = GROUPS * C * FMT.bits // 8
-                tile.store_codes(q_ptr, row_start, row_mask, row_bytes, tile_n * BYTES, codes, 1, 0, FMT)
+                tile.store_codes(q_ptr, row_start, row_mask, row_bytes, tile_n * BYTES, codes, 1, 0, WORDS, FMT)
             else:
                 BYTES: tl.constexpr = (COLS * FMT.bits + 7) // 8  # whole, or the only group of its row
                 first_byte = tile_n * (GROUPS * BYTES)
                 row_start += slice_col * FMT.bits // 8
-                tile.store_codes(q_ptr, row_start, row_mask, row_bytes, first_byte, codes, GROUPS, BYTES, FMT)
+                tile.store_codes(q_ptr, row_start, row_mask, row_bytes, first_byte, codes, GROUPS, BYTES, WORDS, FMT)
 
 
 @triton.jit
 def row_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     N, K, row_bytes, stride_batch, stride_row, stride_col,
-    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr, BLOCK_N: tl.constexpr,
+    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One row, which is one group, a program: read once for the scale and again, from the cache, for the codes."""
     ELEM: tl.constexpr = FMT.element
@@ -200,7 +203,7 @@ def row_kernel(
             if PARTIAL:
                 codes = tl.where(mask, codes, 0)
             BYTES: tl.constexpr = BLOCK_N * FMT.bits // 8
-            tile.store_codes(q_ptr, index * row_bytes, row_mask, row_bytes, t * BYTES, codes, 1, 0, FMT)
+            tile.store_codes(q_ptr, index * row_bytes, row_mask, row_bytes, t * BYTES, codes, 1, 0, WORDS, FMT)
 
 
 @triton.jit
@@ -208,7 +211,7 @@ def apply_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
     FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr, FLAT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Codes ("quantize") or values ("qdq") for scales and zero points that are given."""
     ELEM: tl.constexpr = FMT.element
@@ -241,4 +244,4 @@ def apply_kernel(
             codes = tl.where(mask, codes, 0)
         BYTES: tl.constexpr = BLOCK_N * FMT.bits // 8
         row_start = (batch * N + row) * row_bytes
-        tile.store_codes(q_ptr, row_start, row_mask, row_bytes, tile_n * BYTES, codes, 1, 0, FMT)
+        tile.store_codes(q_ptr, row_start, row_mask, row_bytes, tile_n * BYTES, codes, 1, 0, WORDS, FMT)

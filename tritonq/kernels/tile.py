@@ -44,18 +44,26 @@ def store_codes(
     codes,
     GROUPS: tl.constexpr,
     GROUP_BYTES: tl.constexpr,
+    WORDS: tl.constexpr,
     FMT: tl.constexpr,
 ):
     """Pack int32 codes [M, COLS] and store them from `first_byte` of each row on; rows begin at `row_start` [M].
 
     With GROUP_BYTES the columns are that many padded groups, of which the first GROUP_BYTES are kept; with 0 they are
-    consecutive. Bytes past the end of a row are not written.
+    consecutive. Bytes past the end of a row are not written. WORDS: rows and runs of codes are whole 32-bit words.
     """
     M: tl.constexpr = codes.shape[0]
     if FMT.sign_flip != 0:
         codes = codes ^ FMT.sign_flip
-    data = bits.pack(codes, FMT.bits).to(tl.uint8)
-    WIDTH: tl.constexpr = 1 if 8 % FMT.bits == 0 else (3 if FMT.bits == 6 else FMT.bits)
+    if WORDS:
+        data = bits.pack_words(codes, FMT.bits)
+        q_ptr = q_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+        UNIT: tl.constexpr = 4  # bytes of what is stored
+        WIDTH: tl.constexpr = 4 * bits.words_of(FMT.bits)[2]  # bytes of a run
+    else:
+        data = bits.pack(codes, FMT.bits).to(tl.uint8)
+        UNIT: tl.constexpr = 1
+        WIDTH: tl.constexpr = 1 if 8 % FMT.bits == 0 else (3 if FMT.bits == 6 else FMT.bits)
     RUNS: tl.constexpr = data.shape[1] // GROUPS
     run = tl.arange(0, data.shape[1])
     if GROUP_BYTES == 0:
@@ -67,15 +75,15 @@ def store_codes(
     if WIDTH == 1:
         tl.store(q_ptr + row_start[:, None] + byte[None, :], data, row_mask[:, None] & keep[None, :])
     else:
-        within = tl.arange(0, data.shape[2])
+        within = tl.arange(0, data.shape[2]) * UNIT
         byte = byte[:, None] + within[None, :]
         mask = keep[:, None] & (within < WIDTH)[None, :] & (byte < row_bytes)
         mask = tl.reshape(row_mask, [M, 1, 1]) & mask[None, :, :]
-        tl.store(q_ptr + tl.reshape(row_start, [M, 1, 1]) + byte[None, :, :], data, mask)
+        tl.store(q_ptr + tl.reshape(row_start // UNIT, [M, 1, 1]) + byte[None, :, :] // UNIT, data, mask)
 
 
 @triton.jit
-def load_codes(q_ptr, row, row_mask, row_bytes, first_byte, COLS: tl.constexpr, FMT: tl.constexpr):
+def load_codes(q_ptr, row, row_mask, row_bytes, first_byte, COLS: tl.constexpr, WORDS: tl.constexpr, FMT: tl.constexpr):
     """int32 codes [M, COLS] of consecutive columns; inverse of `store_codes`."""
     M: tl.constexpr = row.shape[0]
     row_offset = row * row_bytes
@@ -83,18 +91,30 @@ def load_codes(q_ptr, row, row_mask, row_bytes, first_byte, COLS: tl.constexpr, 
         byte = first_byte + tl.arange(0, COLS * FMT.bits // 8)
         mask = row_mask[:, None] & (byte < row_bytes)[None, :]
         data = tl.load(q_ptr + row_offset[:, None] + byte[None, :], mask, other=0)
+        codes = bits.unpack(data.to(tl.int32), FMT.bits)
     else:
-        WIDTH: tl.constexpr = 3 if FMT.bits == 6 else FMT.bits
-        PER: tl.constexpr = 4 if FMT.bits == 6 else 8
-        within = tl.arange(0, PER)
-        byte = first_byte + tl.arange(0, COLS // PER)[:, None] * WIDTH + within[None, :]
+        if WORDS:
+            q_ptr = q_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+            UNIT: tl.constexpr = 4
+            WIDTH: tl.constexpr = 4 * bits.words_of(FMT.bits)[2]
+            PADDED: tl.constexpr = 4 if WIDTH == 12 else 8
+        else:
+            UNIT: tl.constexpr = 1
+            WIDTH: tl.constexpr = 3 if FMT.bits == 6 else FMT.bits
+            PADDED: tl.constexpr = 4 if FMT.bits == 6 else 8
+        RUNS: tl.constexpr = COLS * FMT.bits // (8 * WIDTH)
+        within = tl.arange(0, PADDED) * UNIT
+        byte = first_byte + tl.arange(0, RUNS)[:, None] * WIDTH + within[None, :]
         mask = (within < WIDTH)[None, :] & (byte < row_bytes)
         data = tl.load(
-            q_ptr + tl.reshape(row_offset, [M, 1, 1]) + byte[None, :, :],
+            q_ptr + tl.reshape(row_offset // UNIT, [M, 1, 1]) + byte[None, :, :] // UNIT,
             tl.reshape(row_mask, [M, 1, 1]) & mask[None, :, :],
             other=0,
         )
-    codes = bits.unpack(data.to(tl.int32), FMT.bits)
+        if WORDS:
+            codes = bits.unpack_words(data, FMT.bits)
+        else:
+            codes = bits.unpack(data.to(tl.int32), FMT.bits)
     if FMT.sign_flip != 0:
         codes = codes ^ FMT.sign_flip
     return codes

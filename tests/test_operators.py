@@ -1,0 +1,130 @@
+"""`torch.ops.tritonq.*`: what torch asks of an operator, and graphs that hold every call."""
+
+import pytest
+import torch
+from conftest import INTERPRET
+
+import tritonq as tq
+from tritonq import ops
+from tritonq.formats import get_format
+
+NAMES = ("int4_g128", "int4_g128_asym", "fp8_e4m3_channel", "mxfp8", "mxfp4", "nvfp4", "int3_g128", "fp8_e4m3_b128x128")
+pytestmark = pytest.mark.skipif(INTERPRET, reason="kernels in the interpreter cannot be traced")
+every_name = pytest.mark.parametrize("name", NAMES)
+
+
+def sample(device, requires_grad=False, shape=(4, 384)):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    return x.requires_grad_(requires_grad)
+
+
+def given(x, name):
+    """Arguments of the operators after the format: the parts of x that can be given."""
+    parts = ops.quantize(x.detach(), name)
+    return [
+        None if (part := parts.get(n)) is None else ops._bits(part) for n in ("scale", "zero_point", "tensor_scale")
+    ]
+
+
+@every_name
+@pytest.mark.parametrize("with_scales", [False, True])
+def test_opcheck(name, with_scales, device):
+    """Schema, fake tensors, autograd registration and tracing, as torch checks them."""
+    x = sample(device)
+    extra = given(x, name) if with_scales else []
+    operators = torch.ops.tritonq
+    torch.library.opcheck(operators.quantize.default, (x, name, *extra))
+    torch.library.opcheck(operators.qdq.default, (sample(device, requires_grad=True), name, *extra))
+    torch.library.opcheck(operators.qdq_backward.default, (x, torch.ones_like(x), name, *extra))
+    parts = ops.quantize(x, name)
+    arguments = (ops._bits(parts["qdata"]), *given(x, name))
+    torch.library.opcheck(operators.dequantize.default, (*arguments, name, list(x.shape), torch.bfloat16))
+    if get_format(name).tensor_scale:
+        torch.library.opcheck(operators.tensor_scale.default, (x, name))
+
+
+@every_name
+def test_one_graph_with_gradients(name, device):
+    """torch.compile(fullgraph=True) gives the bits of eager calls, and their gradients; no recompilation."""
+
+    def step(x):
+        y = tq.qdq(x, name)
+        parts = ops.quantize(x.detach(), name)
+        return y, ops.dequantize(parts, name, tuple(x.shape), x.dtype), parts["qdata"].view(torch.uint8)
+
+    backend = "inductor" if device == "cuda" else "aot_eager"  # the CPU of a test machine may have no compiler
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for seed in range(2):
+        x = torch.randn(4, 384, generator=torch.Generator().manual_seed(seed)).to(device).requires_grad_()
+        twin = x.detach().clone().requires_grad_()
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            got, expected = compiled(x), step(twin)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
+        (got[0] * got[0].detach()).sum().backward()
+        (expected[0] * expected[0].detach()).sum().backward()
+        assert torch.equal(x.grad, twin.grad)
+
+
+def test_symbolic_shapes(device):
+    compiled = torch.compile(lambda x: tq.qdq(x, "int4_g128"), fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (3, 5, 9):
+        x = sample(device, shape=(rows, 256))
+        assert torch.equal(compiled(x), tq.qdq(x, "int4_g128"))
+
+
+def test_fake_tensors_and_modes(device):
+    """Under a dispatch mode calls become operators: shapes and types without data, and counters see them."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    with FakeTensorMode():
+        x = torch.empty(8, 256, device=device, dtype=torch.bfloat16)
+        assert ops.qdq(x, "mxfp4").shape == (8, 256)
+        assert {k: (tuple(v.shape), v.dtype) for k, v in ops.quantize(x, "nvfp4").items()} == get_format(
+            "nvfp4"
+        ).storage((8, 256))
+
+    seen = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Spy():
+        ops.qdq(sample(device), "mxfp4")
+    assert torch.ops.tritonq.qdq.default in seen
+
+
+def test_export(device):
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return tq.qdq(x, "mxfp8")
+
+    program = torch.export.export(Layer(), (sample(device),))
+    assert any(node.target is torch.ops.tritonq.qdq.default for node in program.graph.nodes)
+    assert torch.equal(program.module()(sample(device)), tq.qdq(sample(device), "mxfp8"))
+
+
+@pytest.mark.gpu
+@every_name
+def test_cuda_graph(name):
+    """Every op is captured; a replay on new data gives what an eager call gives."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    x = sample("cuda", shape=(256, 1024)).bfloat16()
+
+    def step():
+        parts = ops.quantize(x, name)
+        return ops.qdq(x, name), ops.dequantize(parts, name, tuple(x.shape), x.dtype)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.copy_(torch.randn(256, 1024).bfloat16() * 3)
+    graph.replay()
+    for got, expected in zip(captured, step(), strict=True):
+        assert torch.equal(got, expected)

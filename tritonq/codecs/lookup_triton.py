@@ -1,0 +1,77 @@
+"""Device functions of `lookup`; see `tritonq.codecs` for what each one does.
+
+A binary search without branches: the bits of the code, most significant first, are comparisons of x with a threshold
+that the bits before it select; and a value is what the bits of its code select out of the table. Both are trees of
+selects between constants.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def _entry(element, search, index, count, step):
+    """The entry at `index` of the thresholds (`search`) or of the values, or None if not all `count` of them from there
+    on, `step` apart, are equal (codes that a table leaves unused share their entry)."""
+    table = element.thresholds if search else element.table
+    table = table + (float("inf"),) * ((1 << element.bits) - len(table))
+    entries = table[index : index + (count - 1) * step + 1 : step]
+    return entries[0] if len(set(entries)) == 1 else None
+
+
+@triton.jit
+def _select(bits, USED: tl.constexpr, INDEX: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr,
+            SEARCH: tl.constexpr, ELEM: tl.constexpr):  # fmt: skip
+    """Of COUNT entries from INDEX on, STEP apart, the one whose number has `bits` from USED on."""
+    ENTRY: tl.constexpr = _entry(ELEM, SEARCH, INDEX, COUNT, STEP)
+    if ENTRY is not None:
+        return tl.full([], ENTRY, tl.float32)  # not a bare number: those that are subnormal in fp32 become fp64
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        low = _select(bits, USED + 1, INDEX, HALF, STEP, SEARCH, ELEM)
+        high = _select(bits, USED + 1, INDEX + HALF * STEP, HALF, STEP, SEARCH, ELEM)
+        return tl.where(bits[USED], high, low)
+
+
+@triton.jit
+def _search(x, bits, LEFT: tl.constexpr, ELEM: tl.constexpr):
+    """`bits` of the code of x, completed by the LEFT lower ones: thresholds 2^(LEFT - 1) - 1, 2^LEFT apart."""
+    if LEFT == 0:
+        return bits
+    else:
+        COUNT: tl.constexpr = 1 << (ELEM.bits - LEFT)
+        threshold = _select(bits, 0, (1 << (LEFT - 1)) - 1, COUNT, 1 << LEFT, True, ELEM)
+        return _search(x, bits + (x > threshold,), LEFT - 1, ELEM)
+
+
+@triton.jit
+def encode(x, zero, finite, ELEM: tl.constexpr):
+    bits = _search(x, (), ELEM.bits, ELEM)
+    # 2^23 + code has the code in its low bits; NVIDIA GPUs add floats on a pipe that has less to do than that of logic.
+    LAST: tl.constexpr = ELEM.bits - 1
+    code = tl.where(bits[0], 8388608.0 + (1 << LAST), 8388608.0)
+    for i in tl.static_range(LAST):
+        code = code + tl.where(bits[i + 1], 0.5 * (1 << (LAST - i)), 0.0)
+    code = code.to(tl.int32, bitcast=True) & 0xFF
+    if finite is not None:
+        code = tl.where(finite, code, ELEM.zero_code)
+    return code
+
+
+@triton.jit
+def round(x, zero, ELEM: tl.constexpr):
+    return _select(_search(x, (), ELEM.bits, ELEM), 0, 0, 1 << ELEM.bits, 1, False, ELEM)
+
+
+@triton.jit
+def _bits(code, bits, LEFT: tl.constexpr):
+    """The LEFT lower bits of code, most significant first, after `bits`."""
+    if LEFT == 0:
+        return bits
+    else:
+        return _bits(code, bits + ((code & (1 << (LEFT - 1))) != 0,), LEFT - 1)
+
+
+@triton.jit
+def decode(code, zero, ELEM: tl.constexpr):
+    return _select(_bits(code, (), ELEM.bits), 0, 0, 1 << ELEM.bits, 1, False, ELEM)
