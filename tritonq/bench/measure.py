@@ -45,7 +45,7 @@ def environment(command: str) -> Row:
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         "torch": torch.__version__,
         "triton": importlib.import_module("triton").__version__,
-        "commit": commit or os.environ.get("COMMIT"),
+        "commit": os.environ.get("COMMIT") or commit or None,
         "command": command,
     }
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from tritonq.codecs.scratch import buffer
 
 _EXPONENT = 0x7F800000  # the exponent field of an fp32 number
-_SIGN = -(1 << 31)
 
 
 def value(code: int, element: Any) -> float:
@@ -57,13 +56,12 @@ def round(x: Tensor, zero: Any, element: Any) -> Tensor:
         small = x.div(quantum).round_().mul_(quantum)
         result = torch.where(x.abs() < quantum, small, normal)
     else:
-        magic = torch.bitwise_and(bits, _EXPONENT, out=buffer("magic", bits)).clamp_(min=(128 - bias) << 23)
-        magic = magic.add_(((23 - m_bits) << 23) + 0x400000).view(torch.float32)
-        result = torch.add(x, magic, out=buffer("work", x)).sub_(magic)
+        power = torch.bitwise_and(bits, _EXPONENT, out=buffer("power", bits)).clamp_(min=(128 - bias) << 23)
+        power, magic = power.view(torch.float32), 1.5 * 2.0 ** (23 - m_bits)
+        result = torch.add(x, power, alpha=magic, out=buffer("work", x)).sub_(power, alpha=magic)
     if element.special == "fnuz" or not element.signed:
         return result.add_(0.0)  # no -0
-    result.view(torch.int32).bitwise_or_(bits.bitwise_and_(_SIGN))  # the sum loses the sign of zero
-    return result
+    return result.copysign_(x)  # the sum loses the sign of zero
 
 
 def encode(x: Tensor, zero: Any, element: Any) -> Tensor:
