@@ -581,3 +581,59 @@ def test_rceil_never_saturates(device):
         scale = ops.quantize(x.to(device), fmt)["scale"].cpu().float()
         assert bool((x.abs() / scale <= oracle.element_max(fmt.element)).all())
         assert not fmt.saturates
+
+
+@pytest.mark.parametrize("name,columns,stride", [("int4_g128", 128, 24_000_000), ("int8_channel", 40_000, 60_000)])
+def test_column_strides_beyond_32_bits(name, columns, stride, device):
+    """Offsets of columns need 64 bits: 32 read outside the tensor, in slices of groups and in long rows."""
+    if device == "cpu" and not INTERPRET:
+        pytest.skip("the CPU path leaves strides to torch")
+    base = torch.empty(columns * stride, dtype=torch.bfloat16, device=device)  # a few pages of it are ever touched
+    x = base.as_strided((2, columns), (1, stride))
+    host = values((2, columns), torch.bfloat16, 3)
+    x.copy_(host)
+    fmt = get_format(name)
+    assert_same_parts(ops.quantize(x, fmt), reference.quantize(host, fmt))
+
+
+def test_given_scale_of_zero(device):
+    """A dead group may come with a scale of 0: zeros, on every backend."""
+    for name in ("int4_g32", "int4_g32_asym", "fp8_e4m3_g32", "int8_channel"):
+        fmt = get_format(name)
+        x = torch.zeros(3, 64, device=device)
+        given = {k: torch.zeros_like(v) for k, v in ops.quantize(x, fmt).items() if k != "qdata"}
+        assert torch.equal(ops.qdq(x, fmt, **given), x), name
+        assert torch.equal(ops.dequantize(ops.quantize(x, fmt, **given), fmt, (3, 64), torch.float32), x), name
+
+
+def test_foreign_infinity_saturates(device):
+    """Codes of infinity are not written here, but may come from elsewhere."""
+    fmt = get_format("mxfp8_e5m2")
+    parts = ops.quantize(torch.ones(1, 32, device=device), fmt)
+    parts["qdata"].view(torch.uint8)[0, 0] = 0x7C
+    assert ops.dequantize(parts, fmt, (1, 32), torch.float16)[0, 0] == 65504
+
+
+def test_out_has_to_fit(device):
+    fmt = get_format("int4_g32")
+    x = torch.ones(2, 64, device=device)
+    out = ops.allocate(fmt, (2, 64), x.device)
+    out["qdata"] = torch.zeros(2, 64, dtype=torch.uint8, device=device)[:, ::2]
+    with pytest.raises(ValueError, match="contiguous"):
+        ops.quantize(x, fmt, out=out)
+    parts = ops.quantize(x, fmt)
+    spread = {k: torch.stack([v, v], -1)[..., 0] for k, v in parts.items()}
+    assert torch.equal(ops.dequantize(spread, fmt, (2, 64), x.dtype), ops.dequantize(parts, fmt, (2, 64), x.dtype))
+
+
+def test_negative_view(device):
+    """A view whose minus sign has not been carried out yet."""
+    x = torch.randn(2, 64, dtype=torch.cfloat, generator=torch.Generator().manual_seed(0)).to(device).conj().imag
+    assert x.is_neg()
+    assert torch.equal(ops.qdq(x, "int4_g32"), ops.qdq(x.clone().contiguous() + 0.0, "int4_g32"))
+
+
+def test_parameters_leave_no_graph(device):
+    x = torch.nn.Parameter(torch.randn(2, 64, device=device))
+    for name in ("nvfp4", "mxfp6_e3m2", "int4_g32"):
+        assert not any(part.requires_grad for part in ops.quantize(x, name).values())

@@ -69,6 +69,19 @@ def _check_given(name: str, value: Tensor, fmt: Format, x: Tensor) -> Tensor:
     return value.reshape(shape)
 
 
+def _checked_out(out: Parts, fmt: Format, x: Tensor) -> Parts:
+    for name, (shape, dtype) in fmt.storage(tuple(x.shape)).items():
+        part = out.get(name)
+        if part is None:
+            raise ValueError(f"out lacks {name}; {fmt.name} has {', '.join(fmt.storage(tuple(x.shape)))}")
+        if tuple(part.shape) != shape or part.dtype is not dtype or part.device != x.device or not part.is_contiguous():
+            raise ValueError(
+                f"out[{name!r}] has to be a contiguous {dtype} tensor of shape {shape} on {x.device}, got {part.dtype} "
+                f"{tuple(part.shape)} with strides {part.stride()} on {part.device}"
+            )
+    return out
+
+
 def _fill_given(
     parts: Parts, x: Tensor, fmt: Format, scale: Tensor | None, zero_point: Tensor | None, tensor_scale: Tensor | None
 ) -> bool:
@@ -106,9 +119,16 @@ def traced(x: Tensor) -> bool:
     )
 
 
+def _name(fmt: Format) -> str:
+    """The name by which an operator finds the format again."""
+    if not torch.compiler.is_compiling() and get_format(fmt.name) != fmt:
+        raise ValueError(f"{fmt.name!r} names another format in the registry; register yours under a name of its own")
+    return fmt.name
+
+
 def _only_launch(x: Tensor, fmt: Format, mode: str) -> Plan | None:
     """The plan of an eager call on the current GPU that is a single launch with nothing to check first."""
-    if not isinstance(x, Tensor) or not x.is_cuda or traced(x) or not _triton_installed():
+    if not isinstance(x, Tensor) or not x.is_cuda or traced(x) or x.is_neg() or not _triton_installed():
         return None
     if x.get_device() != torch._C._cuda_getDevice():
         return None
@@ -149,12 +169,13 @@ def quantize(
     check_input(x, fmt)
     if traced(x):
         scale = None if scale is None else _bits(scale)
-        values = torch.ops.tritonq.quantize(x, fmt.name, scale, zero_point, tensor_scale)
+        values = torch.ops.tritonq.quantize(x.detach(), _name(fmt), scale, zero_point, tensor_scale)
         made = _typed(values, fmt, tuple(x.shape))
         return made if out is None else {name: part.copy_(made[name]) for name, part in out.items()}
     return _quantize(x, fmt, scale, zero_point, tensor_scale, out)
 
 
+@torch.no_grad()
 def _quantize(
     x: Tensor,
     fmt: Format,
@@ -163,7 +184,8 @@ def _quantize(
     tensor_scale: Tensor | None,
     out: Parts | None = None,
 ) -> Parts:
-    parts = allocate(fmt, tuple(x.shape), x.device) if out is None else out
+    x = x.resolve_neg()  # kernels read memory as it is
+    parts = allocate(fmt, tuple(x.shape), x.device) if out is None else _checked_out(out, fmt, x)
     if x.device.type == "meta":
         return parts
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
@@ -189,13 +211,15 @@ def qdq(
             return y
     check_input(x, fmt)
     if traced(x):
-        return torch.ops.tritonq.qdq(x, fmt.name, None if scale is None else _bits(scale), zero_point, tensor_scale)
+        return torch.ops.tritonq.qdq(x, _name(fmt), None if scale is None else _bits(scale), zero_point, tensor_scale)
     return _qdq(x, fmt, scale, zero_point, tensor_scale)
 
 
+@torch.no_grad()
 def _qdq(
     x: Tensor, fmt: Format, scale: Tensor | None, zero_point: Tensor | None, tensor_scale: Tensor | None
 ) -> Tensor:
+    x = x.resolve_neg()
     y = empty(x.shape, x.dtype, x.device)
     if x.device.type == "meta":
         return y
@@ -220,10 +244,11 @@ def qdq_backward(
     check_input(x, fmt)
     if traced(x) or traced(dy):
         scale = None if scale is None else _bits(scale)
-        return torch.ops.tritonq.qdq_backward(x, dy, fmt.name, scale, zero_point, tensor_scale)
+        return torch.ops.tritonq.qdq_backward(x, dy, _name(fmt), scale, zero_point, tensor_scale)
     return _qdq_backward(x, dy, fmt, scale, zero_point, tensor_scale)
 
 
+@torch.no_grad()
 def _qdq_backward(
     x: Tensor,
     dy: Tensor,
@@ -232,6 +257,7 @@ def _qdq_backward(
     zero_point: Tensor | None,
     tensor_scale: Tensor | None,
 ) -> Tensor:
+    x, dy = x.resolve_neg(), dy.resolve_neg()
     dx = empty(x.shape, dy.dtype, x.device)
     if x.device.type == "meta" or x.numel() == 0:
         return dx
@@ -257,11 +283,13 @@ def dequantize(parts: Parts, fmt: Format | str, shape: Shape, dtype: torch.dtype
         raise TypeError(f"dequantize gives bfloat16, float16, float32 or float64, got {dtype}")
     if traced(qdata):
         given = [parts.get(name) for name in ("zero_point", "tensor_scale")]
-        return torch.ops.tritonq.dequantize(_bits(qdata), _bits(parts["scale"]), *given, fmt.name, shape, dtype)
+        return torch.ops.tritonq.dequantize(_bits(qdata), _bits(parts["scale"]), *given, _name(fmt), shape, dtype)
     return _dequantize(parts, fmt, shape, dtype)
 
 
+@torch.no_grad()
 def _dequantize(parts: Parts, fmt: Format, shape: Shape, dtype: torch.dtype) -> Tensor:
+    parts = {name: part.contiguous() for name, part in parts.items()}
     y = empty(shape, dtype, parts["qdata"].device)
     if y.numel() and y.device.type != "meta":
         if uses_triton(y):
@@ -279,11 +307,13 @@ def tensor_scale(x: Tensor, fmt: Format | str) -> Tensor:
     if not fmt.tensor_scale:
         raise ValueError(f"{fmt.name} has no tensor_scale")
     if traced(x):
-        return torch.ops.tritonq.tensor_scale(x, fmt.name)
+        return torch.ops.tritonq.tensor_scale(x.detach(), _name(fmt))
     return _tensor_scale(x, fmt)
 
 
+@torch.no_grad()
 def _tensor_scale(x: Tensor, fmt: Format) -> Tensor:
+    x = x.resolve_neg()
     if uses_triton(x) and x.numel():
         out = torch.empty(1, dtype=torch.float32, device=x.device)
         with _device_of(x):
@@ -352,6 +382,7 @@ def _scales(fmt: Format, given: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
 
 def _quantize_operator(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
     fmt = get_format(name)
+    check_input(x, fmt)
     return [_bits(part) for part in _quantize(x, fmt, *_scales(fmt, given)).values()]
 
 
@@ -362,6 +393,7 @@ def _quantize_fake(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
 
 def _qdq_operator(x: Tensor, name: str, *given: Tensor | None) -> Tensor:
     fmt = get_format(name)
+    check_input(x, fmt)
     return _qdq(x, fmt, *_scales(fmt, given))
 
 

@@ -111,6 +111,8 @@ def _divided(x: Tensor, factor: Tensor, top: float, fmt: Format, given: bool) ->
     """
     finite = math.isfinite(top)
     if given and finite and x.numel():
+        finite = bool((factor != 0).all())
+    if given and finite and x.numel():
         finite = bool(torch.isfinite(x.amax())) and bool(torch.isfinite(x.amin()))
     groups = grouped(x, fmt)
     if finite:
@@ -195,10 +197,13 @@ def clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: T
 def _saturate(values: Tensor, top: float, fmt: Format, dtype: torch.dtype) -> Tensor:
     """fp32 values clamped to the finite range of `dtype`, in place: finite input gives finite output. NaN stays.
 
-    `top` is the largest scale; most are so small that no value can leave the range.
+    `top` is the largest scale; most are so small that no value can leave the range. Codes of infinity, which tritonq
+    does not write, can be in what others wrote.
     """
     limit = torch.finfo(torch.float32 if dtype is torch.float64 else dtype).max
-    if 4 * fmt.element.max * top <= limit:  # integers of 2 bits with a zero point reach three times their max
+    if (
+        fmt.element.special != "ieee" and 4 * fmt.element.max * top <= limit
+    ):  # integers of 2 bits with a zero point reach three times their max
         return values
     return values.clamp_(-limit, limit)
 

@@ -76,9 +76,9 @@ def group_kernel(
     batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, FLAT)
 
     r = tl.arange(0, S * M * R)
-    slice_col = tl.zeros([S * M * R], tl.int32)
+    slice_col = tl.zeros([S * M * R], tl.int64)
     if S > 1:
-        slice_col, r = (r // M) * W, r % M
+        slice_col, r = ((r // M) * W).to(tl.int64), r % M
     group_row = tile_m * M + r // R
     row = group_row * ROWS + r % R
     row_mask = row < N
@@ -167,7 +167,7 @@ def row_kernel(
     high = tl.zeros([1, BLOCK_N], scales.key_type(FMT))
     low = tl.zeros([1, BLOCK_N], tl.uint32)
     for t in range(tl.cdiv(K, BLOCK_N)):
-        col = t * BLOCK_N + tl.arange(0, BLOCK_N)
+        col = (t * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         offsets = row_offset[:, None] + col[None, :] * stride_col
         x = tile.to_float32(tl.load(x_ptr + offsets, (col < K)[None, :], other=0.0))
         signed, unsigned = scales.keys(x, FMT)
@@ -189,7 +189,7 @@ def row_kernel(
     else:
         zero = ELEM.zero_code
     for t in range(tl.cdiv(K, BLOCK_N)):
-        col = t * BLOCK_N + tl.arange(0, BLOCK_N)
+        col = (t * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask = (col < K)[None, :]
         x = tile.to_float32(tl.load(x_ptr + row_offset[:, None] + col[None, :] * stride_col, mask, other=0.0))
         x = scales.quotient(
