@@ -6,6 +6,7 @@ tensors).
 """
 
 import os
+import sys
 
 import pytest
 import torch
@@ -43,3 +44,22 @@ def few_programs():
 
     if INTERPRET:
         tuning.TILE = 1 << 16
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """(exit code, stdout, stderr) of main() in this process."""
+
+    from tritonq import cli
+
+    def run(*arguments):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["tritonq", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        return code or 0, *capsys.readouterr()
+
+    return run

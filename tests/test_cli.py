@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import tritonq as tq
-from tritonq import cli
 
 pytest.importorskip("transformers")
 
@@ -28,23 +27,6 @@ def source(tmp_path_factory):
 def folder(source, tmp_path):
     """A copy to damage."""
     return Path(shutil.copytree(source, tmp_path / "in" / "tiny"))
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """(exit code, stdout, stderr) of main() in this process."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["tritonq", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code or 0, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -89,9 +89,7 @@ def record(fmt, shape, dtype):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", run)
         patch.setattr(ops, "uses_triton", lambda x: True)
-        for function in vars(plans).values():
-            if hasattr(function, "cache_clear"):
-                function.cache_clear()
+        plans.forget()
         x = torch.zeros(shape, dtype=dtype)
         parts = ops.quantize(x, fmt)
         ops.qdq(x, fmt)

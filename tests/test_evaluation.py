@@ -2,13 +2,11 @@
 
 import json
 import math
-import sys
 
 import models
 import pytest
 import torch
 
-from tritonq import cli
 from tritonq.integrations.perplexity import complete, default_text, load, perplexity
 from tritonq.io.checkpoint import quantize_checkpoint
 
@@ -27,16 +25,6 @@ def folder(tmp_path_factory):
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token="?").save_pretrained(folder)
     return folder
-
-
-def command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["tritonq", "eval", *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as end:
-        code = end.code
-    return code, *capsys.readouterr()
 
 
 def direct(folder, windows, length):
@@ -80,16 +68,16 @@ def test_text_that_is_too_short(text, count, folder):
         perplexity(*load(folder), text)
 
 
-def test_cli(folder, tmp_path, monkeypatch, capsys):
+def test_cli(folder, tmp_path, run):
     """--json is one document on stdout and nothing else there; the table shows the same number."""
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     options = ("--text", text, "--windows", 2, "--length", 32, "--prompt", "w1 w2", "--device", "cpu")
-    code, out, _ = command(monkeypatch, capsys, folder, *options, "--json")
+    code, out, _ = run("eval", folder, *options, "--json")
     result = json.loads(out)
     assert code == 0 and result["windows"] == 2 and result["length"] == 32 and result["text"].startswith("w1 w2")
     assert math.isclose(result["perplexity"], direct(folder, 2, 32), rel_tol=1e-5)
-    code, out, _ = command(monkeypatch, capsys, folder, *options)
+    code, out, _ = run("eval", folder, *options)
     assert code == 0 and f"perplexity {result['perplexity']:.4f} (2 x 32 tokens)" in out and result["text"] in out
 
 
@@ -102,7 +90,7 @@ def test_quantized_checkpoints(scheme, folder, tmp_path):
     assert 0 < abs(value / direct(folder, 4, 32) - 1) < 0.05
 
 
-def test_bad_input(folder, tmp_path, monkeypatch, capsys):
+def test_bad_input(folder, tmp_path, run):
     """One line on stderr that names the culprit, exit code 2."""
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
@@ -118,7 +106,7 @@ def test_bad_input(folder, tmp_path, monkeypatch, capsys):
         ((folder, "--text", tmp_path / "binary.txt"), "binary.txt is not UTF-8"), ((folder, "--windows", 0), "windows"),
         ((folder, "--length", 1), "length"), ((folder, "--device", "nonsense"), "device nonsense"), ((), "model"),
     ):  # fmt: skip
-        code, out, err = command(monkeypatch, capsys, *arguments)
+        code, out, err = run("eval", *arguments)
         line = err.strip().split("\n")[-1]
         assert code == 2 and not out and line.startswith("error: ") and culprit.lower() in line.lower(), (
             arguments,

@@ -343,18 +343,10 @@ def test_signed_zeros(name, device):
             assert torch.equal(torch.signbit(y), torch.signbit(x))
 
 
-def forget_plans():
-    """Drop what ops and tiling remember about tile sizes."""
-    for module in (ops, plans, tiling, tuning):
-        for function in vars(module).values():
-            if hasattr(function, "cache_clear"):
-                function.cache_clear()
-
-
 @pytest.fixture
 def any_plan():
     yield
-    forget_plans()
+    plans.forget()
 
 
 def tile_sizes():
@@ -376,7 +368,7 @@ def test_any_tile(name, device, any_plan, monkeypatch):
         monkeypatch.setattr(tuning, "TILE", min(max(64, kernel_tile), 1 << (16 if INTERPRET else 14)))
         if size == tile_sizes()[0]:
             monkeypatch.setattr(tuning, "LARGEST_TILE", 256)  # larger groups go through their keys
-        forget_plans()
+        plans.forget()
         parts = ops.quantize(x.to(device), fmt)
         assert_same_parts(parts, expected, f"tile {size}")
         y = ops.dequantize(parts, fmt, tuple(x.shape), x.dtype)

@@ -1,8 +1,8 @@
 """The tuner with a clock that the test sets, its command, several ranks; on a GPU the real thing."""
 
+import functools
 import json
 import multiprocessing
-import sys
 
 import pytest
 import torch
@@ -251,10 +251,10 @@ def test_plans_ask_the_cache(op, monkeypatch):
     monkeypatch.setattr(tuning_cache, "lookup", lookup)
     real = plans.Plan.__call__
     monkeypatch.setattr(plans.Plan, "__call__", lambda self, *t: launched.append(self) or real(self, *t))
-    tune._forget_plans()
+    plans.forget()
     x = torch.randn(shape).to(torch.bfloat16)
     tune._call(case, x)()
-    tune._forget_plans()
+    plans.forget()
     cpu = torch.device("cpu")
     assert (op, case.fmt, torch.bfloat16, m.batch * m.rows, m.columns, m.strides[2], cpu) in asked
     config = tuning.configure(op, case.fmt, m.rows, m.columns, chosen)
@@ -304,18 +304,8 @@ def test_rank_0_tunes_for_all(tmp_path):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    def command(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["tritonq", "tune", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code or 0, *capsys.readouterr()
-
-    return command
+def command(run):
+    return functools.partial(run, "tune")
 
 
 @pytest.mark.parametrize(

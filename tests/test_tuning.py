@@ -19,16 +19,10 @@ every_op = pytest.mark.parametrize("op", OPS)
 SHAPES = {"flat": (1, 1 << 26), "rows": (4096, 14336), "ragged": (300, 1000), "tiny": (1, 3)}
 
 
-def forget_plans():
-    for function in vars(plans).values():
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
-
-
 @pytest.fixture(autouse=True)
 def plans_as_before():
     yield
-    forget_plans()
+    plans.forget()
 
 
 # ------------------------------------------------------------------------------------------------------- candidates
@@ -135,7 +129,7 @@ def test_every_candidate_gives_the_same_bits(name, device):
         if not tuning.serves(op, fmt, shape[-1]):
             continue
         for choice in distinct(op, fmt, shape, quick=True):  # `tritonq tune` checks what it measures
-            forget_plans()
+            plans.forget()
             count += 1
             with tuning.forced(op, choice):
                 note = f"{op} {choice}"
@@ -163,7 +157,7 @@ def test_row_kernel_candidates(device):
     expected = reference.quantize(x, fmt)
     for op in ("row_quantize", "row_qdq"):
         for choice in distinct(op, fmt, shape):
-            forget_plans()
+            plans.forget()
             with tuning.forced(op, choice):
                 if op == "row_quantize":
                     assert_same_parts(ops.quantize(x.to(device), fmt), expected, str(choice))
@@ -219,7 +213,7 @@ def compile_entry(entry, op, arch, folder):
         found = [
             one for one in test_compile.record(fmt, shape, getattr(torch, entry.fields.dtype)) if KERNEL[op] in one.name
         ]
-    forget_plans()
+    plans.forget()
     assert found, f"{op} does not serve {entry.format} on {shape}"
     for one in found:
         test_compile.check(one, target, folder, registers=255)

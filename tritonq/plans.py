@@ -157,9 +157,8 @@ def single(
     floats = dtype.is_floating_point and dtype.itemsize > 1
     if not floats or fmt.tensor_scale or math.prod(shape) == 0 or not tuning.fits(fmt, shape[-1]):
         return None
-    plans = _encode_plans(shape, strides, dtype, fmt, mode, False, True, device)
-    ((m, plan),) = plans if len(plans) == 1 else ((None, None),)
-    return None if m is None or m.index or m.offset else plan
+    (m, plan), *others = _encode_plans(shape, strides, dtype, fmt, mode, False, True, device)
+    return None if others or m.index or m.offset else plan
 
 
 @_cached
@@ -206,6 +205,12 @@ def _tensor_scale_plan(fmt: Format) -> Plan:
     from tritonq.kernels.stats import tensor_scale_kernel
 
     return Plan(tensor_scale_kernel, 1, (), (fmt,), {"num_warps": 1})
+
+
+def forget() -> None:
+    """Drop the plans that are kept: what they were made from (tile sizes, measured choices) has changed."""
+    for kept in (_encode_plans, single, _decode_plans, _keys_plans, _choose_plan, _tensor_scale_plan, _scale_plans):
+        kept.cache_clear()
 
 
 def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tritonq import ops as engine
 from tritonq import plans, tiling, tuning, tuning_cache
 from tritonq.formats import FORMATS, Format, Shape, get_format
+from tritonq.launch import as_integers
 from tritonq.reference import Parts
 from tritonq.tuning_files import DTYPES, OPS, Choice, Entry, Gpu
 
@@ -163,27 +164,18 @@ def _call(case: Case, x: Tensor) -> Call:
 
 
 def _same(a: Parts, b: Parts) -> bool:
-    def bits(part: Tensor) -> Tensor:
-        width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[part.dtype.itemsize]
-        return part.contiguous().view(width)
-
-    return a.keys() == b.keys() and all(torch.equal(bits(a[k]), bits(b[k])) for k in a)
-
-
-def _forget_plans() -> None:
-    for function in vars(plans).values():
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
+    """Equal bits."""
+    return a.keys() == b.keys() and all(torch.equal(as_integers(a[k]), as_integers(b[k])) for k in a)
 
 
 @contextlib.contextmanager
 def _choosing(op: str, choice: Choice) -> Iterator[None]:
-    _forget_plans()
+    plans.forget()
     try:
         with tuning.forced(op, choice):
             yield
     finally:
-        _forget_plans()
+        plans.forget()
 
 
 def _reason(error: Exception) -> str:
@@ -342,7 +334,7 @@ def tune(
 
             outcome, entries = ranks.share(run)
             tuning_cache.remember(found, case.op, entries)
-            _forget_plans()
+            plans.forget()
             outcomes.append(outcome)
     if progress is not None:
         progress(len(todo), len(todo), "")

@@ -8,6 +8,7 @@ from torch import Tensor
 from tritonq import ops
 from tritonq.bench.cases import Shape2
 from tritonq.formats import Format
+from tritonq.launch import as_integers
 from tritonq.reference import Parts
 
 WHOLE = 1 << 26  # elements that are compared in full; of larger tensors, three slices
@@ -20,8 +21,7 @@ class Mismatch(RuntimeError):
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Equal bits, whatever the device."""
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
-    return a.shape == b.shape and torch.equal(a.view(width), b.to(a.device).view(width))
+    return a.shape == b.shape and torch.equal(as_integers(a), as_integers(b.to(a.device)))
 
 
 def row_ranges(shape: Shape2, fmt: Format) -> list[tuple[int, int]]:
