@@ -182,7 +182,8 @@ def same(got, expected):
     "name,moderate", [("int4_g128_f32", False), ("int4_g128_bf16", False), ("nvfp4", False), ("nvfp4", True)]
 )
 def test_quotient_is_the_ieee_division(name, moderate, device):
-    """On a GPU for every significand of the dividend, else for the first; of divisors those at the ends, with few bits, and random ones."""
+    """Divisors are those at the ends, with few bits, and random ones; dividends on a GPU all significands, else the
+    first 65536."""
     if device == "cpu" and not INTERPRET:
         pytest.skip("the CPU divides")
     fmt = get_format(name)
