@@ -37,6 +37,15 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", backends)
 
 
+def pytest_collection_modifyitems(items):
+    """With `--dist loadgroup`, tests of one format share a process, and so the kernels that were compiled there."""
+    for item in items:
+        parameters = getattr(item, "callspec", None) and item.callspec.params
+        named = [v for k, v in (parameters or {}).items() if k in ("fmt", "name")]
+        if named:
+            item.add_marker(pytest.mark.xdist_group(str(getattr(named[0], "name", named[0]))))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def few_programs():
     """An interpreted program costs about 3 ms whatever its tile."""

@@ -55,7 +55,7 @@ def _quotient(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles_m", "tiles_n"])
 def group_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
@@ -152,7 +152,7 @@ def group_kernel(
                 tile.store_codes(q_ptr, row_start, row_mask, row_bytes, first_byte, codes, GROUPS, BYTES, WORDS, FMT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def row_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     N, K, row_bytes, stride_batch, stride_row, stride_col,
@@ -206,7 +206,7 @@ def row_kernel(
             tile.store_codes(q_ptr, index * row_bytes, row_mask, row_bytes, t * BYTES, codes, 1, 0, WORDS, FMT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "tiles_m", "tiles_n"])
 def apply_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,

@@ -8,7 +8,7 @@ from tritonq.codecs import scale_triton as scales
 from tritonq.kernels import tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "rows", "all_rows", "groups_per_column", "groups_per_row", "splits"])
 def keys_kernel(
     x_ptr, keys_ptr, N, K, rows, cols, all_rows, groups_per_column, groups_per_row, splits,
     stride_batch, stride_row, stride_col,
@@ -48,7 +48,7 @@ def keys_kernel(
         tl.atomic_max((keys_ptr + 2 * group + 1).to(tl.pointer_type(tl.uint32)), tl.max(tl.max(low, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def choose_kernel(keys_ptr, scale_ptr, zero_ptr, tensor_scale_ptr, groups, FMT: tl.constexpr, BLOCK: tl.constexpr):
     """keys [groups, 2] to scales and zero points."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
