@@ -6,7 +6,7 @@ import triton.language as tl
 from tritonq.kernels import tile
 
 
-@triton.jit(do_not_specialize=["N", "tiles_m", "tiles_n"])
+@triton.jit(do_not_specialize=["N", "tiles_m"])
 def dequantize_kernel(
     q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr, y_ptr,
     N, K, row_bytes, tiles_m, tiles_n,

@@ -55,7 +55,7 @@ def _quotient(
     )
 
 
-@triton.jit(do_not_specialize=["N", "tiles_m", "tiles_n"])
+@triton.jit(do_not_specialize=["N", "tiles_m"])
 def group_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
@@ -152,6 +152,19 @@ def group_kernel(
                 tile.store_codes(q_ptr, row_start, row_mask, row_bytes, first_byte, codes, GROUPS, BYTES, WORDS, FMT)
 
 
+@triton.jit
+def _step(t, K, stride_col, BLOCK_N: tl.constexpr):
+    """Columns t * BLOCK_N on: (the first, offsets of the elements from it, which of them exist). What each element has
+    of its own stays in 32 bits where columns are neighbours."""
+    first = tl.cast(t, tl.int64) * BLOCK_N
+    lane = tl.arange(0, BLOCK_N)
+    mask = (lane < tl.minimum(K - first, BLOCK_N).to(tl.int32))[None, :]
+    if isinstance(stride_col, tl.constexpr):
+        return first, lane[None, :], mask
+    else:
+        return first, (lane.to(tl.int64) * stride_col)[None, :], mask
+
+
 @triton.jit(do_not_specialize=["N"])
 def row_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
@@ -161,15 +174,15 @@ def row_kernel(
 ):  # fmt: skip
     """One row, which is one group, a program: read once for the scale and again, from the cache, for the codes."""
     ELEM: tl.constexpr = FMT.element
-    index = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
-    row_offset = (index // N) * stride_batch + (index % N) * stride_row
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += (row // N) * stride_batch + (row % N) * stride_row
+    index = row + tl.zeros([1], tl.int64)
     row_mask = index >= 0
     high = tl.zeros([1, BLOCK_N], scales.key_type(FMT))
     low = tl.zeros([1, BLOCK_N], tl.uint32)
     for t in range(tl.cdiv(K, BLOCK_N)):
-        col = (t * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        offsets = row_offset[:, None] + col[None, :] * stride_col
-        x = tile.to_float32(tl.load(x_ptr + offsets, (col < K)[None, :], other=0.0))
+        first, offsets, mask = _step(t, K, stride_col, BLOCK_N)
+        x = tile.to_float32(tl.load(x_ptr + first * stride_col + offsets, mask, other=0.0))
         signed, unsigned = scales.keys(x, FMT)
         high = tl.maximum(high, signed)
         if FMT.scale.signed_range:
@@ -189,15 +202,15 @@ def row_kernel(
     else:
         zero = ELEM.zero_code
     for t in range(tl.cdiv(K, BLOCK_N)):
-        col = (t * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        mask = (col < K)[None, :]
-        x = tile.to_float32(tl.load(x_ptr + row_offset[:, None] + col[None, :] * stride_col, mask, other=0.0))
+        first, offsets, mask = _step(t, K, stride_col, BLOCK_N)
+        x = tile.to_float32(tl.load(x_ptr + first * stride_col + offsets, mask, other=0.0))
         x = scales.quotient(
             x, shift[:, None], divisor[:, None], inverse[:, None], below[:, None], correction[:, None], False, FMT
         )
         if MODE == "qdq":
             y = tile.saturate(ELEM.codec.round(x, zero, ELEM) * tl.where(finite, factor, float("nan")), LIMIT)
-            tl.store(q_ptr + (index * K)[:, None] + col[None, :], y.to(q_ptr.dtype.element_ty), mask)
+            lane = tl.arange(0, BLOCK_N)[None, :]
+            tl.store(q_ptr + row * K + first + lane, y.to(q_ptr.dtype.element_ty), mask)
         else:
             codes = ELEM.codec.encode(x, zero, finite, ELEM)
             if PARTIAL:
@@ -206,7 +219,7 @@ def row_kernel(
             tile.store_codes(q_ptr, index * row_bytes, row_mask, row_bytes, t * BYTES, codes, 1, 0, WORDS, FMT)
 
 
-@triton.jit(do_not_specialize=["N", "tiles_m", "tiles_n"])
+@triton.jit(do_not_specialize=["N", "tiles_m"])
 def apply_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
