@@ -148,6 +148,17 @@ def group_config(
     return config, (-(-group_rows // m), -(-group_columns // groups))
 
 
+SEARCH_SCALES = 4  # candidates of one group that a thread holds
+
+
+def search_config(count: int, groups: int) -> Config:
+    """Groups M of a program of `search_kernel`, whose `count` candidates are Q x L."""
+    scales = max(1, min(SEARCH_SCALES, count // 32))
+    lanes = count // scales
+    m = max(1, min(TILE // 32 // lanes, _power(groups)))
+    return {"M": m, "Q": scales, "L": lanes, "num_warps": max(1, min(4, m * lanes // 32))}
+
+
 def _block_n(columns: int) -> int:
     """The widest tile that wastes at most a sixteenth of its lanes on a row; a narrow one where none does."""
     for block in (TILE, TILE // 2, TILE // 4):
