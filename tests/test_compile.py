@@ -96,6 +96,8 @@ def record(fmt, shape, dtype):
         ops.qdq(x, fmt)
         ops.qdq(x, fmt, **{k: v for k, v in parts.items() if k != "qdata"})
         ops.dequantize(parts, fmt, shape, dtype)
+        ops.quantize(x, fmt, search="mse")
+        ops.quantize(x, fmt, search="mse", importance=x.reshape(-1, shape[-1])[0].float())
     return tuple(found.values())
 
 

@@ -131,7 +131,8 @@ def value(bits, FMT: tl.constexpr):
     elif FMT.scale.element is None:
         return bits.to(tl.int32).to(tl.float32, bitcast=True)
     else:
-        return minifloat.decode_bits(bits, FMT.scale.element)
+        TYPE: tl.constexpr = FMT.scale.element
+        return minifloat.decode_bits(bits, TYPE)
 
 
 @triton.jit

@@ -15,8 +15,9 @@ Asymmetric codes try three zero points with each scale: the one that keeps the l
 puts it, the one that keeps the highest, and the one between.
 
 Errors are compared the same way on every backend, bit for bit: x and the scales are multiplied by the power of two that
-takes the rule's scale into [1, 2); x / s is taken as x * (1 / s); squares are summed in fp32 pair by pair over
-16 consecutive elements of a row, then from block to block; the sums of rows become integers, which add up in any order.
+takes the rule's scale into [1, 2); x / s is taken as x * (1 / s), with 1 / s rounded to 16 bits (a bf16 x makes that an
+exact product, and only numbers next to a midpoint are told apart less well); squares are summed in fp32 over runs of 8
+consecutive elements of a row, then run by run; the sums of rows become integers, which add up in any order.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from torch import Tensor
 
 from tritonq.codecs import scale as scales
 
-BLOCK = 16  # elements of a row whose squares are summed pair by pair
-LARGEST = 2.0**30  # a scaled element is at most this: no square overflows
+RUN = 8  # elements of a row whose squares are summed one after the other
+BLOCK = 2 * RUN  # two runs; their sum joins that of the row
 CAP = 2.0**24  # the sum of a row is at most this, in units of the rule's scale squared
 ANCHORS = 3  # zero points tried with each scale
 
@@ -107,6 +108,12 @@ def unit(factor: Tensor) -> Tensor:
     return (exponent << 23).view(torch.float32)
 
 
+def inverse(factor: Tensor) -> Tensor:
+    """1 / factor, rounded to 16 significant bits, half up."""
+    bits = (torch.ones_like(factor) / factor).view(torch.int32)
+    return (bits.add_(0x80) & -0x100).view(torch.float32)
+
+
 def blocks(groups: Tensor) -> Tensor:
     """[n, R, C] to [BLOCK, blocks of a row, R, n], with zeros where a row ends within a block: what is summed first
     comes first, and neighbours in memory are neighbouring groups."""
@@ -116,15 +123,18 @@ def blocks(groups: Tensor) -> Tensor:
 
 def errors(x: Tensor, weights: Tensor | None, factor: Tensor, zero: Any, fmt: Any) -> Tensor:
     """Integer errors [n] of blocks [BLOCK, B, R, n], for one scaled factor a group and a zero point or its constant."""
-    y = fmt.element.codec.round_ref(x * (torch.ones_like(factor) / factor), zero, fmt.element)
+    y = fmt.element.codec.round_ref(x * inverse(factor), zero, fmt.element)
     e = y.mul_(factor).sub_(x)
     e = e.mul_(e)
     if weights is not None:
         e = e.mul_(weights)
-    while e.shape[0] > 1:
-        e = e[0::2] + e[1::2]
-    total = e[0, 0].clone()
-    for block in e[0, 1:]:
+    runs = e.view(2, RUN, *e.shape[1:])
+    total = runs[:, 0].clone()
+    for i in range(1, RUN):
+        total.add_(runs[:, i])
+    found = total[0].add_(total[1])
+    total = found[0].clone()
+    for block in found[1:]:
         total.add_(block)
     total = torch.where(total < CAP, total, CAP)  # NaN is not less
     return total.mul_(2.0 ** fraction(fmt)).to(torch.int64).sum(0)
@@ -167,7 +177,7 @@ def best(
         trials = _trials(scale, zero, stage, fmt)
         totals: list[Tensor] = []
         for x, weights in chunks():
-            x = blocks(x).mul_(power).clamp_(-LARGEST, LARGEST)
+            x = blocks(x).mul_(power)
             weights = None if weights is None else blocks(weights)
             for i, (moved, z) in enumerate(trials):
                 factor = scales.load(moved, fmt, divisor) * power

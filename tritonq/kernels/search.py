@@ -2,7 +2,7 @@
 
 A program takes M groups. Its threads divide the candidates, [Q, M, L] of them, so that a thread walks along the
 elements of one group with Q scales of its own in registers, and sums need no exchange between threads: their order
-does not depend on the tile.
+does not depend on the tile. All tensors have three axes, so that none changes its layout between threads.
 """
 
 import triton
@@ -12,8 +12,8 @@ from tritonq.codecs import scale_triton as scales
 from tritonq.codecs import search
 from tritonq.kernels import tile
 
+RUN = tl.constexpr(search.RUN)
 BLOCK = tl.constexpr(search.BLOCK)
-LARGEST = tl.constexpr(search.LARGEST)
 CAP = tl.constexpr(search.CAP)
 ANCHORS = tl.constexpr(search.ANCHORS)
 
@@ -22,9 +22,19 @@ ANCHORS = tl.constexpr(search.ANCHORS)
 def _exact(fmt):
     """Whether a candidate times a number of the element type is exact in fp32."""
     stored = fmt.scale.element
-    return (fmt.scale.is_exponent or (stored is not None and stored.mbits <= 10)) and not (
-        fmt.tensor_scale or fmt.element.values
-    )
+    short = fmt.scale.is_exponent or (stored is not None and stored.mbits <= 10)
+    return short and not fmt.tensor_scale and not fmt.element.values
+
+
+@triton.constexpr_function
+def _exact_square(fmt, dtype):
+    """Whether the square of an error is, too, so that a fused multiply-add sums as two operations do.
+
+    An error is a multiple of the finer of the steps of x and of the scale times a code, and hardly larger than a step
+    of the code: with 8 bits of x and of the scale and up to 4 of the code, even clipped it has at most 12 bits."""
+    element, stored = fmt.element, fmt.scale.element
+    few = element.bits <= 4 if element.codec.offset_binary else element.mbits <= 3
+    return _exact(fmt) and few and (stored is None or stored.mbits <= 7) and dtype == tl.bfloat16
 
 
 @triton.jit
@@ -32,6 +42,13 @@ def _unit(factor):
     """The power of two that takes |factor| into [1, 2), as far as fp32 has one."""
     exponent = (factor.to(tl.int32, bitcast=True) >> 23) & 0xFF
     return (tl.minimum(tl.maximum(254 - exponent, 1), 254) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _inverse(factor):
+    """1 / factor, rounded to 16 significant bits, half up."""
+    bits = tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor).to(tl.int32, bitcast=True)
+    return ((bits + 0x80) & -0x100).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -53,24 +70,33 @@ def _candidates(stored, k, STEP: tl.constexpr, FMT: tl.constexpr):
 
 
 @triton.jit
-def _square(
-    x_ptr, w_ptr, i, left, there, stride_col, power, inverse, minus, zero,
-    EXACT: tl.constexpr, FULL: tl.constexpr, WEIGHTED: tl.constexpr, ELEM: tl.constexpr,
+def _add_square(
+    total, x_ptr, w_ptr, i, left, there, stride_col, power, inverse, minus, zero,
+    FIRST: tl.constexpr, FULL: tl.constexpr, WEIGHTED: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """Weighted squares [Q, M, L] of the errors of element i of each group that is `there`, 0 from `left` on."""
+    """total [Q, M, L] and the weighted squares of the errors of element i of each group that is `there` [1, M, L], 0
+    from `left` on. FIRST: there is no total yet."""
+    ELEM: tl.constexpr = FMT.element
     if not FULL:
         there = there & (i < left)
-    x = tile.to_float32(tl.load(x_ptr + i * stride_col, there, other=0.0))
-    x = tl.minimum(tl.maximum(x * power, -LARGEST), LARGEST)[None, :, :]
-    y = ELEM.codec.round(x * inverse, zero, ELEM)
+    x = tile.to_float32(tl.load(x_ptr + i * stride_col, there, other=0.0)) * power
+    y = ELEM.codec.round_product(x, inverse, zero, ELEM)
+    EXACT: tl.constexpr = _exact(FMT)
     if EXACT:
         e = tl.fma(y, minus, x)
     else:
         e = y * minus + x
-    e = e * e
-    if WEIGHTED:
-        e = e * tl.load(w_ptr + i, there, other=0.0)[None, :, :]
-    return e
+    FUSED: tl.constexpr = _exact_square(FMT, x_ptr.dtype.element_ty) and not WEIGHTED
+    if FUSED and not FIRST:
+        return tl.fma(e, e, total)
+    else:
+        square = e * e
+        if WEIGHTED:
+            square = square * tl.load(w_ptr + i, there, other=0.0)
+        if FIRST:
+            return square
+        else:
+            return total + square
 
 
 @triton.jit
@@ -78,13 +104,11 @@ def _errors(
     x_ptr, w_ptr, rows, row_step, left, blocks, stride_col, power, factor, zero,
     FRACTION: tl.constexpr, FULL: tl.constexpr, WEIGHTED: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """Integer errors [Q, M, L] of groups of up to ROWS rows, of which `rows` [M, L] exist, and `left` columns. FULL:
+    """Integer errors [Q, M, L] of groups of up to ROWS rows, of which `rows` [1, M, L] exist, and `left` columns. FULL:
     all columns of all blocks exist."""
-    ELEM: tl.constexpr = FMT.element
-    EXACT: tl.constexpr = _exact(FMT)
     ROWS: tl.constexpr = 1 if FMT.group[0] == -1 else FMT.group[0]
-    factor = factor * power[None, :, :]
-    inverse = tl.div_rn(tl.full(factor.shape, 1.0, tl.float32), factor)
+    factor = factor * power
+    inverse = _inverse(factor)
     minus = factor * -1.0
     result = tl.zeros(factor.shape, tl.int64)
     for r in range(ROWS):
@@ -93,26 +117,17 @@ def _errors(
         for b in range(blocks):
             x_block, w_block = x_ptr + b * (BLOCK * stride_col), w_ptr + b * BLOCK
             ahead = left - b * BLOCK
-            for i in tl.static_range(0, BLOCK, 2):
-                pair = _square(
-                    x_block, w_block, i, ahead, there, stride_col, power, inverse, minus, zero, EXACT, FULL, WEIGHTED,
-                    ELEM,
-                ) + _square(
-                    x_block, w_block, i + 1, ahead, there, stride_col, power, inverse, minus, zero, EXACT, FULL,
-                    WEIGHTED, ELEM,
-                )  # fmt: skip
-                if i % 4 == 0:
-                    two = pair
+            for run in tl.static_range(2):
+                found = total
+                for i in tl.static_range(RUN):
+                    found = _add_square(
+                        found, x_block, w_block, run * RUN + i, ahead, there, stride_col, power, inverse, minus, zero,
+                        i == 0, FULL, WEIGHTED, FMT,
+                    )  # fmt: skip
+                if run == 0:
+                    first = found
                 else:
-                    pair = two + pair
-                    if i % 8 == 2:
-                        four = pair
-                    else:
-                        pair = four + pair
-                        if i % 16 == 6:
-                            eight = pair
-                        else:
-                            total = total + (eight + pair)
+                    total = total + (first + found)
         total = tl.where(total < CAP, total, CAP)  # NaN is not less
         result += (total * (2.0**FRACTION)).to(tl.int64)
         x_ptr += row_step
@@ -133,11 +148,11 @@ def _only(values, pick):
 
 @triton.jit
 def _position(N, K, groups, M: tl.constexpr, L: tl.constexpr, FMT: tl.constexpr):
-    """(group, whether it exists, batch, first row, rows, first column, columns) of the groups of a program [M, L]; rows
-    of the matrix stand for groups where one group is all there is."""
+    """(group, whether it exists, batch, first row, rows, first column, columns) of the groups of a program [1, M, L];
+    rows of the matrix stand for groups where one group is all there is."""
     ROWS: tl.constexpr = 1 if FMT.group[0] == -1 else FMT.group[0]
     group = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
-    group = tl.broadcast_to(group[:, None], [M, L])
+    group = tl.broadcast_to(group[None, :, None], [1, M, L])
     exists = group < groups
     if FMT.group[1] == -1:
         columns, in_row = K, 1
@@ -173,19 +188,19 @@ def _trials(
     scale_ptr, zero_ptr, tensor_scale_ptr, index, exists, BELOW: tl.constexpr, STEP: tl.constexpr, Q: tl.constexpr,
     L: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """Candidates for scales at `index` [M, L]: k [Q, 1, L], their storage bits and factors [Q, M, L]; the unit and the
-    zero point [M, L] of the rule, and how much smaller than the rule's scale each candidate is."""
+    """Candidates for scales at `index` [1, M, L]: k [Q, 1, L], their storage bits and factors [Q, M, L]; the unit and the
+    zero point of the rule, and how much smaller than the rule's scale each candidate is."""
     k = (tl.arange(0, Q)[:, None, None] * L + tl.arange(0, L)[None, None, :]) - BELOW
-    stored = tl.load(scale_ptr + index, exists, other=1)[None, :, :].to(tl.int32)
+    stored = tl.load(scale_ptr + index, exists, other=1).to(tl.int32)
     tensor_scale = 1.0
     if FMT.tensor_scale:
         tensor_scale = tl.load(tensor_scale_ptr)
     power = _unit(scales.load(stored, tensor_scale, FMT))
     bits, value = _candidates(stored, k, STEP, FMT)
     factor = scales.over_tensor_scale(value, tensor_scale, FMT)
-    zero = tl.load(zero_ptr + index, exists, other=0).to(tl.float32)[None, :, :] if FMT.zero_point else power
+    zero = tl.load(zero_ptr + index, exists, other=0).to(tl.float32) if FMT.zero_point else power
     ratio = tl.div_rn(scales.value(stored, FMT) + tl.zeros_like(value), value) if FMT.zero_point else factor
-    return k, bits, factor, tl.max(power, 0), zero, ratio
+    return k, bits, factor, power, zero, ratio
 
 
 @triton.jit
@@ -253,7 +268,7 @@ def errors_kernel(
 ):  # fmt: skip
     """Where one group spans the tensor: errors [anchors, Q * L] (int64, zero-filled) of its candidates, summed over
     `groups` rows by all programs."""
-    row, exists, batch, first_row, rows, _, left = _position(N, K, groups, M, L, FMT)
+    row, exists, batch, first_row, rows, first_col, left = _position(N, K, groups, M, L, FMT)
     x_ptr += batch * stride_batch + first_row * stride_row
     _, _, factor, power, zero, ratio = _trials(
         scale_ptr, zero_ptr, tensor_scale_ptr, row * 0, exists, BELOW, STEP, Q, L, FMT
@@ -264,7 +279,7 @@ def errors_kernel(
         else:
             moved: tl.constexpr = FMT.element.zero_code
         error = _errors(
-            x_ptr, w_ptr, rows, stride_row, left, tl.cdiv(K, BLOCK), stride_col, power, factor, moved, FRACTION,
+            x_ptr, w_ptr + first_col, rows, stride_row, left, tl.cdiv(K, BLOCK), stride_col, power, factor, moved, FRACTION,
             FULL, WEIGHTED, FMT,
         )  # fmt: skip
         candidate = tl.arange(0, Q)[:, None] * L + tl.arange(0, L)[None, :]
@@ -277,7 +292,7 @@ def pick_kernel(
     FMT: tl.constexpr, STEP: tl.constexpr, BELOW: tl.constexpr, Q: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """The best candidate by the errors of `errors_kernel`."""
-    one = tl.zeros([1, L], tl.int64)
+    one = tl.zeros([1, 1, L], tl.int64)
     k, bits, factor, _, zero, ratio = _trials(
         scale_ptr, zero_ptr, tensor_scale_ptr, one, one == 0, BELOW, STEP, Q, L, FMT
     )
