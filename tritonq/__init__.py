@@ -7,7 +7,7 @@ from tritonq.io.model import save_pretrained
 from tritonq.nn.linear import QLinear
 from tritonq.nn.quantize import quantize_
 from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
-from tritonq.tensor import QTensor, dequantize, quantize
+from tritonq.tensor import QTensor, dequantize, quantize, quantize_both
 
 __version__ = "0.1.0"
 
@@ -29,6 +29,7 @@ __all__ = [
     "qdq",
     "quantize",
     "quantize_",
+    "quantize_both",
     "quantize_checkpoint",
     "register",
     "save_pretrained",

@@ -193,6 +193,76 @@ def _quantize(
     return parts
 
 
+def quantize_both(
+    x: Tensor,
+    fmt: Format | str,
+    *,
+    tensor_scale: Tensor | None = None,
+    out: tuple[Parts, Parts] | None = None,
+) -> tuple[Parts, Parts]:
+    """(quantize(x), quantize(x.mT)), bit for bit; on a GPU in one launch that reads x once where that is possible.
+
+    What training in 8 or 4 bits needs: the matrices of forward and backward contract different axes of one tensor, and
+    groups run along the axis that is contracted.
+
+    Args:
+        x: floating tensor [..., N, K], any strides, any size.
+        tensor_scale: precomputed, used verbatim for both.
+        out: the parts to fill, those of x and those of x.mT.
+
+    Raises:
+        ValueError: unknown format, or fewer than two dimensions. TypeError: x is not floating.
+    """
+    fmt = get_format(fmt)
+    check_both(x, fmt)
+    if traced(x):
+        values = torch.ops.tritonq.quantize_both(x.detach(), _name(fmt), tensor_scale)
+        shapes, count = (tuple(x.shape), tuple(x.mT.shape)), len(values) // 2
+        made = (_typed(values[:count], fmt, shapes[0]), _typed(values[count:], fmt, shapes[1]))
+        if out is None:
+            return made
+        for side, parts in zip(out, made, strict=True):
+            for name, part in side.items():
+                part.copy_(parts[name])
+        return out
+    return _quantize_both(x, fmt, tensor_scale, out)
+
+
+def check_both(x: Tensor, fmt: Format) -> None:
+    check_input(x, fmt)
+    if x.ndim < 2:
+        raise ValueError(
+            f"rows and columns are quantized of tensors of >= 2 dimensions, got shape {tuple(x.shape)}; reshape it, or "
+            "use quantize"
+        )
+
+
+@torch.no_grad()
+def _quantize_both(
+    x: Tensor, fmt: Format, tensor_scale: Tensor | None, out: tuple[Parts, Parts] | None = None
+) -> tuple[Parts, Parts]:
+    x = x.resolve_neg()
+    if out is None:
+        out = (allocate(fmt, tuple(x.shape), x.device), allocate(fmt, tuple(x.mT.shape), x.device))
+    else:
+        out = (_checked_out(out[0], fmt, x), _checked_out(out[1], fmt, x.mT))
+    if x.device.type == "meta":
+        return out
+    given = tensor_scale is not None
+    for side, view in zip(out, (x, x.mT), strict=True):
+        _fill_given(side, view, fmt, None, None, tensor_scale)
+    if uses_triton(x) and x.numel() and tuning.fits_both(fmt):
+        with _device_of(x):
+            plans.encode_both(x, fmt, *out, given)
+        return out
+    # Groups that fit no tile in both directions, or share bytes with their neighbours: two single quantizations.
+    _run(x, fmt, out[0], False, given, None)
+    if fmt.tensor_scale:
+        out[1]["tensor_scale"].copy_(out[0]["tensor_scale"])
+    _run(x.mT, fmt, out[1], False, True, None)
+    return out
+
+
 def qdq(
     x: Tensor,
     fmt: Format | str,
@@ -391,6 +461,16 @@ def _quantize_fake(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
     return [_bits(x.new_empty(shape, dtype=dtype)) for shape, dtype in storage]
 
 
+def _quantize_both_operator(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
+    fmt = get_format(name)
+    check_both(x, fmt)
+    return [_bits(part) for side in _quantize_both(x, fmt, tensor_scale) for part in side.values()]
+
+
+def _quantize_both_fake(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
+    return [*_quantize_fake(x, name), *_quantize_fake(x.mT, name)]
+
+
 def _qdq_operator(x: Tensor, name: str, *given: Tensor | None) -> Tensor:
     fmt = get_format(name)
     check_input(x, fmt)
@@ -425,6 +505,11 @@ def _operator(schema: str, function: Any, fake: Any) -> None:
 
 
 _operator(f"quantize(Tensor x, str format, {_GIVEN}) -> Tensor[]", _quantize_operator, _quantize_fake)
+_operator(
+    "quantize_both(Tensor x, str format, Tensor? tensor_scale=None) -> Tensor[]",
+    _quantize_both_operator,
+    _quantize_both_fake,
+)
 _operator(f"qdq(Tensor x, str format, {_GIVEN}) -> Tensor", _qdq_operator, lambda x, *_, **__: x.new_empty(x.shape))
 _operator(
     f"qdq_backward(Tensor x, Tensor dy, str format, {_GIVEN}) -> Tensor",

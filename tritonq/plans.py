@@ -19,6 +19,7 @@ from tritonq.reference import Parts
 Plans = tuple[tuple[tiling.Matrix, Plan], ...]
 
 _ONE_GROUP = get_format("fp8_e4m3_tensor")  # only its geometry: one group, whole bytes
+_MATRICES = get_format("fp8_e4m3_b2x2")  # only its geometry: matrices stay whole
 _cached = functools.lru_cache(maxsize=4096)
 
 
@@ -148,6 +149,29 @@ def _encode_plans(
     return tuple((m, plan(m)) for m in _geometry(shape, strides, fmt))
 
 
+def _both_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned: bool) -> Plan:
+    from tritonq.kernels.both import both_kernel
+
+    config, tiles = tuning.both_config(m.rows, m.columns, fmt, dtype.itemsize)
+    sides = ((m.columns, config["BLOCK_N"]), (m.rows, config["BLOCK_M"]))  # along which codes are packed
+    partial = [extent * fmt.bits % 8 != 0 for extent, _ in sides]
+    geometry = [{"S": 1, "W": config["W"], "GROUPS": block // config["W"]} for _, block in sides]
+    words = [aligned and tuning.in_words(fmt, sides[i][0], geometry[i]) for i in range(2)]
+    return Plan(
+        both_kernel,
+        m.batch * tiles[0] * tiles[1],
+        (m.rows, m.columns, fmt.row_bytes(m.columns), fmt.row_bytes(m.rows), *tiles, *m.strides),
+        (fmt, *partial, *words, *(config[k] for k in ("W", "BLOCK_M", "BLOCK_N", "RUN"))),
+        _options(config, dtype),
+        (1, 2, 3, 4, 5, 6),
+    )
+
+
+@_cached
+def _both_plans(shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, aligned: bool) -> Plans:
+    return tuple((m, _both_plan(m, fmt, dtype, aligned)) for m in tiling.matrices(shape, strides, _MATRICES))
+
+
 @_cached
 def single(
     shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, mode: str, device: torch.device
@@ -209,7 +233,8 @@ def _tensor_scale_plan(fmt: Format) -> Plan:
 
 def forget() -> None:
     """Drop the plans that are kept: what they were made from (tile sizes, measured choices) has changed."""
-    for kept in (_encode_plans, single, _decode_plans, _keys_plans, _choose_plan, _tensor_scale_plan, _scale_plans):
+    for kept in (_encode_plans, single, _decode_plans, _keys_plans, _choose_plan, _tensor_scale_plan, _scale_plans,
+                 _both_plans):  # fmt: skip
         kept.cache_clear()
 
 
@@ -228,6 +253,20 @@ def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None) 
             plan(_view(x, m), _own(target, m), _own(scale, m), _own(zero, m), divisor)
         else:
             plan(x, target, scale, zero, divisor)
+
+
+def encode_both(x: Tensor, fmt: Format, parts: Parts, other: Parts, given_tensor_scale: bool) -> None:
+    """Codes and scales of x into `parts` and of x.mT into `other`, read once."""
+    if x.stride(-1) != 1 and x.stride(-2) == 1:  # the rows of a tile are what is contiguous
+        x, parts, other = x.mT, other, parts
+    if fmt.tensor_scale and not given_tensor_scale:
+        tensor_scale(x, fmt, parts["tensor_scale"])  # the kernel copies it to `other`
+    aligned = (parts["qdata"].data_ptr() | other["qdata"].data_ptr()) % 4 == 0  # to 32-bit words
+    sides = (parts, other)
+    own = [p for side in sides for p in (side["qdata"], side["scale"], side.get("zero_point", side["scale"]))]
+    divisors = [side.get("tensor_scale", x) for side in sides]
+    for m, plan in _both_plans(x.shape, x.stride(), x.dtype, fmt, aligned):
+        plan(_view(x, m), *(_own(part, m) for part in own), *divisors)
 
 
 def decode(parts: Parts, fmt: Format, y: Tensor) -> None:

@@ -148,6 +148,31 @@ def group_config(
     return config, (-(-group_rows // m), -(-group_columns // groups))
 
 
+def fits_both(fmt: Format) -> bool:
+    """Whether one tile can hold whole groups of x and of its transpose, each of whole bytes: groups of one row, or
+    squares."""
+    rows, cols = fmt.group
+    if cols == -1 or rows not in (1, cols) or _power(cols) ** 2 > LARGEST_TILE // 2:
+        return False
+    return cols == _power(cols) or cols % chunk(fmt.bits)[0] == 0
+
+
+def both_config(rows: int, columns: int, fmt: Format, itemsize: int) -> tuple[Config, tuple[int, int]]:
+    """Tile of `both_kernel`, and how many tiles cover [rows, columns].
+
+    128 x 64: a warp reads 32 rows of 128 bytes (bf16), as many as an MX group has, and each thread 8 of them; a row of
+    the tile is then 64 bytes of codes of 8 bits in one result, and a column 128 in the other.
+    """
+    group = fmt.group[1]
+    padded, elements = _power(group), 2 * TILE
+    down, across = -(-rows // group), -(-columns // group)
+    block_n = max(padded, 8, min(1 << (math.isqrt(elements).bit_length() - 1), _power(across) * padded))
+    block_m = max(padded, 8, min(elements // block_n, _power(down) * padded))
+    warps = _warps(block_m * block_n, 2 * ELEMENTS_PER_THREAD if itemsize <= 4 else ELEMENTS_PER_THREAD)
+    config = {"W": padded, "BLOCK_M": block_m, "BLOCK_N": block_n, "RUN": 8, "num_warps": warps}
+    return config, (-(-down * padded // block_m), -(-across * padded // block_n))
+
+
 def _block_n(columns: int) -> int:
     """The widest tile that wastes at most a sixteenth of its lanes on a row; a narrow one where none does."""
     for block in (TILE, TILE // 2, TILE // 4):
