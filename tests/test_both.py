@@ -68,16 +68,17 @@ def test_non_finite_elements_poison_their_groups(name, device):
     check(x, fmt, device)
 
 
-SHAPES = ((130, 200), (3, 33, 70), (257, 64))
-ROUND = ("mxfp8", "nvfp4", "int4_g128", "int4_g128_asym", "int3_g64_asym", "mxfp6_e3m2", "fp8_e4m3_b128x128", "e3m4_g48",
-         "int5_g20", "int8_g3", "int4_g1", "int2_g128", "e5m1_b16x16_f16", "int8_g16_asym")  # fmt: skip
+SOME = (
+    "mxfp8", "nvfp4", "int4_g128", "int4_g128_asym", "int3_g64_asym", "mxfp6_e3m2", "fp8_e4m3_b128x128", "e3m4_g48",
+    "int5_g20", "int8_g3", "int4_g1", "int2_g128", "e5m1_b16x16_f16", "int8_g16_asym",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ROUND)
+@pytest.mark.parametrize("name", SOME)
 def test_any_tile(name, device, monkeypatch):
     """Law 8: tile sizes and the order in which rows are read do not matter."""
     fmt = get_format(name)
-    x = values(SHAPES[0], torch.bfloat16, 5)
+    x = values((130, 200), torch.bfloat16, 5)
     sizes = (1 << 12, 1 << 16) if INTERPRET else (64, 512, 1 << 13)
     for size, run in itertools.product(sizes, (1, 8)):
         monkeypatch.setattr(tuning, "TILE", size)
@@ -93,7 +94,7 @@ def test_any_tile(name, device, monkeypatch):
         monkeypatch.setattr(tuning, "both_config", config)
 
 
-@pytest.mark.parametrize("name", ROUND)
+@pytest.mark.parametrize("name", SOME)
 def test_whole_words_and_ragged_ends(name, device):
     """Rows and columns of whole words, of whole bytes, and of neither, and more than one matrix."""
     fmt = get_format(name)
@@ -228,7 +229,7 @@ def test_compiles(name, target, tmp_path):
     import test_compile
 
     (one,) = launches(name, (4096, 14336))
-    compiled = test_compile.check(one, test_compile.TARGETS[target], tmp_path, 200)
+    compiled = test_compile.check(one, test_compile.TARGETS[target], tmp_path, 255)
     if target == "sm_90":
         assert re.search(r"ld\.global[.\w:]*\.v4\.b32", compiled.asm["ptx"])
         if name == "mxfp8":

@@ -160,16 +160,21 @@ def fits_both(fmt: Format) -> bool:
 def both_config(rows: int, columns: int, fmt: Format, itemsize: int) -> tuple[Config, tuple[int, int]]:
     """Tile of `both_kernel`, and how many tiles cover [rows, columns].
 
-    128 x 64: a warp reads 32 rows of 128 bytes (bf16), as many as an MX group has, and each thread 8 of them; a row of
-    the tile is then 64 bytes of codes of 8 bits in one result, and a column 128 in the other.
+    Squares of 64 x 64 give both results 64 bytes of 8-bit codes in a row. A thread reads 16 bytes of each of RUN rows:
+    a patch of 8 x 8 elements of bf16 where scales cost little, so that maxima and packing stay inside the thread; half
+    of that elsewhere, because each row and column of a patch takes registers for its scale.
     """
     group = fmt.group[1]
-    padded, elements = _power(group), 2 * TILE
+    padded = _power(group)
     down, across = -(-rows // group), -(-columns // group)
-    block_n = max(padded, 8, min(1 << (math.isqrt(elements).bit_length() - 1), _power(across) * padded))
-    block_m = max(padded, 8, min(elements // block_n, _power(down) * padded))
-    warps = _warps(block_m * block_n, 2 * ELEMENTS_PER_THREAD if itemsize <= 4 else ELEMENTS_PER_THREAD)
-    config = {"W": padded, "BLOCK_M": block_m, "BLOCK_N": block_n, "RUN": 8, "num_warps": warps}
+    block_n = max(padded, 8, min(1 << (math.isqrt(TILE).bit_length() - 1), _power(across) * padded))
+    block_m = max(padded, 8, min(TILE // block_n, _power(down) * padded))
+    cheap = fmt.group[0] == group or (fmt.scale.is_exponent and 8 % fmt.bits == 0)
+    per_thread = ELEMENTS_PER_THREAD * (2 if cheap and itemsize <= 4 else 1)
+    per_thread = max(per_thread, block_m * block_n // 256)  # 16 warps would leave each thread 128 registers
+    run = min(per_thread * itemsize // 16, block_m)
+    warps = _warps(block_m * block_n, per_thread)
+    config = {"W": padded, "BLOCK_M": block_m, "BLOCK_N": block_n, "RUN": run, "num_warps": warps}
     return config, (-(-down * padded // block_m), -(-across * padded // block_n))
 
 

@@ -36,7 +36,7 @@ def _choose(x, tensor_scale, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.conste
 
 
 @triton.jit
-def _encode(x, factor, zero, bad, tensor_scale, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr,
+def _encode(x, factor, zero, bad, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr,
             W: tl.constexpr, FMT: tl.constexpr):  # fmt: skip
     """Codes of a tile [M * R, GROUPS * W] under the scales that `_choose` returned."""
     ELEM: tl.constexpr = FMT.element
@@ -44,13 +44,7 @@ def _encode(x, factor, zero, bad, tensor_scale, M: tl.constexpr, R: tl.constexpr
         zero = _spread(zero, 1, M, R, GROUPS, W)
     else:
         zero = ELEM.zero_code
-    if FMT.tensor_scale:
-        if scales.divides_fast(tensor_scale):
-            x = _quotient(x, factor, True, 1, M, R, GROUPS, W, FMT)
-        else:
-            x = _quotient(x, factor, False, 1, M, R, GROUPS, W, FMT)
-    else:
-        x = _quotient(x, factor, False, 1, M, R, GROUPS, W, FMT)
+    x = _quotient(x, factor, False, 1, M, R, GROUPS, W, FMT)
     return ELEM.codec.encode(x, zero, _spread(~bad, 1, M, R, GROUPS, W), ELEM)
 
 
@@ -123,18 +117,19 @@ def both_kernel(
     SQUARE: tl.constexpr = ROWS == GROUP
     R: tl.constexpr = W if SQUARE else 1
     stored, factor, zero, bad = _choose(x, tensor_scale, BLOCK_M // R, R, ACROSS, W, FMT)
-    codes = _encode(x, factor, zero, bad, tensor_scale, BLOCK_M // R, R, ACROSS, W, FMT)
+    if not SQUARE:  # here, where the elements alone are alive
+        turned = tl.trans(x)
+        other_stored, other_factor, other_zero, other_bad = _choose(turned, tensor_scale, BLOCK_N, 1, DOWN, W, FMT)
+    codes = _encode(x, factor, zero, bad, BLOCK_M // R, R, ACROSS, W, FMT)
     _store(
         q_ptr, scale_ptr, zero_ptr, codes, stored, zero, batch, row, row_mask, tile_m, tile_n, N, K, row_bytes, mask,
         R, ACROSS, W, PARTIAL, WORDS, FMT,
     )  # fmt: skip
     if SQUARE:
-        stored, zero, codes = tl.trans(stored), tl.trans(zero), tl.trans(codes)
+        other_stored, other_zero, other_codes = tl.trans(stored), tl.trans(zero), tl.trans(codes)
     else:
-        x = tl.trans(x)
-        stored, factor, zero, bad = _choose(x, tensor_scale, BLOCK_N, 1, DOWN, W, FMT)
-        codes = _encode(x, factor, zero, bad, tensor_scale, BLOCK_N, 1, DOWN, W, FMT)
+        other_codes = _encode(turned, other_factor, other_zero, other_bad, BLOCK_N, 1, DOWN, W, FMT)
     _store(
-        other_q_ptr, other_scale_ptr, other_zero_ptr, codes, stored, zero, batch, col, col_mask, tile_n, tile_m, K, N,
-        column_bytes, tl.trans(mask), R, DOWN, W, OTHER_PARTIAL, OTHER_WORDS, FMT,
+        other_q_ptr, other_scale_ptr, other_zero_ptr, other_codes, other_stored, other_zero, batch, col, col_mask,
+        tile_n, tile_m, K, N, column_bytes, tl.trans(mask), R, DOWN, W, OTHER_PARTIAL, OTHER_WORDS, FMT,
     )  # fmt: skip
