@@ -7,6 +7,7 @@ from tritonq.io.model import save_pretrained
 from tritonq.nn.linear import QLinear
 from tritonq.nn.quantize import quantize_
 from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
+from tritonq.scale_tiles import swizzle, unswizzle
 from tritonq.tensor import QTensor, dequantize, quantize, quantize_both
 
 __version__ = "0.1.0"
@@ -33,4 +34,6 @@ __all__ = [
     "quantize_checkpoint",
     "register",
     "save_pretrained",
+    "swizzle",
+    "unswizzle",
 ]

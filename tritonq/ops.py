@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tritonq import plans, tiling, tuning
+from tritonq import plans, scale_tiles, tiling, tuning
 from tritonq.formats import Format, Shape, get_format
 from tritonq.launch import Plan
 from tritonq.memory import empty
@@ -148,17 +148,24 @@ def quantize(
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
     out: Parts | None = None,
+    swizzled: bool = False,
 ) -> Parts:
     """Parts of x by name, as `fmt.storage(x.shape)` describes them; `out` receives them where it is given.
 
     Args:
         x: floating tensor of >= 1 dimension, any strides, any size.
         scale, zero_point, tensor_scale: precomputed parts, used verbatim.
+        swizzled: write the scales as `swizzle` orders them, for the matrix multiplications of Blackwell; formats with
+            one byte a scale and groups of one row, x of >= 2 dimensions, without `scale` or `out`.
 
     Raises:
         ValueError: unknown format, or parts of another shape. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
+    if swizzled:
+        if not (scale is None and zero_point is None and out is None):
+            raise ValueError("swizzled orders scales as they are computed; swizzle those that are given, and leave out")
+        return _quantize_in_tiles(x, fmt, tensor_scale)
     if out is None and scale is None and zero_point is None and tensor_scale is None:
         plan = _only_launch(x, fmt, "quantize")
         if plan is not None:
@@ -190,6 +197,34 @@ def _quantize(
         return parts
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
     _run(x, fmt, parts, given, tensor_scale is not None, None)
+    return parts
+
+
+def _quantize_in_tiles(x: Tensor, fmt: Format, tensor_scale: Tensor | None) -> Parts:
+    """`quantize` with swizzled scales."""
+    check_input(x, fmt)
+    scale_tiles.check_format(fmt)
+    scale_tiles.swizzled_shape(fmt.scale_shape(tuple(x.shape)))  # raises where x has no rows
+    if traced(x):
+        values = torch.ops.tritonq.quantize_swizzled(x.detach(), _name(fmt), tensor_scale)
+        return _typed(values, fmt, tuple(x.shape))
+    return _quantize_swizzled(x, fmt, tensor_scale)
+
+
+@torch.no_grad()
+def _quantize_swizzled(x: Tensor, fmt: Format, tensor_scale: Tensor | None) -> Parts:
+    if not uses_triton(x) or x.numel() == 0 or not tuning.fits(fmt, x.shape[-1]):
+        parts = _quantize(x, fmt, None, None, tensor_scale)
+        return {**parts, "scale": scale_tiles.swizzle(parts["scale"])}
+    x = x.resolve_neg()
+    storage = fmt.storage(tuple(x.shape))
+    storage["scale"] = (scale_tiles.swizzled_shape(storage["scale"][0]), storage["scale"][1])
+    parts = {name: empty(shape, dtype, x.device) for name, (shape, dtype) in storage.items()}
+    _fill_given(parts, x, fmt, None, None, tensor_scale)
+    with _device_of(x):
+        if fmt.tensor_scale and tensor_scale is None:
+            plans.tensor_scale(x, fmt, parts["tensor_scale"])
+        plans.encode_swizzled(x, fmt, parts)
     return parts
 
 
@@ -461,6 +496,18 @@ def _quantize_fake(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
     return [_bits(x.new_empty(shape, dtype=dtype)) for shape, dtype in storage]
 
 
+def _quantize_swizzled_operator(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
+    fmt = get_format(name)
+    check_input(x, fmt)
+    scale_tiles.check_format(fmt)
+    return [_bits(part) for part in _quantize_swizzled(x, fmt, tensor_scale).values()]
+
+
+def _quantize_swizzled_fake(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
+    qdata, scale, *rest = _quantize_fake(x, name)
+    return [qdata, scale.new_empty(scale_tiles.swizzled_shape(tuple(scale.shape))), *rest]
+
+
 def _quantize_both_operator(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
     fmt = get_format(name)
     check_both(x, fmt)
@@ -505,6 +552,11 @@ def _operator(schema: str, function: Any, fake: Any) -> None:
 
 
 _operator(f"quantize(Tensor x, str format, {_GIVEN}) -> Tensor[]", _quantize_operator, _quantize_fake)
+_operator(
+    "quantize_swizzled(Tensor x, str format, Tensor? tensor_scale=None) -> Tensor[]",
+    _quantize_swizzled_operator,
+    _quantize_swizzled_fake,
+)
 _operator(
     "quantize_both(Tensor x, str format, Tensor? tensor_scale=None) -> Tensor[]",
     _quantize_both_operator,

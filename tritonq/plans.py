@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from tritonq import tiling, tuning, tuning_cache
+from tritonq import scale_tiles, tiling, tuning, tuning_cache
 from tritonq.formats import Format, Shape, get_format
 from tritonq.launch import Plan
 from tritonq.reference import Parts
@@ -63,11 +63,15 @@ def _view(x: Tensor, m: tiling.Matrix) -> Tensor:
 
 
 def _group_plan(
-    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device
-) -> Plan:
+    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device,
+    swizzled: bool = False,
+) -> Plan:  # fmt: skip
     from tritonq.kernels.quantize import group_kernel
 
     config, tiles = tuning.group_config(m.rows, m.columns, fmt, mode, _choice(mode, m, fmt, dtype, device))
+    if swizzled:
+        rows, columns = scale_tiles.padded(m.rows, -(-m.columns // fmt.group[1]))
+        tiles = -(-rows // config["M"]), -(-columns // config["GROUPS"])
     partial, flat = m.columns * fmt.bits % 8 != 0, m.batch * tiles[0] == 1
     words = aligned and mode == "quantize" and tuning.in_words(fmt, m.columns, config)
     extents = (config[k] for k in ("S", "M", "R", "GROUPS", "W"))
@@ -75,7 +79,7 @@ def _group_plan(
         group_kernel,
         m.batch * tiles[0] * tiles[1],
         (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
-        (fmt, mode, _limit(dtype), partial, flat, words, *extents),
+        (fmt, mode, _limit(dtype), partial, flat, words, *extents, swizzled),
         _options(config, dtype),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
@@ -234,7 +238,7 @@ def _tensor_scale_plan(fmt: Format) -> Plan:
 def forget() -> None:
     """Drop the plans that are kept: what they were made from (tile sizes, measured choices) has changed."""
     for kept in (_encode_plans, single, _decode_plans, _keys_plans, _choose_plan, _tensor_scale_plan, _scale_plans,
-                 _both_plans):  # fmt: skip
+                 _both_plans, _swizzled_plans):  # fmt: skip
         kept.cache_clear()
 
 
@@ -253,6 +257,25 @@ def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None) 
             plan(_view(x, m), _own(target, m), _own(scale, m), _own(zero, m), divisor)
         else:
             plan(x, target, scale, zero, divisor)
+
+
+@_cached
+def _swizzled_plans(
+    shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, aligned: bool, device: torch.device
+) -> Plans:
+    return tuple(
+        (m, _group_plan(m, fmt, "quantize", dtype, aligned, device, swizzled=True))
+        for m in tiling.matrices(shape, strides, _MATRICES)
+    )
+
+
+def encode_swizzled(x: Tensor, fmt: Format, parts: Parts) -> None:
+    """Codes, and scales in tiles of 128 x 4."""
+    qdata, scale, divisor = parts["qdata"], parts["scale"], parts.get("tensor_scale", x)
+    aligned = qdata.data_ptr() % 4 == 0
+    for m, plan in _swizzled_plans(x.shape, x.stride(), x.dtype, fmt, aligned, x.device):
+        own = _own(scale, m)
+        plan(_view(x, m), _own(qdata, m), own, own, divisor)
 
 
 def encode_both(x: Tensor, fmt: Format, parts: Parts, other: Parts, given_tensor_scale: bool) -> None:
