@@ -7,6 +7,7 @@ from tritonq.io.model import save_pretrained
 from tritonq.nn.linear import QLinear
 from tritonq.nn.quantize import quantize_
 from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
+from tritonq.ops import hadamard
 from tritonq.scale_tiles import swizzle, unswizzle
 from tritonq.tensor import QTensor, dequantize, quantize, quantize_both
 
@@ -24,6 +25,7 @@ __all__ = [
     "dequantize",
     "get_format",
     "get_scheme",
+    "hadamard",
     "integer",
     "lookup",
     "minifloat",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tritonq import plans, scale_tiles, tiling, tuning
+from tritonq import plans, rotation, scale_tiles, tiling, tuning
 from tritonq.formats import Format, Shape, get_format
 from tritonq.launch import Plan
 from tritonq.memory import empty
@@ -427,6 +427,51 @@ def _tensor_scale(x: Tensor, fmt: Format) -> Tensor:
     return tiling.tensor_scale(x, fmt)
 
 
+def hadamard(
+    x: Tensor, *, seed: int | None = None, signs: Sequence[int] | Tensor | None = None, inverse: bool = False
+) -> Tensor:
+    """y = H (s * x) / 4 along the last axis in blocks of 16, or with `inverse` x = s * (H y) / 4, which undoes it.
+
+    H is the 16 x 16 Sylvester matrix of +1 and -1. Computed in fp32 and rounded once, to the same bits on every device.
+    Rotating both operands of a matrix product along the axis it contracts leaves the product as it was, and spreads
+    outliers over their block before a cast to few bits. Differentiable: the gradient is rotated back.
+
+    Args:
+        x: floating tensor [..., K], K a multiple of 16, any strides.
+        seed: 0 .. 2^64 - 1; sign i is -1 where bit i of SplitMix64's first output is set (`rotation.seed_bits`).
+        signs: the 16 signs themselves, 1 or -1. Without seed and signs all are 1.
+        inverse: rotate back.
+
+    Returns:
+        Contiguous tensor of x's shape and dtype. A block with a non-finite element, or one whose sums leave fp32, has
+        non-finite elements.
+
+    Raises:
+        ValueError: K is not a multiple of 16, seed and signs together, or signs that are not. TypeError: x is not
+            floating.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"hadamard rotates bfloat16, float16, float32 and float64 tensors, got {x.dtype}; cast it first"
+        )
+    rotation.check_shape(tuple(x.shape))
+    return torch.ops.tritonq.hadamard(x, rotation.sign_bits(seed, signs), inverse)
+
+
+def _hadamard_operator(x: Tensor, signs: int, inverse: bool) -> Tensor:
+    x = x.resolve_neg()
+    y = empty(x.shape, x.dtype, x.device)
+    if x.numel():
+        if uses_triton(x):
+            with _device_of(x):
+                plans.hadamard(x, signs, inverse, y)
+        else:
+            rotation.hadamard(x, signs, inverse, y)
+    return y
+
+
 def _run(x: Tensor, fmt: Format, parts: Parts, given: bool, given_tensor_scale: bool, y: Tensor | None) -> None:
     if x.numel() == 0 or not uses_triton(x):
         if fmt.tensor_scale and not given_tensor_scale:
@@ -552,6 +597,11 @@ def _operator(schema: str, function: Any, fake: Any) -> None:
 
 
 _operator(f"quantize(Tensor x, str format, {_GIVEN}) -> Tensor[]", _quantize_operator, _quantize_fake)
+_operator(
+    "hadamard(Tensor x, int signs, bool inverse) -> Tensor",
+    _hadamard_operator,
+    lambda x, signs, inverse: x.new_empty(x.shape),
+)
 _operator(
     "quantize_swizzled(Tensor x, str format, Tensor? tensor_scale=None) -> Tensor[]",
     _quantize_swizzled_operator,

@@ -19,6 +19,7 @@ from tritonq.reference import Parts
 Plans = tuple[tuple[tiling.Matrix, Plan], ...]
 
 _ONE_GROUP = get_format("fp8_e4m3_tensor")  # only its geometry: one group, whole bytes
+_BLOCKS = get_format("int8_g16")  # only its geometry: whole blocks of 16 in rows
 _MATRICES = get_format("fp8_e4m3_b2x2")  # only its geometry: matrices stay whole
 _cached = functools.lru_cache(maxsize=4096)
 
@@ -238,7 +239,7 @@ def _tensor_scale_plan(fmt: Format) -> Plan:
 def forget() -> None:
     """Drop the plans that are kept: what they were made from (tile sizes, measured choices) has changed."""
     for kept in (_encode_plans, single, _decode_plans, _keys_plans, _choose_plan, _tensor_scale_plan, _scale_plans,
-                 _both_plans, _swizzled_plans):  # fmt: skip
+                 _both_plans, _swizzled_plans, _hadamard_plans):  # fmt: skip
         kept.cache_clear()
 
 
@@ -290,6 +291,28 @@ def encode_both(x: Tensor, fmt: Format, parts: Parts, other: Parts, given_tensor
     divisors = [side.get("tensor_scale", x) for side in sides]
     for m, plan in _both_plans(x.shape, x.stride(), x.dtype, fmt, aligned):
         plan(_view(x, m), *(_own(part, m) for part in own), *divisors)
+
+
+@_cached
+def _hadamard_plans(
+    shape: Shape, strides: Shape, dtype: torch.dtype, bits: int, inverse: bool, device: torch.device
+) -> Plans:
+    from tritonq.kernels.hadamard import hadamard_kernel
+
+    result = []
+    for m in _geometry(shape, strides, _BLOCKS):
+        blocks, per_row = m.batch * m.rows * m.columns // 16, m.columns // 16
+        config = tuning.hadamard_config(blocks)
+        programs, integers = -(-blocks // config["BLOCKS"]), (m.rows, blocks, per_row, bits, *m.strides)
+        constants = (inverse, config["BLOCKS"])
+        result.append((m, Plan(hadamard_kernel, programs, integers, constants, _options(config, dtype))))
+    return tuple(result)
+
+
+def hadamard(x: Tensor, bits: int, inverse: bool, y: Tensor) -> None:
+    """Rotated blocks of 16 into contiguous y."""
+    for m, plan in _hadamard_plans(x.shape, x.stride(), x.dtype, bits, inverse, x.device):
+        plan(_view(x, m), _own(y, m))
 
 
 def decode(parts: Parts, fmt: Format, y: Tensor) -> None:

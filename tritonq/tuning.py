@@ -178,6 +178,12 @@ def both_config(rows: int, columns: int, fmt: Format, itemsize: int) -> tuple[Co
     return config, (-(-down * padded // block_m), -(-across * padded // block_n))
 
 
+def hadamard_config(blocks: int) -> Config:
+    """Blocks of 16 elements that a program of `hadamard_kernel` rotates."""
+    taken = min(TILE // 16, max(8, _power(blocks)))
+    return {"BLOCKS": taken, "num_warps": _warps(16 * taken)}
+
+
 def _block_n(columns: int) -> int:
     """The widest tile that wastes at most a sixteenth of its lanes on a row; a narrow one where none does."""
     for block in (TILE, TILE // 2, TILE // 4):
