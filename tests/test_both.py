@@ -76,19 +76,19 @@ SOME = (
 
 @pytest.mark.parametrize("name", SOME)
 def test_any_tile(name, device, monkeypatch):
-    """Law 8: tile sizes and the order in which rows are read do not matter."""
+    """Law 8: tile sizes, the order in which rows are read and that of the tiles do not matter."""
     fmt = get_format(name)
     x = values((130, 200), torch.bfloat16, 5)
     sizes = (1 << 12, 1 << 16) if INTERPRET else (64, 512, 1 << 13)
-    for size, run in itertools.product(sizes, (1, 8)):
+    for size, (run, band) in itertools.product(sizes, ((1, 2), (8, 16))):
         monkeypatch.setattr(tuning, "TILE", size)
-        config = tuning.both_config
+        config, order = tuning.both_config, {"RUN": run, "BAND": band}
 
-        def other_run(*arguments, config=config, run=run):
+        def other_order(*arguments, config=config, order=order):
             found, tiles = config(*arguments)
-            return {**found, "RUN": run}, tiles
+            return {**found, **order}, tiles
 
-        monkeypatch.setattr(tuning, "both_config", other_run)
+        monkeypatch.setattr(tuning, "both_config", other_order)
         plans.forget()
         check(x, fmt, device, f"tile {size}, run {run}")
         monkeypatch.setattr(tuning, "both_config", config)

@@ -166,7 +166,7 @@ def _both_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned: bool)
         both_kernel,
         m.batch * tiles[0] * tiles[1],
         (m.rows, m.columns, fmt.row_bytes(m.columns), fmt.row_bytes(m.rows), *tiles, *m.strides),
-        (fmt, *partial, *words, *(config[k] for k in ("W", "BLOCK_M", "BLOCK_N", "RUN"))),
+        (fmt, *partial, *words, *(config[k] for k in ("W", "BLOCK_M", "BLOCK_N", "RUN", "BAND"))),
         _options(config, dtype),
         (1, 2, 3, 4, 5, 6),
     )

@@ -14,6 +14,20 @@ from tritonq.kernels.quantize import _max_per_group, _quotient, _spread
 
 
 @triton.jit
+def _position(tiles_m, tiles_n, BAND: tl.constexpr):
+    """As `tile.position`, but column by column in bands of BAND rows of tiles: neighbours in both directions are then
+    written at about the same time, and sectors that hold scales of several tiles are whole before they leave the
+    cache."""
+    pid = tl.program_id(0)
+    tiles, band = tiles_m * tiles_n, tl.minimum(tiles_m, BAND)
+    batch, pid = pid // tiles, pid % tiles
+    first = pid // (band * tiles_n) * band
+    pid = pid % (band * tiles_n)
+    height = tl.minimum(tiles_m - first, band)
+    return batch.to(tl.int64), (first + pid % height).to(tl.int64), (pid // height).to(tl.int64)
+
+
+@triton.jit
 def _axis(position, first_tile, size, EXTENT: tl.constexpr, GROUP: tl.constexpr, W: tl.constexpr):
     """Where the positions of a tile of EXTENT lie along an axis of `size` elements, and whether anything is there."""
     if GROUP == W:
@@ -88,6 +102,7 @@ def both_kernel(
     N, K, row_bytes, column_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
     FMT: tl.constexpr, PARTIAL: tl.constexpr, OTHER_PARTIAL: tl.constexpr, WORDS: tl.constexpr,
     OTHER_WORDS: tl.constexpr, W: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RUN: tl.constexpr,
+    BAND: tl.constexpr,
 ):  # fmt: skip
     """A tile [BLOCK_M, BLOCK_N] of x; the parts of the transpose are the `other` ones.
 
@@ -97,7 +112,7 @@ def both_kernel(
     """
     ROWS: tl.constexpr = FMT.group[0]
     GROUP: tl.constexpr = FMT.group[1]
-    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, False)
+    batch, tile_m, tile_n = _position(tiles_m, tiles_n, BAND)
     position = tl.arange(0, BLOCK_M)
     read, read_mask = _axis((position % (BLOCK_M // RUN)) * RUN + position // (BLOCK_M // RUN), tile_m, N, BLOCK_M,
                             GROUP, W)  # fmt: skip
