@@ -13,6 +13,7 @@ from test_laws import DTYPES, KINDS, LAYOUTS, NAMES, examples, get_format, lay_o
 
 import tritonq as tq
 from tritonq import ops, plans, reference, tuning
+from tritonq.formats import FORMATS
 
 every_format = pytest.mark.parametrize("name", NAMES)
 
@@ -236,6 +237,15 @@ def test_compiles(name, target, tmp_path):
             assert len(re.findall(r"st\.global[.\w:]*\.v4\.b32", compiled.asm["ptx"])) >= 2
         (turned,) = launches(name, (4096, 14336), transposed=True)
         assert (turned.signature, turned.constants) == (one.signature, one.constants)
+
+
+@pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("name", [n for n, fmt in FORMATS.items() if tuning.fits_both(fmt)])
+def test_registry_compiles(name, tmp_path):
+    import test_compile
+
+    (one,) = launches(name, (4096, 14336))
+    test_compile.check(one, test_compile.TARGETS["sm_90"], tmp_path, 255)
 
 
 @pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")

@@ -171,9 +171,10 @@ def both_config(rows: int, columns: int, fmt: Format, itemsize: int) -> tuple[Co
     block_m = max(padded, 8, min(TILE // block_n, _power(down) * padded))
     cheap = fmt.group[0] == group or (fmt.scale.is_exponent and 8 % fmt.bits == 0)
     per_thread = ELEMENTS_PER_THREAD * (2 if cheap and itemsize <= 4 else 1)
-    if 8 % fmt.bits and (columns * fmt.bits % 32 or rows * fmt.bits % 32):  # packed in 64 bits an element
+    if columns % 16 or rows % 16:  # narrow loads or stores, with an address each
         per_thread = ELEMENTS_PER_THREAD // 2
-    per_thread = max(per_thread, block_m * block_n // 256)  # 16 warps would leave each thread 128 registers
+    else:
+        per_thread = max(per_thread, block_m * block_n // 256)  # 16 warps would leave each thread 128 registers
     run = min(per_thread * itemsize // 16, block_m)
     warps = _warps(block_m * block_n, per_thread)
     config = {"W": padded, "BLOCK_M": block_m, "BLOCK_N": block_n, "RUN": run, "BAND": 16, "num_warps": warps}
