@@ -106,6 +106,15 @@ def test_slabs_and_given_tensor_scale(device):
     check(values((4, 64), torch.bfloat16, 2), get_format("nvfp4"), device, tensor_scale=torch.tensor([2.5]))
 
 
+def test_search(device):
+    """Scales that were searched for come in the same order."""
+    x = values((5, 96), torch.bfloat16, 3).to(device)
+    plain = ops.quantize(x, "mxfp4", search="mse")
+    assert_same_parts(ops.quantize(x, "mxfp4", search="mse", swizzled=True), {
+        **plain, "scale": tq.swizzle(plain["scale"])
+    })  # fmt: skip
+
+
 def test_no_elements(device):
     for name, shape in itertools.product(("mxfp8", "nvfp4"), ((0, 64), (3, 0), (2, 0, 32))):
         parts = ops.quantize(torch.zeros(shape, device=device), name, swizzled=True)

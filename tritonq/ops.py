@@ -94,6 +94,44 @@ def _fill_given(
     return scale is not None
 
 
+def check_search(search: str | bool | None, importance: Tensor | None, x: Tensor, given: bool) -> bool:
+    """Whether scales are searched for; raises where that makes no sense."""
+    if search not in (None, False, "mse"):
+        raise ValueError(f"search is None (the scale rule of the format) or 'mse', got {search!r}")
+    if search and given:
+        raise ValueError("a scale that is passed in is used as it is; leave out scale, or search")
+    if importance is None:
+        return bool(search)
+    if not search:
+        raise ValueError("importance weighs the errors of a scale search; pass search='mse' with it")
+    if not isinstance(importance, Tensor) or not importance.is_floating_point():
+        raise TypeError(
+            f"importance is a floating tensor, got {getattr(importance, 'dtype', type(importance).__name__)}"
+        )
+    if tuple(importance.shape) != (x.shape[-1],):
+        raise ValueError(
+            f"importance has one weight a column, shape ({x.shape[-1]},) for a tensor of shape {tuple(x.shape)}, got "
+            f"{tuple(importance.shape)}"
+        )
+    if importance.device != x.device:
+        raise ValueError(f"importance is on {importance.device} and the tensor on {x.device}; move one of them")
+    return True
+
+
+def _weights(importance: Tensor | None, fmt: Format) -> Tensor | None:
+    """fp32 weights, those of each group times a power of two that brings the largest near 1."""
+    if importance is None:
+        return None
+    weights = importance.detach().to(torch.float32)
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        bad = int((~(torch.isfinite(weights) & (weights >= 0))).sum())
+        raise ValueError(f"importance has {bad} weights that are negative or not finite; weights are >= 0")
+    columns = fmt.group[1] if fmt.group[1] > 0 else weights.numel()
+    groups = torch.nn.functional.pad(weights, (0, -weights.numel() % max(1, columns))).view(-1, max(1, columns))
+    exponent = torch.frexp(groups.amax(1, keepdim=True)).exponent
+    return torch.ldexp(groups, -exponent).view(-1)[: weights.numel()].contiguous()
+
+
 def uses_triton(x: Tensor) -> bool:
     """Whether kernels run for this tensor: on a GPU with Triton installed, or under Triton's interpreter."""
     if not _triton_installed():
@@ -147,6 +185,8 @@ def quantize(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
+    search: str | bool | None = None,
+    importance: Tensor | None = None,
     out: Parts | None = None,
     swizzled: bool = False,
 ) -> Parts:
@@ -155,6 +195,9 @@ def quantize(
     Args:
         x: floating tensor of >= 1 dimension, any strides, any size.
         scale, zero_point, tensor_scale: precomputed parts, used verbatim.
+        search: "mse" takes the scale (and zero point) of each group with the smallest squared error, see
+            `tritonq.codecs.search`; None or False the format's rule.
+        importance: weights [K] >= 0 of the columns in that error; the result does not depend on their unit.
         swizzled: write the scales as `swizzle` orders them, for the matrix multiplications of Blackwell; formats with
             one byte a scale and groups of one row, x of >= 2 dimensions, without `scale` or `out`.
 
@@ -165,8 +208,15 @@ def quantize(
     if swizzled:
         if not (scale is None and zero_point is None and out is None):
             raise ValueError("swizzled orders scales as they are computed; swizzle those that are given, and leave out")
-        return _quantize_in_tiles(x, fmt, tensor_scale)
-    if out is None and scale is None and zero_point is None and tensor_scale is None:
+        return _quantize_in_tiles(x, fmt, tensor_scale, search, importance)
+    if (
+        out is None
+        and not search
+        and importance is None
+        and scale is None
+        and zero_point is None
+        and tensor_scale is None
+    ):
         plan = _only_launch(x, fmt, "quantize")
         if plan is not None:
             parts = {name: torch.empty(s, dtype=d, device=x.device) for name, s, d in _storage(fmt, x.shape)}
@@ -174,12 +224,15 @@ def quantize(
             plan(x, parts["qdata"], chosen, parts.get("zero_point", chosen), x)
             return parts
     check_input(x, fmt)
+    searched = check_search(search, importance, x, scale is not None)
     if traced(x):
         scale = None if scale is None else _bits(scale)
-        values = torch.ops.tritonq.quantize(x.detach(), _name(fmt), scale, zero_point, tensor_scale)
+        values = torch.ops.tritonq.quantize(
+            x.detach(), _name(fmt), scale, zero_point, tensor_scale, searched, importance
+        )
         made = _typed(values, fmt, tuple(x.shape))
         return made if out is None else {name: part.copy_(made[name]) for name, part in out.items()}
-    return _quantize(x, fmt, scale, zero_point, tensor_scale, out)
+    return _quantize(x, fmt, scale, zero_point, tensor_scale, searched, importance, out)
 
 
 @torch.no_grad()
@@ -189,6 +242,8 @@ def _quantize(
     scale: Tensor | None,
     zero_point: Tensor | None,
     tensor_scale: Tensor | None,
+    search: bool = False,
+    importance: Tensor | None = None,
     out: Parts | None = None,
 ) -> Parts:
     x = x.resolve_neg()  # kernels read memory as it is
@@ -196,15 +251,20 @@ def _quantize(
     if x.device.type == "meta":
         return parts
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
-    _run(x, fmt, parts, given, tensor_scale is not None, None)
+    _run(x, fmt, parts, given, tensor_scale is not None, None, search, importance)
     return parts
 
 
-def _quantize_in_tiles(x: Tensor, fmt: Format, tensor_scale: Tensor | None) -> Parts:
+def _quantize_in_tiles(
+    x: Tensor, fmt: Format, tensor_scale: Tensor | None, search: str | bool | None, importance: Tensor | None
+) -> Parts:
     """`quantize` with swizzled scales."""
     check_input(x, fmt)
     scale_tiles.check_format(fmt)
     scale_tiles.swizzled_shape(fmt.scale_shape(tuple(x.shape)))  # raises where x has no rows
+    if search or importance is not None:
+        parts = quantize(x, fmt, tensor_scale=tensor_scale, search=search, importance=importance)
+        return {**parts, "scale": scale_tiles.swizzle(parts["scale"])}
     if traced(x):
         values = torch.ops.tritonq.quantize_swizzled(x.detach(), _name(fmt), tensor_scale)
         return _typed(values, fmt, tuple(x.shape))
@@ -306,7 +366,7 @@ def qdq(
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
 ) -> Tensor:
-    """dequantize(quantize(x)) of x's shape and dtype, contiguous, without codes in memory."""
+    """dequantize(quantize(x)) of x's shape and dtype, contiguous, without codes in memory; arguments as `quantize`."""
     fmt = get_format(fmt)
     if scale is None and zero_point is None and tensor_scale is None:
         plan = _only_launch(x, fmt, "qdq")
@@ -472,19 +532,35 @@ def _hadamard_operator(x: Tensor, signs: int, inverse: bool) -> Tensor:
     return y
 
 
-def _run(x: Tensor, fmt: Format, parts: Parts, given: bool, given_tensor_scale: bool, y: Tensor | None) -> None:
+def _run(
+    x: Tensor,
+    fmt: Format,
+    parts: Parts,
+    given: bool,
+    given_tensor_scale: bool,
+    y: Tensor | None,
+    search: bool = False,
+    importance: Tensor | None = None,
+) -> None:
     if x.numel() == 0 or not uses_triton(x):
         if fmt.tensor_scale and not given_tensor_scale:
             parts["tensor_scale"].copy_(tiling.tensor_scale(x, fmt))
-        if x.numel():
-            tiling.encode(x, fmt, parts, given, y)
-        elif not given and "scale" in parts:
-            _empty_scales(x, fmt, parts)
+        if x.numel() == 0:
+            if not given and "scale" in parts:
+                _empty_scales(x, fmt, parts)
+            return
+        if search:
+            tiling.choose(x, fmt, parts)
+            tiling.search(x, fmt, parts, _weights(importance, fmt))
+        tiling.encode(x, fmt, parts, given or search, y)
         return
     with _device_of(x):
         if fmt.tensor_scale and not given_tensor_scale:
             plans.tensor_scale(x, fmt, parts["tensor_scale"])
-        plans.encode(x, fmt, parts, given, y)
+        if search:
+            plans.scales(x, fmt, parts)
+            plans.best_scales(x, fmt, parts, _weights(importance, fmt))
+        plans.encode(x, fmt, parts, given or search, y)
 
 
 def _empty_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
@@ -530,13 +606,13 @@ def _scales(fmt: Format, given: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
     return None if scale is None else scale.view(fmt.scale.dtype), zero_point, tensor_scale
 
 
-def _quantize_operator(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
+def _quantize_operator(x: Tensor, name: str, *given: Any) -> list[Tensor]:
     fmt = get_format(name)
     check_input(x, fmt)
-    return [_bits(part) for part in _quantize(x, fmt, *_scales(fmt, given)).values()]
+    return [_bits(part) for part in _quantize(x, fmt, *_scales(fmt, given[:3]), *given[3:]).values()]
 
 
-def _quantize_fake(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
+def _quantize_fake(x: Tensor, name: str, *given: Any) -> list[Tensor]:
     storage = get_format(name).storage(tuple(x.shape)).values()
     return [_bits(x.new_empty(shape, dtype=dtype)) for shape, dtype in storage]
 
@@ -596,7 +672,11 @@ def _operator(schema: str, function: Any, fake: Any) -> None:
     torch.library.register_fake(f"tritonq::{name}", fake, lib=library)
 
 
-_operator(f"quantize(Tensor x, str format, {_GIVEN}) -> Tensor[]", _quantize_operator, _quantize_fake)
+_operator(
+    f"quantize(Tensor x, str format, {_GIVEN}, bool search=False, Tensor? importance=None) -> Tensor[]",
+    _quantize_operator,
+    _quantize_fake,
+)
 _operator(
     "hadamard(Tensor x, int signs, bool inverse) -> Tensor",
     _hadamard_operator,

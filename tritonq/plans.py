@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tritonq import scale_tiles, tiling, tuning, tuning_cache
+from tritonq.codecs import search
 from tritonq.formats import Format, Shape, get_format
 from tritonq.launch import Plan
 from tritonq.reference import Parts
@@ -238,8 +239,10 @@ def _tensor_scale_plan(fmt: Format) -> Plan:
 
 def forget() -> None:
     """Drop the plans that are kept: what they were made from (tile sizes, measured choices) has changed."""
-    for kept in (_encode_plans, single, _decode_plans, _keys_plans, _choose_plan, _tensor_scale_plan, _scale_plans,
-                 _both_plans, _swizzled_plans, _hadamard_plans):  # fmt: skip
+    for kept in (
+        _encode_plans, single, _decode_plans, _keys_plans, _choose_plan, _tensor_scale_plan, _scale_plans,
+        _search_plans, _pick_plans, _both_plans, _swizzled_plans, _hadamard_plans,
+    ):  # fmt: skip
         kept.cache_clear()
 
 
@@ -343,6 +346,67 @@ def scales(x: Tensor, fmt: Format, parts: Parts) -> None:
 @_cached
 def _scale_plans(shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, device: torch.device) -> Plans:
     return tuple((m, _group_plan(m, fmt, "scale", dtype, False, device)) for m in _geometry(shape, strides, fmt))
+
+
+@_cached
+def _search_plans(
+    shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, weighted: bool
+) -> tuple[tuple[tiling.Matrix, tuple[Plan, ...]], ...]:
+    """Per slab one launch a stage. Slabs keep the rows of the tensor, over which importance repeats."""
+    from tritonq.kernels.search import errors_kernel, search_kernel
+
+    whole = fmt.group[0] == -1
+    result = []
+    for m in tiling.matrices(shape, strides, fmt):
+        columns = m.columns if fmt.group[1] == -1 else fmt.group[1]
+        groups = m.batch * -(-m.rows // max(1, fmt.group[0])) * -(-m.columns // columns)
+        full = columns % search.BLOCK == 0 and m.columns % columns == 0
+        launches = []
+        for stage in search.stages(fmt):
+            config = tuning.search_config(stage.count, groups)
+            constants = (full, weighted, search.fraction(fmt), stage.step, stage.below, *(config[k] for k in "MQL"))
+            launches.append(
+                Plan(
+                    errors_kernel if whole else search_kernel,
+                    -(-groups // config["M"]),
+                    (m.rows, m.columns, groups, *m.strides),
+                    (fmt, *constants),
+                    {"num_warps": config["num_warps"]},
+                    (2, 3),
+                )
+            )
+        result.append((m, tuple(launches)))
+    return tuple(result)
+
+
+@_cached
+def _pick_plans(fmt: Format) -> tuple[Plan, ...]:
+    from tritonq.kernels.search import pick_kernel
+
+    plans = []
+    for stage in search.stages(fmt):
+        config = tuning.search_config(stage.count, 1)
+        constants = (fmt, stage.step, stage.below, config["Q"], config["L"])
+        plans.append(Plan(pick_kernel, 1, (), constants, {"num_warps": 1}, (1, 2)))
+    return tuple(plans)
+
+
+def best_scales(x: Tensor, fmt: Format, parts: Parts, importance: Tensor | None) -> None:
+    """Replace scales (and zero points) that the rule chose by the best of a search; importance fp32 [K]."""
+    scale = parts["scale"]
+    zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", x)
+    weights = x if importance is None else importance
+    slabs = _search_plans(x.shape, x.stride(), x.dtype, fmt, importance is not None)
+    if fmt.group[0] != -1:
+        for m, plans in slabs:
+            for plan in plans:
+                plan(_view(x, m), weights, _own(scale, m), _own(zero, m), divisor)
+        return
+    for i, pick in enumerate(_pick_plans(fmt)):
+        errors = torch.zeros((search.ANCHORS, search.stages(fmt)[i].count), dtype=torch.int64, device=x.device)
+        for m, plans in slabs:
+            plans[i](_view(x, m), weights, scale, zero, divisor, errors)
+        pick(errors, scale, zero, divisor)
 
 
 def _keys(x: Tensor, fmt: Format, keys: Tensor, finite: bool) -> None:

@@ -187,6 +187,17 @@ def hadamard_config(blocks: int) -> Config:
     return {"BLOCKS": taken, "num_warps": _warps(16 * taken)}
 
 
+SEARCH_SCALES = 4  # candidates of one group that a thread holds
+
+
+def search_config(count: int, groups: int) -> Config:
+    """Groups M of a program of `search_kernel`, whose `count` candidates are Q x L."""
+    scales = max(1, min(SEARCH_SCALES, count // 32))
+    lanes = count // scales
+    m = max(1, min(TILE // 32 // lanes, _power(groups)))
+    return {"M": m, "Q": scales, "L": lanes, "num_warps": max(1, min(4, m * lanes // 32))}
+
+
 def _block_n(columns: int) -> int:
     """The widest tile that wastes at most a sixteenth of its lanes on a row; a narrow one where none does."""
     for block in (TILE, TILE // 2, TILE // 4):
