@@ -45,6 +45,18 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("tritonq::qdq", _backward, setup_context=_setup_context, lib=ops.library)
 
 
+def _setup_hadamard(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.signs, ctx.inverse = inputs
+
+
+def _hadamard_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.tritonq.hadamard(dy, ctx.signs, not ctx.inverse), None, None
+
+
+# The transform is orthogonal: its transpose is its inverse.
+torch.library.register_autograd("tritonq::hadamard", _hadamard_backward, setup_context=_setup_hadamard, lib=ops.library)
+
+
 def qdq(
     x: Tensor,
     fmt: Format | str,
