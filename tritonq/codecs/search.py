@@ -15,7 +15,7 @@ Asymmetric codes try three zero points with each scale: the one that keeps the l
 puts it, the one that keeps the highest, and the one between.
 
 Errors are compared the same way on every backend, bit for bit: x and the scales are multiplied by the power of two that
-takes the rule's scale into [1, 2); x / s is taken as x * (1 / s), with 1 / s rounded to 16 bits (a bf16 x makes that an
+takes the scale that a stage begins with into [1, 2); x / s is taken as x * (1 / s), with 1 / s rounded to 16 bits (a bf16 x makes that an
 exact product, and only numbers next to a midpoint are told apart less well); squares are summed in fp32 over runs of 8
 consecutive elements of a row, then run by run; the sums of rows become integers, which add up in any order.
 """
@@ -172,8 +172,8 @@ def best(
     """
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[scale.dtype.itemsize]
     zero = None if zero is None else zero.to(torch.float32)
-    power = unit(scales.load(scale, fmt, divisor))
     for stage in stages(fmt):
+        power = unit(scales.load(scale, fmt, divisor))
         trials = _trials(scale, zero, stage, fmt)
         totals: list[Tensor] = []
         for x, weights in chunks():

@@ -188,8 +188,8 @@ def _trials(
     scale_ptr, zero_ptr, tensor_scale_ptr, index, exists, BELOW: tl.constexpr, STEP: tl.constexpr, Q: tl.constexpr,
     L: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """Candidates for scales at `index` [1, M, L]: k [Q, 1, L], their storage bits and factors [Q, M, L]; the unit and the
-    zero point of the rule, and how much smaller than the rule's scale each candidate is."""
+    """Candidates for scales at `index` [1, M, L]: k [Q, 1, L], their storage bits and factors [Q, M, L]; the unit and
+    the zero point of the rule, and how much smaller than the rule's scale each candidate is."""
     k = (tl.arange(0, Q)[:, None, None] * L + tl.arange(0, L)[None, None, :]) - BELOW
     stored = tl.load(scale_ptr + index, exists, other=1).to(tl.int32)
     tensor_scale = 1.0
@@ -279,8 +279,8 @@ def errors_kernel(
         else:
             moved: tl.constexpr = FMT.element.zero_code
         error = _errors(
-            x_ptr, w_ptr + first_col, rows, stride_row, left, tl.cdiv(K, BLOCK), stride_col, power, factor, moved, FRACTION,
-            FULL, WEIGHTED, FMT,
+            x_ptr, w_ptr + first_col, rows, stride_row, left, tl.cdiv(K, BLOCK), stride_col, power, factor, moved,
+            FRACTION, FULL, WEIGHTED, FMT,
         )  # fmt: skip
         candidate = tl.arange(0, Q)[:, None] * L + tl.arange(0, L)[None, :]
         tl.atomic_add(error_ptr + anchor * (Q * L) + candidate, tl.sum(error, 1))
