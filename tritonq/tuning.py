@@ -194,7 +194,7 @@ def search_config(count: int, groups: int) -> Config:
     """Groups M of a program of `search_kernel`, whose `count` candidates are Q x L."""
     scales = max(1, min(SEARCH_SCALES, count // 32))
     lanes = count // scales
-    m = max(1, min(TILE // 32 // lanes, _power(groups)))
+    m = max(1, min(TILE // 128 // lanes, _power(groups)))  # one warp
     return {"M": m, "Q": scales, "L": lanes, "num_warps": max(1, min(4, m * lanes // 32))}
 
 

@@ -15,9 +15,10 @@ Asymmetric codes try three zero points with each scale: the one that keeps the l
 puts it, the one that keeps the highest, and the one between.
 
 Errors are compared the same way on every backend, bit for bit: x and the scales are multiplied by the power of two that
-takes the scale that a stage begins with into [1, 2); x / s is taken as x * (1 / s), with 1 / s rounded to 16 bits (a bf16 x makes that an
-exact product, and only numbers next to a midpoint are told apart less well); squares are summed in fp32 over runs of 8
-consecutive elements of a row, then run by run; the sums of rows become integers, which add up in any order.
+takes the scale a stage begins with into [1, 2); x / s is taken as x * (1 / s), with 1 / s rounded to 16 bits (a bf16 x
+makes that an exact product, and only numbers next to a midpoint are told apart less well); squares are summed in fp32
+over runs of 8 consecutive elements of a row, then run by run; the sums of rows become integers, which add up in any
+order.
 """
 
 from __future__ import annotations
