@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-check bench-cpu lint tables clean
+.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-search bench-check bench-cpu lint tables clean
 
 demo: $(STAMP)
 	$(BIN)/tritonq demo
@@ -31,6 +31,10 @@ bench:
 # 64 KiB to 2 GiB.
 bench-sweep:
 	PYTHONPATH=. $(BIN)/python -m bench.kernels --sizes
+
+# Scale search beside the eager one.
+bench-search:
+	PYTHONPATH=. $(BIN)/python -m bench.search
 
 # Exit code 1 if anything got slower than a committed file: `make bench-check RESULTS=bench/results/<gpu>/kernels.json`.
 bench-check:

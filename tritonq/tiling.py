@@ -259,22 +259,24 @@ def _rows_of_groups(x: Tensor, fmt: Format) -> Tensor:
     return groups.transpose(1, 2).reshape(-1, *fmt.group)
 
 
-SEARCHED = 1 << 16  # elements of a tile: every candidate passes over it, so it has to stay in the cache
+SEARCHED = 1 << 15  # elements of a tile, per thread: every candidate passes over it, so it has to stay in the cache
 
 
+@reuse()
 def search(x: Tensor, fmt: Format, parts: reference.Parts, importance: Tensor | None) -> None:
     """Replace parts["scale"] (and zero_point), which hold what the rule gives, by the best of `codecs.search`."""
     divisor = parts.get("tensor_scale")
     slabs = list(_slabs(x, None, parts["scale"], parts.get("zero_point"), fmt))
     whole = fmt.group[0] == -1
+    budget = SEARCHED * max(2, torch.get_num_threads())
 
     def load(slab: _Slab, rows: slice, cols: slice) -> tuple[Tensor, Tensor | None]:
-        values = reference.to_float32(slab.x[rows, cols])
+        values = reference.to_float32(slab.x[rows, cols])  # copied again by the search before it is reused
         weights = None if importance is None else importance[cols].expand(values.shape)
         return _rows_of_groups(values, fmt), None if weights is None else _rows_of_groups(weights, fmt)
 
     if whole:
-        step = max(1, SEARCHED // max(1, x.shape[-1]))
+        step = max(1, budget // max(1, x.shape[-1]))
 
         def chunks() -> Iterator[tuple[Tensor, Tensor | None]]:
             for slab in slabs:
@@ -287,8 +289,8 @@ def search(x: Tensor, fmt: Format, parts: reference.Parts, importance: Tensor | 
     for slab in slabs:
         rows, columns = slab.x.shape
         r, c = fmt.group[0], columns if fmt.group[1] == -1 else fmt.group[1]
-        col_step = max(1, SEARCHED // (r * c)) * c
-        row_step = max(1, SEARCHED // (r * min(columns, col_step))) * r
+        col_step = max(1, budget // (r * c)) * c
+        row_step = max(1, budget // (r * min(columns, col_step))) * r
         for i, j in itertools.product(range(0, rows, row_step), range(0, columns, col_step)):
             end_row, end_col = min(i + row_step, rows), min(j + col_step, columns)
             window = slice(i // r, -(-end_row // r)), slice(j // c, -(-end_col // c))

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from tritonq.codecs import scale as scales
+from tritonq.codecs.scratch import buffer
 
 RUN = 8  # elements of a row whose squares are summed one after the other
 BLOCK = 2 * RUN  # two runs; their sum joins that of the row
@@ -124,7 +125,8 @@ def blocks(groups: Tensor) -> Tensor:
 
 def errors(x: Tensor, weights: Tensor | None, factor: Tensor, zero: Any, fmt: Any) -> Tensor:
     """Integer errors [n] of blocks [BLOCK, B, R, n], for one scaled factor a group and a zero point or its constant."""
-    y = fmt.element.codec.round_ref(x * inverse(factor), zero, fmt.element)
+    scaled = torch.mul(x, inverse(factor), out=buffer("scaled", x))
+    y = fmt.element.codec.round_ref(scaled, zero, fmt.element)
     e = y.mul_(factor).sub_(x)
     e = e.mul_(e)
     if weights is not None:
