@@ -23,8 +23,8 @@ Super-groups quantize the scales s of their groups again (GGUF k-quants; `super_
 * unsigned integers             d = f16(S / high)
 * integer scale                 k = clamp(rne(s / d), low, high), 1 instead of 0; the factor of the group is d * k
 * code                          clamp(rne(x / (d * k))); y = d * k * code
-* minmax                        has a minimum m = -lo a group instead of a zero point, quantized alike under the largest M
-                                of its super-group: e = f16(M / high), j = clamp(rne(m / e), 0, high);
+* minmax                        has a minimum m = -lo a group instead of a zero point; with M the largest m of the
+                                super-group e = f16(M / high), j = clamp(rne(m / e), 0, high);
                                 code = clamp(rne((x + e * j) / (d * k)), 0, 2^B - 1); y = d * k * code - e * j
 
 d and e are rounded and saturated as scales are, and never zero. Integers have no NaN: a non-finite element takes its

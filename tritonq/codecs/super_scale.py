@@ -1,8 +1,8 @@
 """Scales that are quantized again per super-group: integers times an f16 super-scale; `scale.py` has the formulas.
 
 Parts of a tensor [..., K] with groups of g and super-groups of G elements, P = G / g groups each: `scale` (and
-`group_minimum`) integers [..., ceil(K/g)], `super_scale` (and `super_minimum`) f16 [..., ceil(K/G)]. The last super-group of
-a row may have fewer groups.
+`group_minimum`) integers [..., ceil(K/g)], `super_scale` (and `super_minimum`) f16 [..., ceil(K/G)]. The last
+super-group of a row may have fewer groups.
 """
 
 from __future__ import annotations
