@@ -1,8 +1,8 @@
 """A slow, independent oracle in numpy and Python integers, group by group, from the specification (numerics.md).
 
 It takes nothing from tritonq but the declared fields of a Format: bits, ebits, mbits, special, fraction, values, group,
-super_group, scale name and rule. fp32 arithmetic is numpy's fp32 arithmetic; everything else is exact (float64 of few bits,
-Fraction, table search).
+super_group, scale name and rule. fp32 arithmetic is numpy's fp32 arithmetic; everything else is exact (float64 of few
+bits, Fraction, table search).
 """
 
 import bisect
