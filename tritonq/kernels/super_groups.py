@@ -37,7 +37,7 @@ def _quotient(x, factor, M: tl.constexpr, GROUPS: tl.constexpr, COLS: tl.constex
     )
 
 
-@triton.jit(do_not_specialize=["N", "tiles_m", "tiles_n"])
+@triton.jit(do_not_specialize=["N", "tiles_m"])
 def super_group_kernel(
     x_ptr, q_ptr, scale_ptr, super_scale_ptr, minimum_ptr, super_minimum_ptr,
     N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
@@ -103,7 +103,7 @@ def super_group_kernel(
             tile.store_codes(q_ptr, row_start, row_mask, row_bytes, tile_n * BYTES, codes, 1, 0, WORDS, FMT)
 
 
-@triton.jit(do_not_specialize=["N", "tiles_m", "tiles_n"])
+@triton.jit(do_not_specialize=["N", "tiles_m"])
 def super_dequantize_kernel(
     q_ptr, scale_ptr, super_scale_ptr, minimum_ptr, super_minimum_ptr, y_ptr,
     N, K, row_bytes, tiles_m, tiles_n,
