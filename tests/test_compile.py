@@ -35,7 +35,8 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
          torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 REPRESENTATIVE = ("int4_g128", "int4_g128_asym", "int3_g128", "fp8_e4m3_channel", "fp8_e4m3_b128x128", "mxfp4",
                   "nvfp4", "fp8_e4m3fnuz_channel", "e3m4_g48", "nf4_g64", "mxint8", "q4_k", "q6_k")  # fmt: skip
-WIDE_LOADS = ("int4_g128", "int8_channel", "fp8_e4m3_channel", "mxfp8", "mxfp4", "nvfp4", "nf4_g64", "mxint8")
+WIDE_LOADS = ("int4_g128", "int8_channel", "fp8_e4m3_channel", "mxfp8", "mxfp4", "nvfp4", "nf4_g64", "mxint8",
+              "q4_k", "q6_k")  # fmt: skip
 REGISTERS = 160  # of aligned input; odd shapes keep more offsets and masks alive
 
 

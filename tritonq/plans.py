@@ -93,7 +93,7 @@ def _super_group_plan(
         super_group_kernel,
         m.batch * tiles[0] * tiles[1],
         (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
-        (fmt, mode, _limit(dtype), partial, flat, words, *(config[k] for k in ("M", "GROUPS", "W"))),
+        (fmt, mode, _limit(dtype), partial, flat, words, *(config[k] for k in ("S", "M", "GROUPS", "W"))),
         _options(config, dtype),
         (2, 3, 4, 5) if mode == "qdq" else (1, 2, 3, 4, 5),
     )

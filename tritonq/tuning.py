@@ -103,7 +103,7 @@ def _slices(columns: int, fmt: Format, mode: str, wanted: int | None = None) -> 
     """Into how many slices a group is cut that lie above each other in a tile of `group_kernel`: as many as one thread
     holds, which then works out the scales of fewer groups."""
     rows, cols = fmt.group
-    if rows != 1 or cols != _power(cols) or columns % cols or fmt.super_group:
+    if rows != 1 or cols != _power(cols) or columns % cols:
         return 1
     if wanted is not None:
         return max(1, min(wanted, cols // 8))  # packing works on runs of eight codes
