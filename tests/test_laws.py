@@ -599,7 +599,8 @@ def test_rceil_never_saturates(device):
         assert not fmt.saturates
 
 
-@pytest.mark.parametrize("name,columns,stride", [("int4_g128", 128, 24_000_000), ("int8_channel", 40_000, 60_000)])
+@pytest.mark.parametrize("name,columns,stride", [("int4_g128", 128, 24_000_000), ("int8_channel", 40_000, 60_000),
+                                                 ("q4_k", 256, 12_000_000)])  # fmt: skip
 def test_column_strides_beyond_32_bits(name, columns, stride, device):
     """Offsets of columns need 64 bits: 32 read outside the tensor, in slices of groups and in long rows."""
     if device == "cpu" and not INTERPRET:
