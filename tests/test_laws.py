@@ -109,7 +109,10 @@ def tensors(draw, fmt, layouts=LAYOUTS, kinds=KINDS, limit=6000):
     """Any floating tensor of 1 to 4 dimensions that `fmt` takes, ragged last groups included."""
     rows, cols = fmt.group
     cols = fmt.super_group or (cols if cols > 0 else draw(st.sampled_from((8, 33, 64))))
-    k = draw(st.sampled_from(sorted({1, 2, max(1, cols - 1), cols, cols + 1, 2 * cols, 2 * cols + 3, 5})))
+    sizes = {1, 2, max(1, cols - 1), cols, cols + 1, 2 * cols, 2 * cols + 3, 5}
+    if fmt.super_group:  # whole groups in the last super-group, of which one is short
+        sizes |= {cols + fmt.group[1], 3 * fmt.group[1]}
+    k = draw(st.sampled_from(sorted(sizes)))
     lead = draw(st.lists(st.integers(1, 4), min_size=1 if rows > 1 else 0, max_size=3))
     if rows > 1:
         lead[-1] = draw(st.sampled_from((1, rows - 1, rows, rows + 2)))
