@@ -262,6 +262,17 @@ def test_given_scales_are_refused(device):
             call(x, "q4_k", scale=parts["scale"])
         with pytest.raises(ValueError, match="zero_point"):
             call(x, "q4_k", zero_point=parts["scale"])
+    with pytest.raises(ValueError, match=r"q4_k.*leave search out"):
+        tq.quantize(x, "q4_k", search="mse")
+    with pytest.raises(ValueError, match=r"super-groups.*q4_k"):
+        ops.quantize(x, "q4_k", swizzled=True)
+
+
+def test_both_directions(device):
+    """Rows and columns, each with super-groups of its own."""
+    x = torch.randn(300, 520, generator=torch.Generator().manual_seed(4)).to(device)
+    for got, wanted in zip(ops.quantize_both(x, "q4_k"), (x, x.mT), strict=True):
+        assert_same_parts(got, ops.quantize(wanted, "q4_k"))
 
 
 @pytest.mark.skipif(INTERPRET, reason="no kernel of its own")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tritonq import plans, tiling, tuning
+from tritonq import plans, rotation, scale_tiles, tiling, tuning
 from tritonq.formats import SUPER_PARTS, Format, Shape, get_format
 from tritonq.launch import Plan
 from tritonq.memory import empty
@@ -99,6 +99,44 @@ def _fill_given(
     return scale is not None
 
 
+def check_search(search: str | bool | None, importance: Tensor | None, x: Tensor, given: bool) -> bool:
+    """Whether scales are searched for; raises where that makes no sense."""
+    if search not in (None, False, "mse"):
+        raise ValueError(f"search is None (the scale rule of the format) or 'mse', got {search!r}")
+    if search and given:
+        raise ValueError("a scale that is passed in is used as it is; leave out scale, or search")
+    if importance is None:
+        return bool(search)
+    if not search:
+        raise ValueError("importance weighs the errors of a scale search; pass search='mse' with it")
+    if not isinstance(importance, Tensor) or not importance.is_floating_point():
+        raise TypeError(
+            f"importance is a floating tensor, got {getattr(importance, 'dtype', type(importance).__name__)}"
+        )
+    if tuple(importance.shape) != (x.shape[-1],):
+        raise ValueError(
+            f"importance has one weight a column, shape ({x.shape[-1]},) for a tensor of shape {tuple(x.shape)}, got "
+            f"{tuple(importance.shape)}"
+        )
+    if importance.device != x.device:
+        raise ValueError(f"importance is on {importance.device} and the tensor on {x.device}; move one of them")
+    return True
+
+
+def _weights(importance: Tensor | None, fmt: Format) -> Tensor | None:
+    """fp32 weights, those of each group times a power of two that brings the largest near 1."""
+    if importance is None:
+        return None
+    weights = importance.detach().to(torch.float32)
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        bad = int((~(torch.isfinite(weights) & (weights >= 0))).sum())
+        raise ValueError(f"importance has {bad} weights that are negative or not finite; weights are >= 0")
+    columns = fmt.group[1] if fmt.group[1] > 0 else weights.numel()
+    groups = torch.nn.functional.pad(weights, (0, -weights.numel() % max(1, columns))).view(-1, max(1, columns))
+    exponent = torch.frexp(groups.amax(1, keepdim=True)).exponent
+    return torch.ldexp(groups, -exponent).view(-1)[: weights.numel()].contiguous()
+
+
 def uses_triton(x: Tensor) -> bool:
     """Whether kernels run for this tensor: on a GPU with Triton installed, or under Triton's interpreter."""
     if not _triton_installed():
@@ -152,19 +190,38 @@ def quantize(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
+    search: str | bool | None = None,
+    importance: Tensor | None = None,
     out: Parts | None = None,
+    swizzled: bool = False,
 ) -> Parts:
     """Parts of x by name, as `fmt.storage(x.shape)` describes them; `out` receives them where it is given.
 
     Args:
         x: floating tensor of >= 1 dimension, any strides, any size.
         scale, zero_point, tensor_scale: precomputed parts, used verbatim.
+        search: "mse" takes the scale (and zero point) of each group with the smallest squared error, see
+            `tritonq.codecs.search`; None or False the format's rule.
+        importance: weights [K] >= 0 of the columns in that error; the result does not depend on their unit.
+        swizzled: write the scales as `swizzle` orders them, for the matrix multiplications of Blackwell; formats with
+            one byte a scale and groups of one row, x of >= 2 dimensions, without `scale` or `out`.
 
     Raises:
         ValueError: unknown format, or parts of another shape. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
-    if out is None and scale is None and zero_point is None and tensor_scale is None:
+    if swizzled:
+        if not (scale is None and zero_point is None and out is None):
+            raise ValueError("swizzled orders scales as they are computed; swizzle those that are given, and leave out")
+        return _quantize_in_tiles(x, fmt, tensor_scale, search, importance)
+    if (
+        out is None
+        and not search
+        and importance is None
+        and scale is None
+        and zero_point is None
+        and tensor_scale is None
+    ):
         plan = _only_launch(x, fmt, "quantize")
         if plan is not None:
             parts = {name: torch.empty(s, dtype=d, device=x.device) for name, s, d in _storage(fmt, x.shape)}
@@ -172,12 +229,17 @@ def quantize(
             plan(x, parts["qdata"], chosen, parts.get("zero_point", chosen), x)
             return parts
     check_input(x, fmt)
+    searched = check_search(search, importance, x, scale is not None)
+    if searched and fmt.super_group:
+        raise ValueError(f"{fmt.name} quantizes its scales again and has no search; leave search out")
     if traced(x):
         scale = None if scale is None else _bits(scale)
-        values = torch.ops.tritonq.quantize(x.detach(), _name(fmt), scale, zero_point, tensor_scale)
+        values = torch.ops.tritonq.quantize(
+            x.detach(), _name(fmt), scale, zero_point, tensor_scale, searched, importance
+        )
         made = _typed(values, fmt, tuple(x.shape))
         return made if out is None else {name: part.copy_(made[name]) for name, part in out.items()}
-    return _quantize(x, fmt, scale, zero_point, tensor_scale, out)
+    return _quantize(x, fmt, scale, zero_point, tensor_scale, searched, importance, out)
 
 
 @torch.no_grad()
@@ -187,6 +249,8 @@ def _quantize(
     scale: Tensor | None,
     zero_point: Tensor | None,
     tensor_scale: Tensor | None,
+    search: bool = False,
+    importance: Tensor | None = None,
     out: Parts | None = None,
 ) -> Parts:
     x = x.resolve_neg()  # kernels read memory as it is
@@ -194,8 +258,111 @@ def _quantize(
     if x.device.type == "meta":
         return parts
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
-    _run(x, fmt, parts, given, tensor_scale is not None, None)
+    _run(x, fmt, parts, given, tensor_scale is not None, None, search, importance)
     return parts
+
+
+def _quantize_in_tiles(
+    x: Tensor, fmt: Format, tensor_scale: Tensor | None, search: str | bool | None, importance: Tensor | None
+) -> Parts:
+    """`quantize` with swizzled scales."""
+    check_input(x, fmt)
+    scale_tiles.check_format(fmt)
+    scale_tiles.swizzled_shape(fmt.scale_shape(tuple(x.shape)))  # raises where x has no rows
+    if search or importance is not None:
+        parts = quantize(x, fmt, tensor_scale=tensor_scale, search=search, importance=importance)
+        return {**parts, "scale": scale_tiles.swizzle(parts["scale"])}
+    if traced(x):
+        values = torch.ops.tritonq.quantize_swizzled(x.detach(), _name(fmt), tensor_scale)
+        return _typed(values, fmt, tuple(x.shape))
+    return _quantize_swizzled(x, fmt, tensor_scale)
+
+
+@torch.no_grad()
+def _quantize_swizzled(x: Tensor, fmt: Format, tensor_scale: Tensor | None) -> Parts:
+    if not uses_triton(x) or x.numel() == 0 or not tuning.fits(fmt, x.shape[-1]):
+        parts = _quantize(x, fmt, None, None, tensor_scale)
+        return {**parts, "scale": scale_tiles.swizzle(parts["scale"])}
+    x = x.resolve_neg()
+    storage = fmt.storage(tuple(x.shape))
+    storage["scale"] = (scale_tiles.swizzled_shape(storage["scale"][0]), storage["scale"][1])
+    parts = {name: empty(shape, dtype, x.device) for name, (shape, dtype) in storage.items()}
+    _fill_given(parts, x, fmt, None, None, tensor_scale)
+    with _device_of(x):
+        if fmt.tensor_scale and tensor_scale is None:
+            plans.tensor_scale(x, fmt, parts["tensor_scale"])
+        plans.encode_swizzled(x, fmt, parts)
+    return parts
+
+
+def quantize_both(
+    x: Tensor,
+    fmt: Format | str,
+    *,
+    tensor_scale: Tensor | None = None,
+    out: tuple[Parts, Parts] | None = None,
+) -> tuple[Parts, Parts]:
+    """(quantize(x), quantize(x.mT)), bit for bit; on a GPU in one launch that reads x once where that is possible.
+
+    What training in 8 or 4 bits needs: the matrices of forward and backward contract different axes of one tensor, and
+    groups run along the axis that is contracted.
+
+    Args:
+        x: floating tensor [..., N, K], any strides, any size.
+        tensor_scale: precomputed, used verbatim for both.
+        out: the parts to fill, those of x and those of x.mT.
+
+    Raises:
+        ValueError: unknown format, or fewer than two dimensions. TypeError: x is not floating.
+    """
+    fmt = get_format(fmt)
+    check_both(x, fmt)
+    if traced(x):
+        values = torch.ops.tritonq.quantize_both(x.detach(), _name(fmt), tensor_scale)
+        shapes, count = (tuple(x.shape), tuple(x.mT.shape)), len(values) // 2
+        made = (_typed(values[:count], fmt, shapes[0]), _typed(values[count:], fmt, shapes[1]))
+        if out is None:
+            return made
+        for side, parts in zip(out, made, strict=True):
+            for name, part in side.items():
+                part.copy_(parts[name])
+        return out
+    return _quantize_both(x, fmt, tensor_scale, out)
+
+
+def check_both(x: Tensor, fmt: Format) -> None:
+    check_input(x, fmt)
+    if x.ndim < 2:
+        raise ValueError(
+            f"rows and columns are quantized of tensors of >= 2 dimensions, got shape {tuple(x.shape)}; reshape it, or "
+            "use quantize"
+        )
+
+
+@torch.no_grad()
+def _quantize_both(
+    x: Tensor, fmt: Format, tensor_scale: Tensor | None, out: tuple[Parts, Parts] | None = None
+) -> tuple[Parts, Parts]:
+    x = x.resolve_neg()
+    if out is None:
+        out = (allocate(fmt, tuple(x.shape), x.device), allocate(fmt, tuple(x.mT.shape), x.device))
+    else:
+        out = (_checked_out(out[0], fmt, x), _checked_out(out[1], fmt, x.mT))
+    if x.device.type == "meta":
+        return out
+    given = tensor_scale is not None
+    for side, view in zip(out, (x, x.mT), strict=True):
+        _fill_given(side, view, fmt, None, None, tensor_scale)
+    if uses_triton(x) and x.numel() and tuning.fits_both(fmt):
+        with _device_of(x):
+            plans.encode_both(x, fmt, *out, given)
+        return out
+    # Groups that fit no tile in both directions, or share bytes with their neighbours: two single quantizations.
+    _run(x, fmt, out[0], False, given, None)
+    if fmt.tensor_scale:
+        out[1]["tensor_scale"].copy_(out[0]["tensor_scale"])
+    _run(x.mT, fmt, out[1], False, True, None)
+    return out
 
 
 def qdq(
@@ -206,7 +373,7 @@ def qdq(
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
 ) -> Tensor:
-    """dequantize(quantize(x)) of x's shape and dtype, contiguous, without codes in memory."""
+    """dequantize(quantize(x)) of x's shape and dtype, contiguous, without codes in memory; arguments as `quantize`."""
     fmt = get_format(fmt)
     if scale is None and zero_point is None and tensor_scale is None:
         plan = _only_launch(x, fmt, "qdq")
@@ -330,19 +497,80 @@ def _tensor_scale(x: Tensor, fmt: Format) -> Tensor:
     return tiling.tensor_scale(x, fmt)
 
 
-def _run(x: Tensor, fmt: Format, parts: Parts, given: bool, given_tensor_scale: bool, y: Tensor | None) -> None:
+def hadamard(
+    x: Tensor, *, seed: int | None = None, signs: Sequence[int] | Tensor | None = None, inverse: bool = False
+) -> Tensor:
+    """y = H (s * x) / 4 along the last axis in blocks of 16, or with `inverse` x = s * (H y) / 4, which undoes it.
+
+    H is the 16 x 16 Sylvester matrix of +1 and -1. Computed in fp32 and rounded once, to the same bits on every device.
+    Rotating both operands of a matrix product along the axis it contracts leaves the product as it was, and spreads
+    outliers over their block before a cast to few bits. Differentiable: the gradient is rotated back.
+
+    Args:
+        x: floating tensor [..., K], K a multiple of 16, any strides.
+        seed: 0 .. 2^64 - 1; sign i is -1 where bit i of SplitMix64's first output is set (`rotation.seed_bits`).
+        signs: the 16 signs themselves, 1 or -1. Without seed and signs all are 1.
+        inverse: rotate back.
+
+    Returns:
+        Contiguous tensor of x's shape and dtype. A block with a non-finite element, or one whose sums leave fp32, has
+        non-finite elements.
+
+    Raises:
+        ValueError: K is not a multiple of 16, seed and signs together, or signs that are not. TypeError: x is not
+            floating.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"hadamard rotates bfloat16, float16, float32 and float64 tensors, got {x.dtype}; cast it first"
+        )
+    rotation.check_shape(tuple(x.shape))
+    return torch.ops.tritonq.hadamard(x, rotation.sign_bits(seed, signs), inverse)
+
+
+def _hadamard_operator(x: Tensor, signs: int, inverse: bool) -> Tensor:
+    x = x.resolve_neg()
+    y = empty(x.shape, x.dtype, x.device)
+    if x.numel():
+        if uses_triton(x):
+            with _device_of(x):
+                plans.hadamard(x, signs, inverse, y)
+        else:
+            rotation.hadamard(x, signs, inverse, y)
+    return y
+
+
+def _run(
+    x: Tensor,
+    fmt: Format,
+    parts: Parts,
+    given: bool,
+    given_tensor_scale: bool,
+    y: Tensor | None,
+    search: bool = False,
+    importance: Tensor | None = None,
+) -> None:
     if x.numel() == 0 or not uses_triton(x):
         if fmt.tensor_scale and not given_tensor_scale:
             parts["tensor_scale"].copy_(tiling.tensor_scale(x, fmt))
-        if x.numel():
-            tiling.encode(x, fmt, parts, given, y)
-        elif not given and "scale" in parts:
-            _empty_scales(x, fmt, parts)
+        if x.numel() == 0:
+            if not given and "scale" in parts:
+                _empty_scales(x, fmt, parts)
+            return
+        if search:
+            tiling.choose(x, fmt, parts)
+            tiling.search(x, fmt, parts, _weights(importance, fmt))
+        tiling.encode(x, fmt, parts, given or search, y)
         return
     with _device_of(x):
         if fmt.tensor_scale and not given_tensor_scale:
             plans.tensor_scale(x, fmt, parts["tensor_scale"])
-        plans.encode(x, fmt, parts, given, y)
+        if search:
+            plans.scales(x, fmt, parts)
+            plans.best_scales(x, fmt, parts, _weights(importance, fmt))
+        plans.encode(x, fmt, parts, given or search, y)
 
 
 def _empty_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
@@ -390,15 +618,37 @@ def _scales(fmt: Format, given: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
     return None if scale is None else scale.view(fmt.scale.dtype), zero_point, tensor_scale
 
 
-def _quantize_operator(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
+def _quantize_operator(x: Tensor, name: str, *given: Any) -> list[Tensor]:
     fmt = get_format(name)
     check_input(x, fmt)
-    return [_bits(part) for part in _quantize(x, fmt, *_scales(fmt, given)).values()]
+    return [_bits(part) for part in _quantize(x, fmt, *_scales(fmt, given[:3]), *given[3:]).values()]
 
 
-def _quantize_fake(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
+def _quantize_fake(x: Tensor, name: str, *given: Any) -> list[Tensor]:
     storage = get_format(name).storage(tuple(x.shape)).values()
     return [_bits(x.new_empty(shape, dtype=dtype)) for shape, dtype in storage]
+
+
+def _quantize_swizzled_operator(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
+    fmt = get_format(name)
+    check_input(x, fmt)
+    scale_tiles.check_format(fmt)
+    return [_bits(part) for part in _quantize_swizzled(x, fmt, tensor_scale).values()]
+
+
+def _quantize_swizzled_fake(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
+    qdata, scale, *rest = _quantize_fake(x, name)
+    return [qdata, scale.new_empty(scale_tiles.swizzled_shape(tuple(scale.shape))), *rest]
+
+
+def _quantize_both_operator(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
+    fmt = get_format(name)
+    check_both(x, fmt)
+    return [_bits(part) for side in _quantize_both(x, fmt, tensor_scale) for part in side.values()]
+
+
+def _quantize_both_fake(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
+    return [*_quantize_fake(x, name), *_quantize_fake(x.mT, name)]
 
 
 def _qdq_operator(x: Tensor, name: str, *given: Tensor | None) -> Tensor:
@@ -435,7 +685,26 @@ def _operator(schema: str, function: Any, fake: Any) -> None:
     torch.library.register_fake(f"tritonq::{name}", fake, lib=library)
 
 
-_operator(f"quantize(Tensor x, str format, {_GIVEN}) -> Tensor[]", _quantize_operator, _quantize_fake)
+_operator(
+    f"quantize(Tensor x, str format, {_GIVEN}, bool search=False, Tensor? importance=None) -> Tensor[]",
+    _quantize_operator,
+    _quantize_fake,
+)
+_operator(
+    "hadamard(Tensor x, int signs, bool inverse) -> Tensor",
+    _hadamard_operator,
+    lambda x, signs, inverse: x.new_empty(x.shape),
+)
+_operator(
+    "quantize_swizzled(Tensor x, str format, Tensor? tensor_scale=None) -> Tensor[]",
+    _quantize_swizzled_operator,
+    _quantize_swizzled_fake,
+)
+_operator(
+    "quantize_both(Tensor x, str format, Tensor? tensor_scale=None) -> Tensor[]",
+    _quantize_both_operator,
+    _quantize_both_fake,
+)
 _operator(f"qdq(Tensor x, str format, {_GIVEN}) -> Tensor", _qdq_operator, lambda x, *_, **__: x.new_empty(x.shape))
 _operator(
     f"qdq_backward(Tensor x, Tensor dy, str format, {_GIVEN}) -> Tensor",

@@ -9,6 +9,8 @@ The functions of an element codec, on values already divided by their scale:
 * `encode(x, zero, element) -> code`: fp32 to integer codes 0 .. 2^bits - 1, saturating, round half to even.
 * `decode(code, zero, element) -> x`: back to fp32, exactly.
 * `round(x, zero, element) -> x`: decode(encode(x)) without the code, for QDQ.
+* `round_product(x, factor, zero, element) -> x`: round(x * factor), for factors of 16 bits: exact products of bf16
+  numbers (Triton only).
 * `clipped(x, zero, element) -> bool`: whether x lies outside the range of the codes before rounding (torch only).
 
 `zero` is the code of 0: a constant of the element type, or the zero points of asymmetric formats. NaN never reaches
@@ -34,7 +36,7 @@ class Codec:
     Attributes:
         name: of the family.
         encode_ref, decode_ref, round_ref, clipped_ref: torch functions as described above. They may overwrite `x`.
-        device_module: where the device functions `encode`, `decode`, `round` live.
+        device_module: where the device functions `encode`, `decode`, `round`, `round_product` live.
         offset_binary: codes are shifted so that the most negative number is code 0.
         scratch: fp32 tensors that `round_ref` keeps at a time, x included; the CPU path makes its tiles accordingly.
     """
@@ -60,10 +62,14 @@ class Codec:
     def round(self) -> Any:
         return importlib.import_module(self.device_module).round
 
+    @property
+    def round_product(self) -> Any:
+        return importlib.import_module(self.device_module).round_product
+
     @functools.cached_property
     def cache_key(self) -> str:
         """Changes when the source of a device function changes."""
-        keys = [fn.cache_key for fn in (self.encode, self.decode, self.round)]
+        keys = [fn.cache_key for fn in (self.encode, self.decode, self.round, self.round_product)]
         return hashlib.sha256("-".join(keys).encode()).hexdigest()[:16]
 
     def __repr__(self) -> str:

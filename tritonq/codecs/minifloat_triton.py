@@ -136,6 +136,11 @@ def round(x, zero, ELEM: tl.constexpr):
 
 
 @triton.jit
+def round_product(x, factor, zero, ELEM: tl.constexpr):
+    return round(x * factor, zero, ELEM)
+
+
+@triton.jit
 def decode_bits(code, ELEM: tl.constexpr):
     """`decode` by integer arithmetic on every target."""
     MAGNITUDE: tl.constexpr = (1 << (ELEM.ebits + ELEM.mbits)) - 1
