@@ -95,13 +95,13 @@ def record(fmt, shape, dtype):
         x = torch.zeros(shape, dtype=dtype)
         parts = ops.quantize(x, fmt)
         ops.qdq(x, fmt)
-        if fmt.super_group:  # takes no given scales; the gradient computes them alone
+        ops.dequantize(parts, fmt, shape, dtype)
+        if fmt.super_group:  # takes no given scales and has no search; the gradient computes scales alone
             ops.qdq_backward(x, x, fmt)
         else:
             ops.qdq(x, fmt, **{k: v for k, v in parts.items() if k != "qdata"})
-        ops.dequantize(parts, fmt, shape, dtype)
-        ops.quantize(x, fmt, search="mse")
-        ops.quantize(x, fmt, search="mse", importance=x.reshape(-1, shape[-1])[0].float())
+            ops.quantize(x, fmt, search="mse")
+            ops.quantize(x, fmt, search="mse", importance=x.reshape(-1, shape[-1])[0].float())
     return tuple(found.values())
 
 
