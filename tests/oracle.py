@@ -1,8 +1,8 @@
 """A slow, independent oracle in numpy and Python integers, group by group, from the specification (numerics.md).
 
 It takes nothing from tritonq but the declared fields of a Format: bits, ebits, mbits, special, fraction, values, group,
-scale name and rule. fp32 arithmetic is numpy's fp32 arithmetic; everything else is exact (float64 of few bits,
-Fraction, table search).
+super_group, scale name and rule. fp32 arithmetic is numpy's fp32 arithmetic; everything else is exact (float64 of few
+bits, Fraction, table search).
 """
 
 import bisect
@@ -143,32 +143,36 @@ def exponent(amax, element, rule):
     return min(max(e - emax + 127, 0), 254)
 
 
+def raw_scale(hi, lo, fmt, tensor_scale=None):
+    """fp32 scale, not rounded, of a group with largest and smallest element hi, lo; by the rules of float scales."""
+    rule, element = fmt.scale.rule, fmt.element
+    amax, levels = max(abs(hi), abs(lo)), 2**element.bits - 1
+    with np.errstate(over="ignore"):
+        if rule == "minmax":
+            return (max(hi, F32(0)) - min(lo, F32(0))) / F32(levels)
+        if rule == "full_range":
+            m = hi if hi >= -lo else lo
+            return -m / F32(2 ** (element.bits - 1))
+        if rule == "half_range":
+            return amax / F32(levels / 2)
+        if tensor_scale is not None:
+            return F32(tensor_scale) * amax / F32(element_max(element))
+        return amax / F32(element_max(element))
+
+
 def choose(x, fmt, tensor_scale=None):
     """(storage bits, zero point) of one group, flat fp32."""
     name, rule, element = fmt.scale.name, fmt.scale.rule, fmt.element
     if not np.isfinite(x).all():
         return SCALE_NAN[name], 0
     hi, lo = (F32(x.max()), F32(x.min())) if x.size else (F32(0), F32(0))
-    amax = max(abs(hi), abs(lo))
     if name == "e8m0":
-        return exponent(amax, element, rule), 0
-    levels = 2**element.bits - 1
-    with np.errstate(over="ignore"):
-        if rule == "minmax":
-            hi, lo = max(hi, F32(0)), min(lo, F32(0))
-            bits = store_scale((hi - lo) / F32(levels), name)
-            zero = np.clip(np.rint(-lo / load_scale(bits, name)), 0, levels)
-            return bits, int(zero)
-        if rule == "full_range":
-            m = hi if hi >= -lo else lo
-            s = -m / F32(2 ** (element.bits - 1))
-        elif rule == "half_range":
-            s = amax / F32(levels / 2)
-        elif tensor_scale is not None:
-            s = F32(tensor_scale) * amax / F32(element_max(element))
-        else:
-            s = amax / F32(element_max(element))
-    return store_scale(s, name), 0
+        return exponent(max(abs(hi), abs(lo)), element, rule), 0
+    bits = store_scale(raw_scale(hi, lo, fmt, tensor_scale), name)
+    if rule != "minmax":
+        return bits, 0
+    zero = np.clip(np.rint(-min(lo, F32(0)) / load_scale(bits, name)), 0, 2**element.bits - 1)
+    return bits, int(zero)
 
 
 def choose_tensor_scale(x, fmt):
@@ -184,6 +188,11 @@ def choose_tensor_scale(x, fmt):
 
 
 # ------------------------------------------------------------------------------------------------- groups and tensors
+
+
+def asymmetric(fmt):
+    """Whether codes are 0 .. 2^bits - 1: with a zero point, or with the minima of super-groups."""
+    return fmt.zero_point or bool(fmt.super_group and fmt.scale.rule == "minmax")
 
 
 def encode(x, fmt, factor, zero):
@@ -204,7 +213,7 @@ def encode(x, fmt, factor, zero):
         return nearest(y, element.values)
     levels = 2**element.bits - 1
     y = np.clip(np.rint(y.astype(np.float64) * 2**element.fraction), -1e6, 1e6).astype(np.int64)
-    return np.clip(y + (zero if fmt.zero_point else 2 ** (element.bits - 1)), 0, levels)
+    return np.clip(y + (zero if asymmetric(fmt) else 2 ** (element.bits - 1)), 0, levels)
 
 
 def decode(codes, fmt, factor, zero):
@@ -215,7 +224,7 @@ def decode(codes, fmt, factor, zero):
     elif element.values:  # codes beyond the table stand for its last value
         values = np.array(element.values, np.float32)[np.minimum(codes, len(element.values) - 1)]
     else:
-        values = (np.asarray(codes) - (zero if fmt.zero_point else 2 ** (element.bits - 1))).astype(np.float32)
+        values = (np.asarray(codes) - (zero if asymmetric(fmt) else 2 ** (element.bits - 1))).astype(np.float32)
         values /= F32(2**element.fraction)
     with np.errstate(over="ignore", invalid="ignore"):
         return values * F32(factor)
@@ -251,6 +260,8 @@ def quantize(x, fmt, scale=None, zero_point=None, tensor_scale=None):
     `scale` (storage bits), `zero_point` and `tensor_scale` given are used verbatim.
     """
     flat = to_float32(np.asarray(x, np.float64))
+    if fmt.super_group:
+        return quantize_super_groups(flat, fmt)
     view, count, groups = regions(flat.shape, fmt)
     flat = flat.reshape(view)
     codes, values = np.zeros(view, np.int64), np.zeros(view, np.float32)
@@ -270,6 +281,73 @@ def quantize(x, fmt, scale=None, zero_point=None, tensor_scale=None):
         values[where] = decode(codes[where], fmt, factor, zeros[index])
     return SimpleNamespace(codes=codes.reshape(x.shape), scale=bits, zero_point=zeros, tensor_scale=tensor_scale,
                            values=values.reshape(x.shape))  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- super-groups
+
+INTEGERS = {"u4": (0, 15), "u6": (0, 63), "u8": (0, 255), "i6": (-32, 31), "i8": (-128, 127)}
+
+
+def super_groups(shape, fmt):
+    """((batch, n, k), scales, super-scales, [(super index, slices, groups within)]); groups are as in `regions`."""
+    view, count, groups = regions(shape, fmt)
+    k, per = shape[-1], fmt.super_group // fmt.group[1]
+    in_row, across = -(-k // fmt.group[1]), -(-k // fmt.super_group)
+    found = []
+    for index in range(view[1] * across):
+        row, j = divmod(index, across)
+        inside = [groups[row * in_row + i] for i in range(j * per, min((j + 1) * per, in_row))]
+        where = (slice(0, 1), slice(row, row + 1), slice(j * fmt.super_group, (j + 1) * fmt.super_group))
+        found.append((index, where, inside))
+    return view, count, view[1] * across, found
+
+
+def quantize_again(raw, fmt, zero):
+    """(storage bits of the super-scale, its value, integers) of the scales or minima of one super-group: the largest
+    magnitude takes the end of the range, with the sign that brings it there; `zero` replaces an integer 0."""
+    low, high = INTEGERS[fmt.scale.name]
+    largest = max(raw, key=lambda s: (abs(s), s))
+    bits = store_scale(largest / F32(low or high), "f16")
+    value = load_scale(bits, "f16")
+    integers = [int(np.clip(np.rint(s / value), low, high)) or zero for s in raw]
+    return bits, value, integers
+
+
+def quantize_super_groups(flat, fmt):
+    """As `quantize`; `supers` holds the other parts, flat, as storage bits."""
+    shape = flat.shape
+    view, count, super_count, found = super_groups(shape, fmt)
+    flat = flat.reshape(view)
+    codes, values = np.zeros(view, np.int64), np.zeros(view, np.float32)
+    names = {"super_scale": super_count}
+    if asymmetric(fmt):
+        names.update(group_minimum=count, super_minimum=super_count)
+    scale, supers = np.zeros(count, np.int64), {name: np.zeros(n, np.int64) for name, n in names.items()}
+    for index, where, groups in found:
+        if not np.isfinite(flat[where]).all():
+            supers["super_scale"][index] = SCALE_NAN["f16"]
+            codes[where] = 0 if asymmetric(fmt) else encode(np.zeros(1, np.float32), fmt, F32(1), 0)
+            values[where] = math.nan
+            if asymmetric(fmt):
+                supers["super_minimum"][index] = SCALE_NAN["f16"]
+            continue
+        ranges = [(F32(flat[w].max()), F32(flat[w].min())) for _, w in groups]
+        bits, d, integers = quantize_again([raw_scale(hi, lo, fmt) for hi, lo in ranges], fmt, 1)
+        supers["super_scale"][index] = bits
+        e, minima = F32(0), [0] * len(groups)
+        if asymmetric(fmt):
+            bits, e, minima = quantize_again([-min(lo, F32(0)) for _, lo in ranges], fmt, 0)
+            supers["super_minimum"][index] = bits
+        for (group, w), k, j in zip(groups, integers, minima, strict=True):
+            scale[group] = k % 256
+            factor, offset = d * F32(k), e * F32(j)
+            x = flat[w] + offset if asymmetric(fmt) else flat[w]
+            codes[w] = encode(x, fmt, factor, 0)
+            values[w] = decode(codes[w], fmt, factor, 0)
+            if asymmetric(fmt):
+                supers["group_minimum"][group] = j
+                values[w] -= offset
+    return SimpleNamespace(codes=codes.reshape(shape), scale=scale, supers=supers, values=values.reshape(shape))
 
 
 def dequantize(codes, fmt, scale, zero_point=None, tensor_scale=None):
@@ -311,7 +389,7 @@ def unpack(data, bits, n):
 def qdata(codes, fmt):
     """Stored bytes [..., ceil(bits K / 8)] of codes; symmetric int8 is stored as two's complement."""
     codes = np.asarray(codes)
-    if not (fmt.element.ebits or fmt.element.values or fmt.zero_point) and fmt.element.bits == 8:
+    if not (fmt.element.ebits or fmt.element.values or asymmetric(fmt)) and fmt.element.bits == 8:
         codes = (codes - 128) % 256
     rows = [list(pack(row, fmt.element.bits)) for row in codes.reshape(-1, codes.shape[-1])] if codes.size else []
     width = -(-fmt.element.bits * codes.shape[-1] // 8)

@@ -374,7 +374,7 @@ def store(x, fmt, device):
     """Storage bits and fp32 values of fp32 scales on a backend."""
     t = torch.from_numpy(np.array(x, np.float32))
     if device == "cpu" and not INTERPRET:
-        stored = scales.store(t, ~torch.isfinite(t), fmt)
+        stored = scales.store(t, ~torch.isfinite(t), fmt.scale)
         value = scales.load(stored, fmt)
         width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[fmt.scale.dtype.itemsize]
         bits = stored.view(width).numpy().astype(np.int64) % 2 ** (8 * fmt.scale.dtype.itemsize)

@@ -34,8 +34,9 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
          torch.uint8: "*u8",
          torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 REPRESENTATIVE = ("int4_g128", "int4_g128_asym", "int3_g128", "fp8_e4m3_channel", "fp8_e4m3_b128x128", "mxfp4",
-                  "nvfp4", "fp8_e4m3fnuz_channel", "e3m4_g48", "nf4_g64", "mxint8")  # fmt: skip
-WIDE_LOADS = ("int4_g128", "int8_channel", "fp8_e4m3_channel", "mxfp8", "mxfp4", "nvfp4", "nf4_g64", "mxint8")
+                  "nvfp4", "fp8_e4m3fnuz_channel", "e3m4_g48", "nf4_g64", "mxint8", "q4_k", "q6_k")  # fmt: skip
+WIDE_LOADS = ("int4_g128", "int8_channel", "fp8_e4m3_channel", "mxfp8", "mxfp4", "nvfp4", "nf4_g64", "mxint8",
+              "q4_k", "q6_k")  # fmt: skip
 REGISTERS = 160  # of aligned input; odd shapes keep more offsets and masks alive
 
 
@@ -94,10 +95,13 @@ def record(fmt, shape, dtype):
         x = torch.zeros(shape, dtype=dtype)
         parts = ops.quantize(x, fmt)
         ops.qdq(x, fmt)
-        ops.qdq(x, fmt, **{k: v for k, v in parts.items() if k != "qdata"})
         ops.dequantize(parts, fmt, shape, dtype)
-        ops.quantize(x, fmt, search="mse")
-        ops.quantize(x, fmt, search="mse", importance=x.reshape(-1, shape[-1])[0].float())
+        if fmt.super_group:  # takes no given scales and has no search; the gradient computes scales alone
+            ops.qdq_backward(x, x, fmt)
+        else:
+            ops.qdq(x, fmt, **{k: v for k, v in parts.items() if k != "qdata"})
+            ops.quantize(x, fmt, search="mse")
+            ops.quantize(x, fmt, search="mse", importance=x.reshape(-1, shape[-1])[0].float())
     return tuple(found.values())
 
 
@@ -164,6 +168,8 @@ def test_registry_compiles(name, tmp_path):
         ("mxfp8_rceil", (4, 4096), torch.float64),
         ("e4m3_g32_ue5m3", (8, 96), torch.float32),
         ("int6_channel", (8, 5000), torch.bfloat16),
+        ("q3_k", (7, 1000), torch.float32),
+        ("e2m1_g16_u8_s64", (5, 333), torch.float64),
     ],
 )
 def test_odd_shapes_and_types_compile(name, shape, dtype, tmp_path):
@@ -176,7 +182,7 @@ def test_every_kernel_is_covered():
     """The recorded launches contain every kernel of tritonq/kernels, in every mode."""
     seen = {
         one.name
-        for name in ("int4_g128", "int3_g7", "nvfp4", "fp8_e4m3_tensor", "int8_channel")
+        for name in ("int4_g128", "int3_g7", "nvfp4", "fp8_e4m3_tensor", "int8_channel", "q4_k")
         for one in launches(name)
     }
     seen |= {one.name for one in launches("int3_g7", (5, 33), torch.float32)}
@@ -190,7 +196,8 @@ def test_every_kernel_is_covered():
     for file in (Path(ops.__file__).parent / "kernels").glob("*.py"):
         kernels |= set(re.findall(r"@triton\.jit(?:\(.*\))?\ndef (\w+_kernel)\(", file.read_text()))
     assert kernels == {name.split("-")[0] for name in seen}
-    assert {f"group_kernel-{mode}" for mode in ("quantize", "qdq", "scale")} <= seen
+    for kernel in ("group_kernel", "super_group_kernel"):
+        assert {f"{kernel}-{mode}" for mode in ("quantize", "qdq", "scale")} <= seen
 
 
 @pytest.mark.parametrize("name", WIDE_LOADS)

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(INTERPRET, reason="CPU tensors go to the interpreter under TRITON_INTERPRET=1")
 
 NAMES = ("int4_g128", "int4_g128_asym", "int3_g128", "int8_channel", "int5_g20", "fp8_e4m3_tensor", "fp8_e4m3_b128x128",
-         "mxfp8", "mxfp6_e3m2", "mxfp4", "nvfp4", "e3m4_g48", "int4_tensor_asym", "fp8_e4m3_b256x256")  # fmt: skip
+         "mxfp8", "mxfp6_e3m2", "mxfp4", "nvfp4", "e3m4_g48", "int4_tensor_asym", "fp8_e4m3_b256x256", "q4_k",
+         "q6_k")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,7 +100,7 @@ print(max(peak[0], anonymous()) - start - size)
 @pytest.mark.parametrize("name,layout,what", [
     ("int4_g128", "contiguous", "qdq"), ("int4_g128", "transposed", "qdq"), ("fp8_e4m3_tensor", "contiguous", "qdq"),
     ("nvfp4", "contiguous", "qdq"), ("int3_g128", "transposed", "quantize"), ("int8_channel", "contiguous",
-    "dequantize"),
+    "dequantize"), ("q4_k", "contiguous", "qdq"), ("q6_k", "transposed", "quantize"),
 ])  # fmt: skip
 @pytest.mark.parametrize("heap", ["live", "default"])
 def test_scratch_memory(name, layout, what, heap):

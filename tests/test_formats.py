@@ -18,7 +18,7 @@ UNLISTED = (
     "e5m1_b16x16_f16", "mxfp4_rceil", "mxfp8_ceil", "mxfp4_even", "int4_g128_half_range", "int8_channel_absmax",
     "e4m3_g32_ue5m3", "e3m0_g32_e8m0_even", "int4_g128_f16", "fp8_e4m3_channel_bf16", "int4_g128_full_range",
     "nf4_channel", "nf4_b16x16", "nf4_g48_bf16", "af4_g64", "nf4_tensor_f16_absmax", "mxint8_rceil", "int8f6_g32",
-    "int4f3_channel_f32",
+    "int4f3_channel_f32", "int4_g32_asym_u6_s256", "int6_g16_i8_s256", "e2m1_g16_u8_s64", "int4_g8_u4_s32_half_range",
 )  # fmt: skip
 
 
@@ -68,6 +68,8 @@ def test_defaults_of_names():
     int8f6 = get_format("int8f6_g32").scale
     assert (int8f6.name, int8f6.rule) == ("bf16", "absmax")
     assert fields["nvfp4"] == ((1, 16), "e4m3", "absmax", False, True)
+    assert fields["q4_k"] == ((1, 32), "u6", "minmax", False, False) and get_format("q4_k").super_group == 256
+    assert fields["q6_k"] == ((1, 16), "i8", "full_range", False, False) and not get_format("q6_k").minimum
     assert (
         get_format("int4_g128_half_range").scale.rule == "half_range"
         and get_format("mxfp4_rceil").scale.rule == "rceil"
@@ -90,6 +92,11 @@ STORAGE = {
     ("int8_channel", (2, 0)): {"qdata": ((2, 0), torch.int8), "scale": ((2, 1), torch.bfloat16)},
     ("nf4_g64", (3, 130)): {"qdata": ((3, 65), torch.uint8), "scale": ((3, 3), torch.float32)},
     ("mxint8", (2, 33)): {"qdata": ((2, 33), torch.int8), "scale": ((2, 2), torch.float8_e8m0fnu)},
+    ("q4_k", (3, 300)): {"qdata": ((3, 150), torch.uint8), "scale": ((3, 10), torch.uint8),
+                         "group_minimum": ((3, 10), torch.uint8), "super_scale": ((3, 2), torch.float16),
+                         "super_minimum": ((3, 2), torch.float16)},
+    ("q6_k", (256,)): {"qdata": ((192,), torch.uint8), "scale": ((16,), torch.int8),
+                       "super_scale": ((1,), torch.float16)},
     ("fp8_e4m3fnuz_channel", (1,)): {"qdata": ((1,), torch.float8_e4m3fnuz), "scale": ((1,), torch.float32)},
 }  # fmt: skip
 
@@ -117,7 +124,11 @@ def test_unknown_name_lists_the_known():
                                   "mxfp8_e3m2",
                                   "mxfp6", "nf5_g64", "e0m3_g16", "int4_g128_foo", "fp8_e4m3_g32_asym",
                                   "int4_g32_ue5m3_full_range", "nf4_g64_asym", "nf4_g64_full_range", "int8f6_g32_asym",
-                                  "int8f6_g32_half_range", "int4f4_g32", "mxint8_e4m3", "mxint4", "nf3_g64",
+                                  "int8f6_g32_half_range", "int4_g32_u6", "int4_g32_s256", "int4_g32_bf16_s256",
+                                  "int4_g32_asym_i8_s256", "int4_g32_i8_s256_absmax", "int4_g48_i8_s256", "q7_k",
+                                  "int4_channel_i8_s256", "int4_g32_i8_s16", "int4_g32_i8_s8192",
+                                  "int4_g32_u6_s256_minmax", "e2m1_g16_i8_s64", "int8f6_g32_asym_u6_s256",
+                                  "int4_g4_i8_s4", "int4f4_g32", "mxint8_e4m3", "mxint4", "nf3_g64",
                                   ""])  # fmt: skip
 def test_impossible_names_are_value_errors(name):
     with pytest.raises(ValueError) as error:
@@ -231,9 +242,10 @@ def test_name_conflicts_are_refused(monkeypatch):
 
 def test_same_name_different_contents_are_different():
     """__hash__ looks at the name alone; equality, repr and the kernels' cache key do not."""
-    a = get_format("int4_g128")
-    b = replace(a, group=(1, 64))
-    assert hash(a) == hash(b) and a != b and repr(a) != repr(b) and a.cache_key != b.cache_key
+    for name, change in (("int4_g128", {"group": (1, 64)}), ("q4_k", {"super_group": 128})):
+        a = get_format(name)
+        b = replace(a, **change)
+        assert hash(a) == hash(b) and a != b and repr(a) != repr(b) and a.cache_key != b.cache_key
 
 
 def test_defaults_are_whole_formats():

@@ -24,7 +24,8 @@ UNLISTED = (
     "int8_channel_absmax", "e4m3_g32_ue5m3", "e3m0_g32_e8m0_even", "int4_g128_f16", "fp8_e4m3_channel_bf16",
     "int8_g32_e8m0_floor", "int7_b2x6_absmax", "e4m3ieee_g16_e4m3", "int2_tensor", "e1m0_g5", "int8_g16_asym",
     "int4_g3", "int2_g3_asym", "e2m3_g3", "int8_g3", "int4_g1", "nf4_channel", "nf4_b16x16", "nf4_g48_bf16", "af4_g64",
-    "mxint8_rceil", "int6f2_g20", "nf4_g32_e8m0_even",
+    "mxint8_rceil", "int6f2_g20", "nf4_g32_e8m0_even", "e2m1_g16_u8_s64", "int8_g8_asym_u4_s32", "int3_g4_i6_s8",
+    "fp8_e4m3_g64_u6_s64", "int8_g32_i8_s128", "nf4_g16_u4_s128", "int4_g16_u6_s32_half_range",
 )  # fmt: skip
 # Tables of a user: 3 bits, subnormal values among them; 3 bits of which 3 codes are not used; 8 bits.
 TABLES = {fmt.name: fmt for fmt in (
@@ -36,12 +37,15 @@ TABLES = {fmt.name: fmt for fmt in (
 NAMES = tuple(dict.fromkeys((*FORMATS, *UNLISTED, *TABLES)))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-every_format = pytest.mark.parametrize("name", NAMES)
-
 
 def get_format(name):
     """As `formats.get_format`; knows TABLES, which stay out of the registry."""
     return TABLES.get(name) or formats.get_format(name)
+
+
+every_format = pytest.mark.parametrize("name", NAMES)
+# Formats with super-groups take no given scales; test_super_groups.py has these laws for them.
+takes_scales = pytest.mark.parametrize("name", [n for n in NAMES if not get_format(n).super_group])
 
 
 def examples(device, native, interpreted):
@@ -104,8 +108,11 @@ KINDS = ("normal", "wide", "ties", "top", "tiny")
 def tensors(draw, fmt, layouts=LAYOUTS, kinds=KINDS, limit=6000):
     """Any floating tensor of 1 to 4 dimensions that `fmt` takes, ragged last groups included."""
     rows, cols = fmt.group
-    cols = cols if cols > 0 else draw(st.sampled_from((8, 33, 64)))
-    k = draw(st.sampled_from(sorted({1, 2, max(1, cols - 1), cols, cols + 1, 2 * cols, 2 * cols + 3, 5})))
+    cols = fmt.super_group or (cols if cols > 0 else draw(st.sampled_from((8, 33, 64))))
+    sizes = {1, 2, max(1, cols - 1), cols, cols + 1, 2 * cols, 2 * cols + 3, 5}
+    if fmt.super_group:  # whole groups in the last super-group, of which one is short
+        sizes |= {cols + fmt.group[1], 3 * fmt.group[1]}
+    k = draw(st.sampled_from(sorted(sizes)))
     lead = draw(st.lists(st.integers(1, 4), min_size=1 if rows > 1 else 0, max_size=3))
     if rows > 1:
         lead[-1] = draw(st.sampled_from((1, rows - 1, rows, rows + 2)))
@@ -124,11 +131,15 @@ def storage_bits(scale):
 
 def check_against_oracle(parts, y, expected, fmt, dtype):
     """Stored bytes, scales and values of a backend against the oracle's."""
-    got = storage_bits(parts["scale"])
-    name = fmt.scale.name
-    nan = np.array([math.isnan(oracle.load_scale(int(b), name)) for b in got], bool)
-    got = np.where(nan, oracle.SCALE_NAN[name], got)
-    np.testing.assert_array_equal(got, expected.scale, "scale")
+    if fmt.super_group:
+        for key, bits in {"scale": expected.scale, **expected.supers}.items():
+            np.testing.assert_array_equal(storage_bits(parts[key]), bits, key)
+    else:
+        got = storage_bits(parts["scale"])
+        name = fmt.scale.name
+        nan = np.array([math.isnan(oracle.load_scale(int(b), name)) for b in got], bool)
+        got = np.where(nan, oracle.SCALE_NAN[name], got)
+        np.testing.assert_array_equal(got, expected.scale, "scale")
     if fmt.zero_point:
         np.testing.assert_array_equal(parts["zero_point"].cpu().numpy().ravel(), expected.zero_point, "zero point")
     if fmt.tensor_scale:
@@ -182,7 +193,7 @@ def test_oracle(name, device):
     check()
 
 
-@every_format
+@takes_scales
 def test_packed_bytes_decode(name, device):
     """Law 3: rows take ceil(bits n / 8) bytes of an LSB-first bitstream; any code and scale decodes by the book."""
     fmt = get_format(name)
@@ -232,7 +243,7 @@ def unit_parts(fmt, shape):
     return parts
 
 
-@every_format
+@takes_scales
 def test_representable_values_midpoints_monotone(name, device):
     """Law 4, with scale 1: values encode to themselves, midpoints to the even code, in order, up to element.max."""
     fmt = get_format(name)
@@ -278,9 +289,10 @@ def test_representable_values_midpoints_monotone(name, device):
 
 @every_format
 def test_non_finite_input_poisons_its_group(name, device):
-    """Law 5: its group dequantizes to NaN, its scale is NaN, and no other group notices."""
+    """Law 5: its group (its super-group, whose super-scale can be NaN) dequantizes to NaN, its scale is NaN, and no
+    other group notices."""
     fmt = get_format(name)
-    rows, cols = fmt.group
+    rows, cols = fmt.group[0], fmt.super_group or fmt.group[1]
     k = 3 * cols + 1 if cols > 0 else 40
     n = 2 * rows + 1 if rows > 1 else 5
     bad_values = (math.nan, math.inf, -math.inf)
@@ -289,16 +301,32 @@ def test_non_finite_input_poisons_its_group(name, device):
         x[n // 2, k // 2] = bad
         x[0, 0] = -bad
         expected = oracle.quantize(x.to(torch.float64).numpy(), fmt)
-        view, _, groups = oracle.regions((n, k), fmt)
-        for index, where in groups:
+        if fmt.super_group:
+            view, *_, groups = oracle.super_groups((n, k), fmt)
+            scale, nan = expected.supers["super_scale"], oracle.SCALE_NAN["f16"]
+        else:
+            view, _, groups = oracle.regions((n, k), fmt)
+            scale, nan = expected.scale, oracle.SCALE_NAN[fmt.scale.name]
+        for index, where, *_ in groups:
             poisoned = not np.isfinite(x.to(torch.float64).numpy().reshape(view)[where]).all()
             assert np.isnan(expected.values.reshape(view)[where]).all() == poisoned
-            assert (expected.scale[index] == oracle.SCALE_NAN[fmt.scale.name]) == poisoned
+            assert (scale[index] == nan) == poisoned
         parts = ops.quantize(x.to(device), fmt)
         y = ops.qdq(x.to(device), fmt)
         assert_same(y, ops.dequantize(parts, fmt, (n, k), dtype))
         check_against_oracle(parts, y, expected, fmt, dtype)
         assert_same_parts(parts, reference.quantize(x, fmt))
+
+
+def check_zero_scales(parts, fmt):
+    """Those of zeros: e8m0 byte 0, or a finite positive number; so are an integer scale and its super-scale."""
+    if fmt.super_group:
+        for bits in storage_bits(parts["super_scale"]):
+            assert 0 < oracle.load_scale(int(bits), "f16") < math.inf
+        assert set(storage_bits(parts["scale"])) <= {1}
+        return
+    for bits in storage_bits(parts["scale"]):
+        assert bits == 0 if fmt.scale.name == "e8m0" else 0 < oracle.load_scale(int(bits), fmt.scale.name) < math.inf
 
 
 @every_format
@@ -311,13 +339,12 @@ def test_zeros(name, device):
     x = torch.zeros(shape, dtype=torch.bfloat16)
     x[:, ::2] = -0.0
     parts = ops.quantize(x.to(device), fmt)
-    for scale in storage_bits(parts["scale"]):
-        assert scale == 0 if fmt.scale.name == "e8m0" else 0 < oracle.load_scale(int(scale), fmt.scale.name) < math.inf
+    check_zero_scales(parts, fmt)
     y = ops.dequantize(parts, fmt, shape, x.dtype)
     assert bool((y == 0).all())
     assert_same(ops.qdq(x.to(device), fmt), y)
     codes = oracle.encode(x.to(torch.float32).numpy(), fmt, np.float32(1), 0)
-    zero_code = {True: 0, False: 2 ** (fmt.bits - 1)}[bool(fmt.element.ebits) or fmt.zero_point]
+    zero_code = {True: 0, False: 2 ** (fmt.bits - 1)}[bool(fmt.element.ebits) or oracle.asymmetric(fmt)]
     if fmt.element.values:
         zero_code = fmt.element.values.index(0)
     assert set(np.unique(codes % 2 ** (fmt.bits - 1) if fmt.element.ebits else codes)) == {zero_code}
@@ -358,6 +385,7 @@ def test_any_tile(name, device, any_plan, monkeypatch):
     """Law 8: the same bits whatever the tile, on the CPU and for kernels, and for groups larger than one."""
     fmt = get_format(name)
     rows, cols = fmt.group
+    cols = fmt.super_group or cols
     x = values((2 * rows + 1 if 1 < rows < 100 else 7, 3 * cols + 5 if cols > 0 else 515), torch.bfloat16, 5)
     if INTERPRET:
         x = x[:3]
@@ -418,10 +446,7 @@ def test_no_elements(name, device):
         x = torch.zeros(shape, dtype=torch.bfloat16, device=device)
         parts = ops.quantize(x, fmt)
         assert {k: (tuple(v.shape), v.dtype) for k, v in parts.items()} == fmt.storage(shape)
-        for bits in storage_bits(parts["scale"]):
-            assert (
-                bits == 0 if fmt.scale.name == "e8m0" else 0 < oracle.load_scale(int(bits), fmt.scale.name) < math.inf
-            )
+        check_zero_scales(parts, fmt)
         for y in (ops.qdq(x, fmt), ops.dequantize(parts, fmt, shape, x.dtype)):
             assert tuple(y.shape) == shape and y.dtype is x.dtype
 
@@ -452,7 +477,7 @@ def test_groups_larger_than_a_tile(name, device):
         assert bool(y[..., -1, -1].isnan().all()) == (bad is not None)
 
 
-@every_format
+@takes_scales
 def test_given_parts_are_used_verbatim(name, device):
     """A scale, zero point or tensor scale passed in comes back as it is, and the codes follow it by the book."""
     fmt = get_format(name)
@@ -485,7 +510,9 @@ def test_given_parts_are_used_verbatim(name, device):
         )
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if get_format(n).element.nan_code >= 0])
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if get_format(n).element.nan_code >= 0 and not get_format(n).super_group]
+)
 def test_given_scale_keeps_nan_where_the_element_can(name, device):
     """Law 5 with a scale that says nothing about x: elements with a NaN code store NaN."""
     fmt = get_format(name)
@@ -512,7 +539,7 @@ def edge_cases():
                  "int8_g32_e8m0_even", "mxfp6_e3m2_rceil", "e4m3_g32_ue5m3", "nvfp4", "int4_g32", "int4_g32_f16",
                  "int8_g32_f32",
                  "int4_g32_asym", "int4_g32_asym_f32", "fp8_e4m3_g32", "int3_g32_half_range", "mxint8", "mxint8_rceil",
-                 "nf4_g32"):  # fmt: skip
+                 "nf4_g32", "q2_k", "q3_k", "q4_k", "q6_k", "int4_g16_u6_s32_half_range"):  # fmt: skip
         yield (
             name,
             [*powers, *around, *rounding, top, -top, top / 2, 448.0, 6.0, 448.00003, 6.0000005, 65504.0, 1e-45, 3e-39],
@@ -575,7 +602,8 @@ def test_rceil_never_saturates(device):
         assert not fmt.saturates
 
 
-@pytest.mark.parametrize("name,columns,stride", [("int4_g128", 128, 24_000_000), ("int8_channel", 40_000, 60_000)])
+@pytest.mark.parametrize("name,columns,stride", [("int4_g128", 128, 24_000_000), ("int8_channel", 40_000, 60_000),
+                                                 ("q4_k", 256, 12_000_000)])  # fmt: skip
 def test_column_strides_beyond_32_bits(name, columns, stride, device):
     """Offsets of columns need 64 bits: 32 read outside the tensor, in slices of groups and in long rows."""
     if device == "cpu" and not INTERPRET:

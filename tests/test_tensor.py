@@ -20,7 +20,8 @@ from tritonq import ops
 from tritonq.tensor import Layout, QTensor
 
 FORMATS = ("int4_g128", "int4_g128_asym", "int3_g128", "int8_channel", "fp8_e4m3_tensor", "fp8_e4m3_channel",
-           "fp8_e4m3_b128x128", "mxfp8", "mxfp6_e2m3", "mxfp4", "nvfp4", "e3m4_g48", "e2m1_g16_ue5m3")  # fmt: skip
+           "fp8_e4m3_b128x128", "mxfp8", "mxfp6_e2m3", "mxfp4", "nvfp4", "e3m4_g48", "e2m1_g16_ue5m3", "q4_k",
+           "q6_k")  # fmt: skip
 SEVERAL = ("int4_g128_asym", "fp8_e4m3_b128x128", "nvfp4")
 
 

@@ -31,7 +31,7 @@ def plans_as_before():
 @every_op
 def test_candidates(op):
     """First the heuristic; then choices that a file may hold, each another configuration; fewer with quick."""
-    for name in (*FORMATS, "int3_g7", "e3m4_g48", "int4_g3", "int8_g16", "int8_tensor"):
+    for name in (*FORMATS, "int3_g7", "e3m4_g48", "int4_g3", "int8_g16", "int8_tensor", "int3_g4_i6_s8"):
         fmt = get_format(name)
         for rows, columns in SHAPES.values():
             if not tuning.serves(op, fmt, columns):
@@ -95,7 +95,8 @@ def test_every_kernel_is_served():
 LAW_8 = {
     "int4_g128": (3, 640), "mxfp4": (5, 333), "nvfp4": (2, 1040), "fp8_e4m3_channel": (3, 1500),
     "int3_g128": (3, 640), "int8_g32_asym": (4, 256), "fp8_e4m3_b128x128": (130, 200), "e3m4_g48": (7, 149),
-    "int3_g7": (24, 301), "int8_tensor": (6, 999),
+    "int3_g7": (24, 301), "int8_tensor": (6, 999), "q4_k": (3, 1120), "q6_k": (3, 512),
+    "q2_k": (3, 1040),
 }  # fmt: skip
 
 
@@ -145,7 +146,7 @@ def test_every_candidate_gives_the_same_bits(name, device):
                     assert_same(ops.qdq(x, fmt, **given).cpu(), values, note)
                 else:
                     assert_same(ops.dequantize(parts, fmt, shape, host.dtype).cpu(), values, note)
-    assert count >= 5
+    assert count >= (3 if fmt.super_group else 5)
 
 
 def test_row_kernel_candidates(device):

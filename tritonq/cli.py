@@ -165,7 +165,7 @@ def formats(as_json: Json = False) -> None:
         out.print(table)
     out.print(
         f"{len(FORMATS)} formats have their own name; any "
-        "<element>_<tensor|channel|gN|bRxC>[_asym][_<scale type>][_<rule>] works too, such as int3_g64_asym",
+        "<element>_<tensor|channel|gN|bRxC>[_asym][_<scale type>[_sN]][_<rule>] works too, such as int3_g64_asym",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
 

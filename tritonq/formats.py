@@ -3,17 +3,19 @@
 A `Format` is the single value from which quantize, dequantize, QDQ, packing, storage size and export are derived.
 Nothing in tritonq branches on a format's name.
 
-Names follow `<element>_<granularity>[_asym][_<scale type>][_<rule>]`:
+Names follow `<element>_<granularity>[_asym][_<scale type>[_sN]][_<rule>]`:
 
 * element: `int2`..`int8`, `intBfF` (F of the B bits are fractional), `eXmY` with an optional `fn` | `ieee` | `fnuz`,
   `fp8_e4m3`, `fp8_e5m2`, ..., and the tables `nf4`, `af4`
 * granularity: `tensor`, `channel` (one scale a row), `gN` (N elements of a row), `bRxC` (a block of R rows and C
   columns)
 * scale type: `e8m0`, `e4m3`, `ue5m3`, `f16`, `bf16`, `f32`; left out, integers take bf16, floats and tables f32
+* `u4_sN`, `u6_sN`, `u8_sN`, `i6_sN`, `i8_sN` in its place: scales are integers, times an f16 super-scale that N
+  elements of the row share; asymmetric ones have a minimum a group, stored the same way, instead of a zero point
 * rule: how the scale follows from the group, see `RULES`; a rule of e8m0 implies that scale type
 
 and the families `mxfp8[_e5m2]`, `mxfp6_e3m2`, `mxfp6_e2m3`, `mxfp4`, `mxint8`, `nvfp4` (OCP MX 1.0; NVFP4), with an
-optional rule.
+optional rule, and `q2_k` .. `q6_k` (the k-quants of GGUF).
 """
 
 from __future__ import annotations
@@ -267,7 +269,8 @@ class ScaleType:
     """How a scale is stored, and the rule that chooses it from its group.
 
     Attributes:
-        name: `e8m0` | `e4m3` | `ue5m3` | `f16` | `bf16` | `f32`.
+        name: `e8m0` | `e4m3` | `ue5m3` | `f16` | `bf16` | `f32`, or of formats with super-groups an integer: `u4` |
+            `u6` | `u8` (0 .. 2^B - 1) | `i6` | `i8` (two's complement). Integers of fewer than 8 bits take a byte each.
         rule: one of `RULES`; `codecs/scale.py` states each as a formula.
     """
 
@@ -276,7 +279,7 @@ class ScaleType:
 
     @property
     def element(self) -> ElementType | None:
-        """The float type of a stored scale; None for f32 and e8m0, whose bits are part of a float."""
+        """The float type of a stored scale; None for f32 and e8m0, whose bits are part of a float, and for integers."""
         return _SCALE_ELEMENTS[self.name]
 
     @property
@@ -289,6 +292,21 @@ class ScaleType:
         return self.name == "e8m0"
 
     @property
+    def is_integer(self) -> bool:
+        """True where a scale is an integer times the super-scale of its super-group."""
+        return self.name in _SCALE_INTEGERS
+
+    @property
+    def low(self) -> int:
+        """Smallest integer of an integer scale."""
+        return _SCALE_INTEGERS[self.name][0]
+
+    @property
+    def high(self) -> int:
+        """Largest integer of an integer scale."""
+        return _SCALE_INTEGERS[self.name][1]
+
+    @property
     def signed_range(self) -> bool:
         """Whether the rule looks at the largest and the smallest element, not only at magnitudes."""
         return self.rule in ("full_range", "minmax")
@@ -297,6 +315,8 @@ class ScaleType:
     def max(self) -> float:
         if self.is_exponent:
             return 2.0**127
+        if self.is_integer:
+            return float(self.high)
         return self.element.max if self.element else torch.finfo(torch.float32).max
 
     @property
@@ -304,7 +324,9 @@ class ScaleType:
         return self.dtype.itemsize * 8
 
 
+_SCALE_INTEGERS = {"u4": (0, 15), "u6": (0, 63), "u8": (0, 255), "i6": (-32, 31), "i8": (-128, 127)}
 _SCALE_ELEMENTS: dict[str, ElementType | None] = {
+    **dict.fromkeys(_SCALE_INTEGERS),
     "e8m0": None,
     "e4m3": minifloat(4, 3, "fn", name="e4m3"),
     "ue5m3": minifloat(5, 3, "fn", signed=False, name="ue5m3"),
@@ -319,7 +341,10 @@ _SCALE_DTYPES = {
     "f16": torch.float16,
     "bf16": torch.bfloat16,
     "f32": torch.float32,
+    **{name: torch.int8 if low else torch.uint8 for name, (low, _) in _SCALE_INTEGERS.items()},
 }
+SUPER_GROUPS = tuple(1 << n for n in range(3, 13))  # whole bytes of codes; one tile of a kernel holds the largest
+SUPER_PARTS = ("group_minimum", "super_scale", "super_minimum")
 
 
 @dataclass(frozen=True)
@@ -334,6 +359,9 @@ class Format:
         scale: storage type and rule of the scales.
         zero_point: asymmetric integers; codes and zero points are 0 .. 2^bits - 1.
         tensor_scale: a second level, one fp32 divisor for the whole tensor (NVFP4).
+        super_group: a second level, the number of elements of a row that share one f16 super-scale (GGUF k-quants);
+            0 for none. Scales are integers then, and with the rule `minmax` every group has a minimum besides, which is
+            quantized in the same way.
     """
 
     name: str
@@ -342,6 +370,7 @@ class Format:
     scale: ScaleType = field(default_factory=lambda: ScaleType("f32"))
     zero_point: bool = False
     tensor_scale: bool = False
+    super_group: int = 0
 
     def __post_init__(self) -> None:
         rows, cols = self.group
@@ -350,12 +379,16 @@ class Format:
         if self.scale.name not in _SCALE_DTYPES:
             raise ValueError(f"{self.name}: unknown scale type {self.scale.name!r}; known: {', '.join(_SCALE_DTYPES)}")
         is_integer = self.element.codec.offset_binary
+        if self.super_group or self.scale.is_integer:
+            self._check_super_group()
         if self.zero_point and (not is_integer or self.element.fraction or self.scale.is_exponent or self.tensor_scale):
             raise ValueError(
                 f"{self.name}: a zero point needs an integer element without fraction and a floating-point scale"
             )
         if self.scale.is_exponent:
             allowed: tuple[str, ...] = EXPONENT_RULES
+        elif self.super_group and is_integer and not self.element.fraction:
+            allowed = ("full_range",) if self.scale.low else ("minmax", "absmax", "half_range")
         elif self.zero_point:
             allowed = ("minmax",)
         else:
@@ -372,6 +405,26 @@ class Format:
         if self.element.bits > 8:
             raise ValueError(f"{self.name}: elements have at most 8 bits, {self.element.name} has {self.element.bits}")
 
+    def _check_super_group(self) -> None:
+        rows, cols = self.group
+        if not (self.super_group and self.scale.is_integer):
+            raise ValueError(
+                f"{self.name}: scales of type {self.scale.name} and super-groups of {self.super_group} elements do not "
+                f"go together; {', '.join(_SCALE_INTEGERS)} are the scale types of super-groups"
+            )
+        if self.super_group not in SUPER_GROUPS or rows != 1 or cols < 1 or self.super_group % cols:
+            raise ValueError(
+                f"{self.name}: a super-group holds whole groups of one row and {SUPER_GROUPS[0]} to {SUPER_GROUPS[-1]} "
+                f"elements, a power of two; got {self.super_group} for groups of {rows} x {cols}"
+            )
+        if self.zero_point or self.tensor_scale:
+            raise ValueError(f"{self.name}: super-groups have neither zero points nor a tensor scale")
+        if bool(self.scale.low) != (self.scale.rule == "full_range"):
+            raise ValueError(
+                f"{self.name}: scales of the rule full_range have a sign and those of others have none, which "
+                f"{self.scale.rule} and {self.scale.name} contradict"
+            )
+
     # __hash__ and __repr__ run at every kernel launch: short, and distinct for distinct contents.
     def __hash__(self) -> int:
         return hash(self.name)
@@ -381,7 +434,8 @@ class Format:
 
     @functools.cached_property
     def _repr(self) -> str:
-        fields = (self.element.digest, self.group, self.scale.name, self.scale.rule, self.zero_point, self.tensor_scale)
+        levels = (self.zero_point, self.tensor_scale, self.super_group)
+        fields = (self.element.digest, self.group, self.scale.name, self.scale.rule, *levels)
         return f"Format({self.name}-{hashlib.sha256(repr(fields).encode()).hexdigest()[:16]})"
 
     @property
@@ -405,6 +459,21 @@ class Format:
         return self.group[1]
 
     @property
+    def minimum(self) -> bool:
+        """Whether codes 0 .. 2^bits - 1 count from a minimum of their group: y = scale * code - minimum."""
+        return self.super_group > 0 and self.scale.rule == "minmax"
+
+    @property
+    def super_scale(self) -> ScaleType:
+        """How super-scales and super-minima are stored."""
+        return _SUPER_SCALE
+
+    @property
+    def zero_code(self) -> int:
+        """The code that stands for 0, zero points and minima apart."""
+        return 0 if self.minimum else self.element.zero_code
+
+    @property
     def saturates(self) -> bool:
         """Whether finite input can be clipped at `element.max` (its gradient is 0 there).
 
@@ -415,7 +484,7 @@ class Format:
     @property
     def qdtype(self) -> torch.dtype:
         """dtype of `qdata`: the torch dtype itself for 8-bit floats and symmetric int8, packed uint8 otherwise."""
-        dtype = None if self.zero_point else self.element.dtype
+        dtype = None if self.zero_point or self.minimum else self.element.dtype
         return dtype or torch.uint8
 
     @property
@@ -446,7 +515,11 @@ class Format:
         return -(-self.bits * columns // 8)
 
     def storage(self, shape: Shape) -> dict[str, tuple[Shape, torch.dtype]]:
-        """Name -> (shape, dtype) of the parts of a quantized tensor of `shape`; the one place that knows sizes."""
+        """Name -> (shape, dtype) of the parts of a quantized tensor of `shape`; the one place that knows sizes.
+
+        Integer scales and minima take a byte each in memory whatever their bits, so q4_k has 4.625 bits an element
+        here and 4.5 in a GGUF file.
+        """
         shape = tuple(shape)
         scales = self.scale_shape(shape)
         columns = self.row_bytes(shape[-1])
@@ -456,6 +529,13 @@ class Format:
         }
         if self.zero_point:
             parts["zero_point"] = (scales, torch.uint8)
+        if self.minimum:
+            parts["group_minimum"] = (scales, self.scale.dtype)
+        if self.super_group:
+            supers = (*shape[:-1], -(-shape[-1] // self.super_group))
+            parts["super_scale"] = (supers, self.super_scale.dtype)
+            if self.minimum:
+                parts["super_minimum"] = (supers, self.super_scale.dtype)
         if self.tensor_scale:
             parts["tensor_scale"] = ((1,), torch.float32)
         return parts
@@ -465,17 +545,23 @@ class Format:
         return sum(math.prod(s) * d.itemsize for s, d in self.storage(shape).values())
 
 
+_SUPER_SCALE = ScaleType("f16", "absmax")
+
 _ELEMENT = re.compile(
     r"(?:int(?P<int>\d)(?:f(?P<fraction>[1-9]))?|(?:fp8_)?e(?P<e>\d)m(?P<m>\d)(?P<special>fn|ieee|fnuz)?)$"
 )
 _NAME = re.compile(
     rf"(?P<element>int\d(?:f[1-9])?|(?:fp8_)?e\dm\d(?:fnuz|fn|ieee)?|{'|'.join(_TABLES)})_"
     r"(?P<group>tensor|channel|g\d+|b\d+x\d+)(?P<asym>_asym)?"
-    rf"(?:_(?P<scale>{'|'.join(_SCALE_DTYPES)}))?(?:_(?P<rule>{'|'.join(RULES)}))?$"
+    rf"(?:_(?P<scale>{'|'.join(_SCALE_DTYPES)}))?(?:_s(?P<super>\d+))?(?:_(?P<rule>{'|'.join(RULES)}))?$"
 )
 _MX = re.compile(rf"mx(?P<kind>fp[864]|int8)(?:_(?P<element>e\dm\d))?(?:_(?P<rule>{'|'.join(EXPONENT_RULES)}))?$")
 # The first is the one that the name may leave out; mxfp6 has to say.
 _MX_ELEMENTS = {"fp8": ("e4m3", "e5m2"), "fp6": (None, "e3m2", "e2m3"), "fp4": ("e2m1",), "int8": ("int8f6",)}
+_K_QUANT = re.compile(r"q(?P<bits>[2-6])_k$")
+# Bits: (elements of a group, scale type, rule) in super-groups of 256; llama.cpp, ggml-common.h and ggml-quants.c.
+_K_QUANTS = {2: (16, "u4", "minmax"), 3: (16, "i6", "full_range"), 4: (32, "u6", "minmax"), 5: (32, "u6", "minmax"),
+             6: (16, "i8", "full_range")}  # fmt: skip
 
 
 def get_element(name: str) -> ElementType:
@@ -510,6 +596,9 @@ def _parse(name: str) -> Format | None:
         return Format(name, get_element(element), (1, 32), ScaleType("e8m0", match["rule"] or "floor"))
     if name == "nvfp4":
         return Format(name, get_element("e2m1"), (1, 16), ScaleType("e4m3"), tensor_scale=True)
+    if match := _K_QUANT.match(name):
+        size, scale, rule = _K_QUANTS[int(match["bits"])]
+        return Format(name, integer(int(match["bits"])), (1, size), ScaleType(scale, rule), super_group=256)
     match = _NAME.match(name)
     if not match:
         return None
@@ -523,6 +612,7 @@ def _parse(name: str) -> Format | None:
     else:
         rows, cols = kind[1:].split("x")
         group = (int(rows), int(cols))
+    super_group = int(match["super"] or 0)
     is_integer, asym, rule, scale = element.codec.offset_binary, bool(match["asym"]), match["rule"], match["scale"]
     if scale is None:
         scale = "e8m0" if rule in EXPONENT_RULES else "bf16" if is_integer else "f32"
@@ -530,9 +620,13 @@ def _parse(name: str) -> Format | None:
         rule = "floor" if scale == "e8m0" else "minmax" if asym else "absmax"
         if is_integer and not (asym or element.fraction or scale == "e8m0"):
             rule = "full_range"
-        if scale == "ue5m3" and rule == "full_range":  # no sign to keep
+        if scale in ("ue5m3", "u4", "u6", "u8") and rule == "full_range":  # no sign to keep
             rule = "absmax"
-    return Format(name, element, group, ScaleType(scale, rule), zero_point=asym)
+    if super_group and asym != (rule == "minmax"):
+        return None
+    return Format(
+        name, element, group, ScaleType(scale, rule), zero_point=asym and not super_group, super_group=super_group
+    )
 
 
 FORMATS: dict[str, Format] = {}
@@ -566,7 +660,7 @@ def get_format(fmt: str | Format) -> Format:
     if found is None:
         raise ValueError(
             f"unknown format {fmt!r}; known: {', '.join(FORMATS)}, or any "
-            "<element>_<tensor|channel|gN|bRxC>[_asym][_<scale type>][_<rule>], such as int3_g64_asym or e3m4_g48"
+            "<element>_<tensor|channel|gN|bRxC>[_asym][_<scale type>[_sN]][_<rule>], such as int3_g64_asym or e3m4_g48"
         )
     return found
 
@@ -580,6 +674,6 @@ for _name in (
     "int8_channel", "int8_g128", "int4_g128", "int4_g128_asym", "int4_g64", "int4_g32", "int3_g128", "int2_g128",
     "fp8_e4m3_tensor", "fp8_e4m3_channel", "fp8_e4m3_g128", "fp8_e4m3_b128x128", "fp8_e5m2_channel",
     "fp8_e4m3fnuz_channel", "fp8_e5m2fnuz_channel", "mxfp8", "mxfp8_e5m2", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp4", "nvfp4",
-    "mxint8", "nf4_g64",
+    "mxint8", "nf4_g64", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
 ):  # fmt: skip
     register(get_format(_name))

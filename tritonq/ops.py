@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tritonq import plans, rotation, scale_tiles, tiling, tuning
-from tritonq.formats import Format, Shape, get_format
+from tritonq.formats import SUPER_PARTS, Format, Shape, get_format
 from tritonq.launch import Plan
 from tritonq.memory import empty
 from tritonq.reference import Parts
@@ -33,7 +33,7 @@ def allocate(fmt: Format, shape: Shape, device: torch.device) -> Parts:
     return {name: empty(s, d, device) for name, (s, d) in fmt.storage(shape).items()}
 
 
-_SCALES = ("scale", "zero_point", "tensor_scale")
+_SCALES = ("scale", "zero_point", "tensor_scale", *SUPER_PARTS)
 
 
 def _allocate_scales(fmt: Format, x: Tensor, names: tuple[str, ...]) -> Parts:
@@ -86,6 +86,11 @@ def _fill_given(
     parts: Parts, x: Tensor, fmt: Format, scale: Tensor | None, zero_point: Tensor | None, tensor_scale: Tensor | None
 ) -> bool:
     """Copy precomputed parts into place; whether the scales are among them."""
+    if fmt.super_group and scale is not None:
+        raise ValueError(
+            f"{fmt.name} quantizes its scales again, in super-groups of {fmt.super_group} elements, and takes none "
+            "that are given; leave scale out, or pass a format without super-groups"
+        )
     if fmt.zero_point and (scale is None) != (zero_point is None):
         raise ValueError(f"{fmt.name} needs scale and zero_point together, or neither")
     for name, value in (("scale", scale), ("zero_point", zero_point), ("tensor_scale", tensor_scale)):
@@ -225,6 +230,8 @@ def quantize(
             return parts
     check_input(x, fmt)
     searched = check_search(search, importance, x, scale is not None)
+    if searched and fmt.super_group:
+        raise ValueError(f"{fmt.name} quantizes its scales again and has no search; leave search out")
     if traced(x):
         scale = None if scale is None else _bits(scale)
         values = torch.ops.tritonq.quantize(
@@ -448,7 +455,10 @@ def dequantize(parts: Parts, fmt: Format | str, shape: Shape, dtype: torch.dtype
         raise TypeError(f"dequantize gives bfloat16, float16, float32 or float64, got {dtype}")
     if traced(qdata):
         given = [parts.get(name) for name in ("zero_point", "tensor_scale")]
-        return torch.ops.tritonq.dequantize(_bits(qdata), _bits(parts["scale"]), *given, _name(fmt), shape, dtype)
+        supers = {name: parts[name] for name in SUPER_PARTS if name in parts}
+        return torch.ops.tritonq.dequantize(
+            _bits(qdata), _bits(parts["scale"]), *given, _name(fmt), shape, dtype, **supers
+        )
     return _dequantize(parts, fmt, shape, dtype)
 
 
@@ -565,6 +575,8 @@ def _run(
 
 def _empty_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
     """Scales of groups without elements are those of zeros."""
+    if parts["scale"].numel() == 0:
+        return
     from tritonq.codecs import scale as scales
 
     zero = torch.zeros(parts["scale"].shape, device=x.device)
@@ -658,9 +670,10 @@ def _dequantize_operator(
     name: str,
     shape: Sequence[int],
     dtype: torch.dtype,
+    **supers: Tensor | None,
 ) -> Tensor:
     fmt = get_format(name)
-    parts = {"qdata": qdata, "scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
+    parts = {"qdata": qdata, "scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale, **supers}
     values = [parts[part] for part in fmt.storage(tuple(shape))]
     return _dequantize(_typed(values, fmt, tuple(shape)), fmt, tuple(shape), dtype)
 
@@ -700,9 +713,9 @@ _operator(
 )
 _operator(
     "dequantize(Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? tensor_scale, str format, SymInt[] shape, "
-    "ScalarType dtype) -> Tensor",
+    f"ScalarType dtype, *, {', '.join(f'Tensor? {part}=None' for part in SUPER_PARTS)}) -> Tensor",
     _dequantize_operator,
-    lambda qdata, scale, zero_point, tensor_scale, format, shape, dtype: qdata.new_empty(shape, dtype=dtype),
+    lambda qdata, scale, zero_point, tensor_scale, format, shape, dtype, **_: qdata.new_empty(shape, dtype=dtype),
 )
 _operator(
     "tensor_scale(Tensor x, str format) -> Tensor",

@@ -40,7 +40,8 @@ def _limit(dtype: torch.dtype) -> float:
 def _geometry(shape: Shape, strides: Shape, fmt: Format) -> list[tiling.Matrix]:
     """[batch, N, K] slabs of a tensor, at best one long row: groups and bytes then follow each other without a gap."""
     columns = shape[-1]
-    whole_groups = fmt.group[0] == -1 or (fmt.group[0] == 1 and fmt.group[1] > 0 and columns % fmt.group[1] == 0)
+    rows, cols = fmt.group[0], fmt.super_group or fmt.group[1]
+    whole_groups = rows == -1 or (rows == 1 and cols > 0 and columns % cols == 0)
     if whole_groups and columns * fmt.bits % 8 == 0 and tiling.is_contiguous(shape, strides):
         n = math.prod(shape)
         return [tiling.Matrix((), 1, 1, n, (n, n, 1), 0)]
@@ -87,6 +88,24 @@ def _group_plan(
     )
 
 
+def _super_group_plan(
+    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device
+) -> Plan:
+    from tritonq.kernels.super_groups import super_group_kernel
+
+    config, tiles = tuning.group_config(m.rows, m.columns, fmt, mode, _choice(mode, m, fmt, dtype, device))
+    partial, flat = m.columns * fmt.bits % 8 != 0, m.batch * tiles[0] == 1
+    words = aligned and mode == "quantize" and tuning.in_words(fmt, m.columns, config)
+    return Plan(
+        super_group_kernel,
+        m.batch * tiles[0] * tiles[1],
+        (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
+        (fmt, mode, _limit(dtype), partial, flat, words, *(config[k] for k in ("S", "M", "GROUPS", "W"))),
+        _options(config, dtype),
+        (2, 3, 4, 5) if mode == "qdq" else (1, 2, 3, 4, 5),
+    )
+
+
 def _row_plan(
     m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device
 ) -> Plan:
@@ -125,18 +144,21 @@ def _apply_plan(
 
 
 def _dequantize_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned: bool, device: torch.device) -> Plan:
-    from tritonq.kernels.dequantize import dequantize_kernel
+    if fmt.super_group:
+        from tritonq.kernels.super_groups import super_dequantize_kernel as kernel
+    else:
+        from tritonq.kernels.dequantize import dequantize_kernel as kernel
 
     config = tuning.flat_config(m.rows, m.columns, fmt, _choice("dequantize", m, fmt, dtype, device))
     tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
     words = aligned and tuning.in_words(fmt, m.columns, config)
     return Plan(
-        dequantize_kernel,
+        kernel,
         m.batch * tiles[0] * tiles[1],
         (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles),
         (fmt, _limit(dtype), m.batch * tiles[0] == 1, words, config["BLOCK_M"], config["BLOCK_N"]),
         _options(config, dtype),
-        (0, 1, 2),
+        (0, 1, 2, 3, 4) if fmt.super_group else (0, 1, 2),
     )
 
 
@@ -146,6 +168,8 @@ def _encode_plans(
     device: torch.device,
 ) -> Plans:  # fmt: skip
     def plan(m: tiling.Matrix) -> Plan:
+        if fmt.super_group:
+            return _super_group_plan(m, fmt, mode, dtype, aligned, device)
         if given:
             return _apply_plan(m, fmt, mode, dtype, aligned, device)
         if tuning.loops_over_rows(fmt, m.columns):
@@ -185,7 +209,7 @@ def single(
     """The one launch that quantizes a tensor of floats ("quantize", "qdq") with nothing given, if one is enough."""
     fmt.scale_shape(shape)  # raises where the format cannot share scales over this shape
     floats = dtype.is_floating_point and dtype.itemsize > 1
-    if not floats or fmt.tensor_scale or math.prod(shape) == 0 or not tuning.fits(fmt, shape[-1]):
+    if not floats or fmt.tensor_scale or fmt.super_group or math.prod(shape) == 0 or not tuning.fits(fmt, shape[-1]):
         return None
     (m, plan), *others = _encode_plans(shape, strides, dtype, fmt, mode, False, True, device)
     return None if others or m.index or m.offset else plan
@@ -249,6 +273,8 @@ def forget() -> None:
 def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None) -> None:
     """Codes and scales into `parts`, or values into `y`; scales that are `given` are only read."""
     mode = "quantize" if y is None else "qdq"
+    if fmt.super_group:
+        return _encode_super_groups(x, fmt, parts, mode, parts["qdata"] if y is None else y)
     if not given and not tuning.fits(fmt, x.shape[-1]):
         scales(x, fmt, parts)
         given = True
@@ -261,6 +287,17 @@ def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None) 
             plan(_view(x, m), _own(target, m), _own(scale, m), _own(zero, m), divisor)
         else:
             plan(x, target, scale, zero, divisor)
+
+
+def _encode_super_groups(x: Tensor, fmt: Format, parts: Parts, mode: str, target: Tensor) -> None:
+    """One launch a slab; `target` takes codes or values, and stands in for parts that are not written."""
+    scales = [parts.get(name, target) for name in _SUPER_SCALES]
+    aligned = target.data_ptr() % 4 == 0
+    for m, plan in _encode_plans(x.shape, x.stride(), x.dtype, fmt, mode, False, aligned, x.device):
+        plan(_view(x, m), _own(target, m), *[_own(part, m) for part in scales])
+
+
+_SUPER_SCALES = ("scale", "super_scale", "group_minimum", "super_minimum")  # as the kernels take them
 
 
 @_cached
@@ -321,6 +358,12 @@ def hadamard(x: Tensor, bits: int, inverse: bool, y: Tensor) -> None:
 def decode(parts: Parts, fmt: Format, y: Tensor) -> None:
     """Values into contiguous `y`."""
     qdata, scale = parts["qdata"], parts["scale"]
+    if fmt.super_group:
+        scales = [parts.get(name, scale) for name in _SUPER_SCALES]
+        aligned = qdata.data_ptr() % 4 == 0
+        for m, plan in _decode_plans(y.shape, y.stride(), y.dtype, fmt, aligned, y.device):
+            plan(_own(qdata, m), *[_own(part, m) for part in scales], _own(y, m))
+        return
     zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", y)
     aligned = qdata.data_ptr() % 4 == 0
     for m, plan in _decode_plans(y.shape, y.stride(), y.dtype, fmt, aligned, y.device):
@@ -333,6 +376,8 @@ def decode(parts: Parts, fmt: Format, y: Tensor) -> None:
 def scales(x: Tensor, fmt: Format, parts: Parts) -> None:
     """Scales alone: groups that share bytes with their neighbours in tiles, larger ones through their keys."""
     scale = parts["scale"]
+    if fmt.super_group:
+        return _encode_super_groups(x, fmt, parts, "scale", scale)
     zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", x)
     if tuning.fits_tile(fmt, x.shape[-1]):
         for m, plan in _scale_plans(x.shape, x.stride(), x.dtype, fmt, x.device):

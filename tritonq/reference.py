@@ -2,6 +2,9 @@
 
 Everything is computed in fp32 with IEEE division, on groups: views of the tensor that put the elements of one scale on
 axes of their own, [..., rows of groups, r, columns of groups, c].
+
+Formats with super-groups pass what `super_scale.load` gives in place of stored scales: fp32 factors as `scale` and the
+minima of groups, if they have any, as `zero_point`.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from tritonq.codecs import pack as bits
 from tritonq.codecs import scale as scales
+from tritonq.codecs import super_scale
 from tritonq.codecs.scratch import buffer
 from tritonq.formats import Format, Shape
 
@@ -103,8 +107,10 @@ def _largest(factor: Tensor) -> float:
     return float(factor.abs().amax()) if factor.numel() else 0.0
 
 
-def _divided(x: Tensor, factor: Tensor, top: float, fmt: Format, given: bool) -> tuple[Tensor, Tensor | None]:
-    """x / scale by group (overwrites x), and where the result has to be NaN although its scale is not.
+def _divided(
+    x: Tensor, factor: Tensor, minimum: Tensor | None, top: float, fmt: Format, given: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(x + minimum) / scale by group (overwrites x), and where the result has to be NaN although its scale is not.
 
     `top` is the largest scale. A scale that was computed from x is NaN where x is not finite, so x itself is looked at
     only if scales were given.
@@ -115,6 +121,8 @@ def _divided(x: Tensor, factor: Tensor, top: float, fmt: Format, given: bool) ->
     if given and finite and x.numel():
         finite = bool(torch.isfinite(x.amax())) and bool(torch.isfinite(x.amin()))
     groups = grouped(x, fmt)
+    if minimum is not None:
+        groups = groups.add_(minimum)
     if finite:
         return groups.div_(factor), None
     lost = ~torch.isfinite(groups) & ~torch.isnan(factor) if fmt.element.nan_code >= 0 else None
@@ -122,8 +130,11 @@ def _divided(x: Tensor, factor: Tensor, top: float, fmt: Format, given: bool) ->
     return groups.masked_fill_(torch.isnan(groups), 0.0), lost
 
 
-def _zero(zero_point: Tensor | None, fmt: Format) -> Tensor | int:
-    return fmt.element.zero_code if zero_point is None else spread(zero_point.to(torch.float32), fmt)
+def _zero(zero_point: Tensor | None, fmt: Format) -> tuple[Tensor | int, Tensor | None]:
+    """(code of 0, minimum to subtract or None) by group."""
+    if zero_point is None or fmt.minimum:
+        return fmt.zero_code, None if zero_point is None else spread(zero_point, fmt)
+    return spread(zero_point.to(torch.float32), fmt), None
 
 
 def encode(
@@ -131,9 +142,9 @@ def encode(
 ) -> Tensor:
     """Packed qdata of an fp32 tensor (overwritten); `given` unless the scales were computed from x."""
     shape = tuple(x.shape)
-    zero = _zero(zero_point, fmt)
+    zero, minimum = _zero(zero_point, fmt)
     factor = spread(scales.load(scale, fmt, tensor_scale), fmt)
-    groups, lost = _divided(x, factor, _largest(factor), fmt, given)
+    groups, lost = _divided(x, factor, minimum, _largest(factor), fmt, given)
     codes = fmt.element.codec.encode_ref(groups, zero, fmt.element)
     if lost is not None:
         codes = codes.masked_fill_(lost, fmt.element.nan_code)
@@ -156,10 +167,11 @@ def decode(
     codes = bits.unpack(qdata.view(torch.uint8), fmt.bits, shape[-1])
     if fmt.sign_flip:
         codes = codes ^ fmt.sign_flip
-    zero = _zero(zero_point, fmt)
+    zero, minimum = _zero(zero_point, fmt)
     values = fmt.element.codec.decode_ref(grouped(codes, fmt), zero, fmt.element)
     factor = spread(scales.load(scale, fmt, tensor_scale), fmt)
-    values = _saturate(values.mul_(factor), _largest(factor), fmt, dtype)
+    values = _above(values.mul_(factor), minimum)
+    values = _saturate(values, _largest(factor), minimum, fmt, dtype)
     return ungrouped(values, tuple(shape), fmt)
 
 
@@ -174,12 +186,12 @@ def encode_decode(
 ) -> Tensor:
     """decode(encode(x)) without codes; overwrites x."""
     shape = tuple(x.shape)
-    zero = _zero(zero_point, fmt)
+    zero, minimum = _zero(zero_point, fmt)
     factor = spread(scales.load(scale, fmt, tensor_scale), fmt)
     top = _largest(factor)
-    groups, lost = _divided(x, factor, top, fmt, given)
-    values = fmt.element.codec.round_ref(groups, zero, fmt.element).mul_(factor)
-    values = _saturate(values, top, fmt, dtype)
+    groups, lost = _divided(x, factor, minimum, top, fmt, given)
+    values = _above(fmt.element.codec.round_ref(groups, zero, fmt.element).mul_(factor), minimum)
+    values = _saturate(values, top, minimum, fmt, dtype)
     if lost is not None:
         values.masked_fill_(lost, torch.nan)
     return ungrouped(values, shape, fmt)
@@ -188,19 +200,26 @@ def encode_decode(
 def clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format) -> Tensor:
     """Where x / scale lies outside the element's range before rounding; overwrites x."""
     shape = tuple(x.shape)
-    zero = _zero(zero_point, fmt)
+    zero, minimum = _zero(zero_point, fmt)
     factor = spread(scales.load(scale, fmt, tensor_scale), fmt)
-    groups, _ = _divided(x, factor, _largest(factor), fmt, True)
+    groups, _ = _divided(x, factor, minimum, _largest(factor), fmt, True)
     return ungrouped(fmt.element.codec.clipped_ref(groups, zero, fmt.element), shape, fmt)
 
 
-def _saturate(values: Tensor, top: float, fmt: Format, dtype: torch.dtype) -> Tensor:
+def _above(values: Tensor, minimum: Tensor | None) -> Tensor:
+    """Multiples of the scale to numbers: those of groups with a minimum count from it; in place."""
+    return values if minimum is None else values.sub_(minimum)
+
+
+def _saturate(values: Tensor, top: float, minimum: Tensor | None, fmt: Format, dtype: torch.dtype) -> Tensor:
     """fp32 values clamped to the finite range of `dtype`, in place: finite input gives finite output. NaN stays.
 
     `top` is the largest scale; most are so small that no value can leave the range. Codes of infinity, which tritonq
     does not write, can be in what others wrote.
     """
     limit = torch.finfo(torch.float32 if dtype is torch.float64 else dtype).max
+    if minimum is not None:
+        top += _largest(minimum)
     if (
         fmt.element.special != "ieee" and 4 * fmt.element.max * top <= limit
     ):  # integers of 2 bits with a zero point reach three times their max
@@ -226,6 +245,9 @@ def quantize(
 ) -> Parts:
     """Parts of x, as `fmt.storage(x.shape)` names and shapes them."""
     x = to_float32(x)
+    if fmt.super_group:
+        chosen = super_scale.choose(*group_range(x, fmt), fmt)
+        return {"qdata": encode(x, *super_scale.load(chosen, fmt), None, fmt, given=False), **chosen}
     if fmt.tensor_scale and tensor_scale is None:
         tensor_scale = scales.choose_tensor_scale(finite_amax(x), fmt)
     if scale is None:
@@ -241,8 +263,10 @@ def quantize(
 
 
 def dequantize(parts: Parts, fmt: Format, shape: Shape, dtype: torch.dtype) -> Tensor:
-    zero_point, tensor_scale = parts.get("zero_point"), parts.get("tensor_scale")
-    return decode(parts["qdata"], parts["scale"], zero_point, tensor_scale, fmt, shape, dtype).to(dtype)
+    scale, zero_point, tensor_scale = parts["scale"], parts.get("zero_point"), parts.get("tensor_scale")
+    if fmt.super_group:
+        scale, zero_point = super_scale.load(parts, fmt)
+    return decode(parts["qdata"], scale, zero_point, tensor_scale, fmt, shape, dtype).to(dtype)
 
 
 def qdq(x: Tensor, fmt: Format, **given: Tensor | None) -> Tensor:

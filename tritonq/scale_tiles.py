@@ -32,10 +32,11 @@ def swizzled_shape(shape: Shape) -> Shape:
 
 def check_format(fmt: Format) -> None:
     """ValueError where the scales of `fmt` have no swizzled layout."""
-    if fmt.group[0] != 1 or fmt.group[1] == -1 or fmt.scale.bits != 8 or fmt.zero_point:
+    if fmt.group[0] != 1 or fmt.group[1] == -1 or fmt.scale.bits != 8 or fmt.zero_point or fmt.super_group:
         raise ValueError(
-            f"swizzled scales are bytes of groups along a row without zero points, {fmt.name} has {fmt.scale.name} "
-            f"scales of groups {fmt.group}; quantize it without swizzled, or take a format such as mxfp8 or nvfp4"
+            f"swizzled scales are bytes of groups along a row without zero points or super-groups, {fmt.name} has "
+            f"{fmt.scale.name} scales of groups {fmt.group}; quantize it without swizzled, or take a format such as "
+            "mxfp8 or nvfp4"
         )
 
 

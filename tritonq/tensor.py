@@ -143,9 +143,24 @@ class QTensor(Tensor):
         """The tensor-wide divisor of two-level formats, fp32 [1]."""
         return self._part("tensor_scale")
 
+    @property
+    def group_minimum(self) -> Tensor | None:
+        """Integer minima [..., ceil(K/g)] of asymmetric formats with super-groups, in units of `super_minimum`."""
+        return self._part("group_minimum")
+
+    @property
+    def super_scale(self) -> Tensor | None:
+        """What the integer `scale` counts in formats with super-groups, f16 [..., ceil(K/super_group)]."""
+        return self._part("super_scale")
+
+    @property
+    def super_minimum(self) -> Tensor | None:
+        """What `group_minimum` counts, f16 [..., ceil(K/super_group)]."""
+        return self._part("super_minimum")
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
-        """Dense contiguous tensor of `dtype` (default: this tensor's): (code - zero_point) * scale in fp32, rounded
-        once."""
+        """Dense contiguous tensor of `dtype` (default: this tensor's): (code - zero_point) * scale in fp32 (with
+        super-groups: `codecs/scale.py`), rounded once."""
         parts = {name: part.contiguous() for name, part in self.parts().items()}
         return ops.dequantize(parts, self.format, tuple(self.shape), dtype or self.dtype)
 
@@ -444,6 +459,8 @@ def _axis(q: QTensor, dim: int, name: str) -> int | None:
     if from_end == -1:
         if name == "qdata":
             return 0  # bytes, not elements
+        if q.format.super_group:
+            return q.format.super_group if name.startswith("super_") else cols
         return None if cols == -1 else cols
     return rows if from_end == -2 and name != "qdata" else 1
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from tritonq import reference
 from tritonq.codecs import scale as scales
 from tritonq.codecs import search as search_codec
+from tritonq.codecs import super_scale
 from tritonq.codecs.scratch import reuse
-from tritonq.formats import Format, Shape
+from tritonq.formats import SUPER_PARTS, Format, Shape
 
 SCRATCH = 2 << 20  # bytes of fp32 intermediates of a CPU tile, per thread
 
@@ -97,10 +98,19 @@ class _Slab:
     qdata: Tensor | None
     scale: Tensor
     zero_point: Tensor | None
+    supers: reference.Parts  # parts that only formats with super-groups have
 
 
-def _slabs(x: Tensor, qdata: Tensor | None, scale: Tensor, zero_point: Tensor | None, fmt: Format) -> Iterator[_Slab]:
-    """2-D slabs of x without copying it; parts are contiguous."""
+def _slabs(
+    x: Tensor,
+    qdata: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    fmt: Format,
+    parts: reference.Parts | None = None,
+) -> Iterator[_Slab]:
+    """2-D slabs of x without copying it; parts are contiguous. `parts` may hold those of super-groups."""
+    supers = {name: part for name, part in (parts or {}).items() if name in SUPER_PARTS}
     per_tensor = fmt.group[0] == -1
     for m in matrices(tuple(x.shape), x.stride(), fmt):
         for b in range(m.batch):
@@ -110,11 +120,12 @@ def _slabs(x: Tensor, qdata: Tensor | None, scale: Tensor, zero_point: Tensor | 
                 return None if t is None else t[m.index].reshape(m.batch, -1, t.shape[-1])[b]
 
             if per_tensor:
-                yield _Slab(view, part(qdata), scale, zero_point)
+                yield _Slab(view, part(qdata), scale, zero_point, {})
             else:
                 found = part(scale)
                 assert found is not None
-                yield _Slab(view, part(qdata), found, part(zero_point))
+                own = {name: one for name, t in supers.items() if (one := part(t)) is not None}
+                yield _Slab(view, part(qdata), found, part(zero_point), own)
 
 
 def _budget(device: torch.device, fmt: Format) -> int:
@@ -139,6 +150,23 @@ class _Tile:
             return part
         return part[self.scale_rows, self.scale_cols]
 
+    def scales(self, slab: _Slab) -> reference.Parts:
+        """All parts of this window but the codes, of a format with super-groups."""
+        size = self.fmt.super_group
+        supers = self.scale_rows, slice(self.cols.start // size, -(-self.cols.stop // size))
+        found = {"scale": slab.scale[self.scale_rows, self.scale_cols]}
+        for name, part in slab.supers.items():
+            found[name] = part[supers] if name.startswith("super_") else part[self.scale_rows, self.scale_cols]
+        return found
+
+    def loaded(self, slab: _Slab) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point of this window, or their fp32 factors and minima; see `reference`."""
+        if self.fmt.super_group:
+            return super_scale.load(self.scales(slab), self.fmt)
+        scale = self.of(slab.scale)
+        assert scale is not None
+        return scale, self.of(slab.zero_point)
+
     def codes(self, qdata: Tensor) -> Tensor:
         """The bytes of this window; it begins at a whole byte and ends at one, or at the end of the row."""
         bits = self.fmt.bits
@@ -150,11 +178,11 @@ def _steps(rows: int, columns: int, fmt: Format, budget: int) -> tuple[int, int]
     r, c = fmt.group
     if r == -1:
         return None
-    aligned = columns if c == -1 or c >= columns else math.lcm(c, 8)
+    aligned = columns if c == -1 or c >= columns else math.lcm(fmt.super_group or c, 8)
     aligned = min(aligned, columns)
     if r * columns <= budget:
         return max(r, budget // max(1, columns) // r * r), columns
-    if r * aligned <= budget or (c > 0 and c % 8):
+    if r * aligned <= budget or (c > 0 and c % 8) or fmt.super_group:
         return r, max(aligned, budget // r // aligned * aligned)
     return None
 
@@ -213,8 +241,13 @@ def _choose(tiles: _Shared, fmt: Format, divisor: Tensor | None) -> Tensor | Non
     for slab, tile in tiles[1:]:  # a list of results would pin the heap between the tiles
         high, low = reference.group_range(_load(slab, tile), tile.fmt)
         hi, lo = torch.maximum(hi, high), torch.minimum(lo, low)
-    chosen, zero = scales.choose(hi, lo, fmt, divisor)
     slab, tile = tiles[0]
+    if fmt.super_group:
+        own = tile.scales(slab)
+        for name, part in super_scale.choose(hi, lo, fmt).items():
+            own[name].copy_(part)
+        return x
+    chosen, zero = scales.choose(hi, lo, fmt, divisor)
     for target, values in ((tile.of(slab.scale), chosen), (tile.of(slab.zero_point), zero)):
         if target is not None and values is not None:
             target.copy_(values.view(target.shape))
@@ -223,8 +256,8 @@ def _choose(tiles: _Shared, fmt: Format, divisor: Tensor | None) -> Tensor | Non
 
 def _apply(slab: _Slab, tile: _Tile, x: Tensor, divisor: Tensor | None, given: bool, y: Tensor | None) -> None:
     """Codes, or values of `y`, of a tile whose scales are known; overwrites the fp32 elements x."""
-    scale, zero = tile.of(slab.scale), tile.of(slab.zero_point)
-    assert scale is not None and slab.qdata is not None
+    scale, zero = tile.loaded(slab)
+    assert slab.qdata is not None
     if y is None:
         tile.codes(slab.qdata).copy_(reference.encode(x, scale, zero, divisor, tile.fmt, given))
     else:
@@ -245,7 +278,7 @@ def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
 
 
 def choose(x: Tensor, fmt: Format, parts: reference.Parts) -> None:
-    """Fill parts["scale"] and zero_point only."""
+    """Fill all parts but the codes."""
     encode(x, fmt, parts, given=False, scales_only=True)
 
 
@@ -311,11 +344,11 @@ def clip_gradient(x: Tensor, dy: Tensor, fmt: Format, parts: reference.Parts, dx
     """dx = dy where x / scale lies within the element's range, 0 elsewhere; dy and dx contiguous."""
     scale, zero_point, divisor = parts["scale"], parts.get("zero_point"), parts.get("tensor_scale")
     gradients = _slabs(dy, dx, scale, zero_point, fmt)
-    for slab, gradient in zip(_slabs(x, dx, scale, zero_point, fmt), gradients, strict=True):
+    for slab, gradient in zip(_slabs(x, dx, scale, zero_point, fmt, parts), gradients, strict=True):
         for tiles in _windows(slab.x, fmt, _budget(x.device, fmt)):
             for tile in tiles:
-                tile_scale, tile_zero = tile.of(slab.scale), tile.of(slab.zero_point)
-                assert tile_scale is not None and slab.qdata is not None
+                tile_scale, tile_zero = tile.loaded(slab)
+                assert slab.qdata is not None
                 clipped = reference.clipped(_load(slab, tile), tile_scale, tile_zero, divisor, tile.fmt)
                 slab.qdata[tile.rows, tile.cols] = gradient.x[tile.rows, tile.cols].masked_fill(clipped, 0.0)
 
@@ -323,11 +356,11 @@ def clip_gradient(x: Tensor, dy: Tensor, fmt: Format, parts: reference.Parts, dx
 def encode(
     x: Tensor, fmt: Format, parts: reference.Parts, given: bool, y: Tensor | None = None, scales_only: bool = False
 ) -> None:
-    """Fill parts["scale"] (and zero_point) unless `given`, and parts["qdata"], or with `y` that tensor (QDQ)."""
+    """Fill parts["scale"] (and what goes with it) unless `given`, and parts["qdata"], or with `y` that tensor (QDQ)."""
     scale, zero_point = parts["scale"], parts.get("zero_point")
     out = None if scales_only else parts["qdata"] if y is None else y
     budget = _budget(x.device, fmt)
-    slabs = list(_slabs(x, out, scale, zero_point, fmt))
+    slabs = list(_slabs(x, out, scale, zero_point, fmt, parts))
     groups = [[(slab, tile) for tile in tiles] for slab in slabs for tiles in _windows(slab.x, fmt, budget)]
     if fmt.group[0] == -1:
         groups = [list(itertools.chain.from_iterable(groups))]
@@ -342,12 +375,11 @@ def encode(
 def decode(fmt: Format, parts: reference.Parts, y: Tensor) -> None:
     """Fill contiguous y with dequantized values."""
     divisor, budget = parts.get("tensor_scale"), _budget(y.device, fmt)
-    slabs = list(_slabs(y, parts["qdata"], parts["scale"], parts.get("zero_point"), fmt))
+    slabs = list(_slabs(y, parts["qdata"], parts["scale"], parts.get("zero_point"), fmt, parts))
     tiles = [(slab, tile) for slab in slabs for group in _windows(slab.x, fmt, budget) for tile in group]
     with reuse():
         for slab, tile in tiles:
-            scale, zero = tile.of(slab.scale), tile.of(slab.zero_point)
-            assert scale is not None
+            scale, zero = tile.loaded(slab)
             assert slab.qdata is not None
             window = slab.x[tile.rows, tile.cols]
             codes, shape = tile.codes(slab.qdata), tuple(window.shape)

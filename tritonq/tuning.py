@@ -66,6 +66,8 @@ def _padded_group(fmt: Format, columns: int) -> tuple[int, int]:
 
 def fits_tile(fmt: Format, columns: int) -> bool:
     """Whether one program can hold a whole group."""
+    if fmt.super_group:
+        return True
     if fmt.group[0] == -1:
         return False
     if fmt.group[1] == -1:
@@ -75,7 +77,9 @@ def fits_tile(fmt: Format, columns: int) -> bool:
 
 
 def fits(fmt: Format, columns: int) -> bool:
-    """Whether one pass is enough: groups fit a tile and begin at whole bytes."""
+    """Whether one pass is enough: groups fit a tile and begin at whole bytes. Super-groups do."""
+    if fmt.super_group:
+        return True
     if not fits_tile(fmt, columns):
         return False
     cols = fmt.group[1]
@@ -130,13 +134,13 @@ def in_words(fmt: Format, columns: int, config: Config) -> bool:
 def group_config(
     rows: int, columns: int, fmt: Format, mode: str, choice: Choice | None = None
 ) -> tuple[Config, tuple[int, int]]:
-    """Tile of `group_kernel`, and how many tiles cover [rows, columns]."""
+    """Tile of `group_kernel` or `super_group_kernel`, and how many tiles cover [rows, columns]."""
     choice = _chosen("group", choice)
     r, c = _padded_group(fmt, columns)
     group_columns = 1 if fmt.group[1] == -1 else -(-columns // fmt.group[1])
     group_rows = -(-rows // fmt.group[0])
     target = max(1, choice.get("TILE", TILE) // (r * c))
-    groups = min(target, _power(group_columns))
+    groups = max(min(target, _power(group_columns)), fmt.super_group // c)
     m = min(max(1, target // groups), _power(group_rows))
     if c * groups < 8:  # packing works on runs of eight codes
         groups = 8 // c
@@ -152,7 +156,7 @@ def fits_both(fmt: Format) -> bool:
     """Whether one tile can hold whole groups of x and of its transpose, each of whole bytes: groups of one row, or
     squares."""
     rows, cols = fmt.group
-    if cols == -1 or rows not in (1, cols) or _power(cols) ** 2 > LARGEST_TILE // 2:
+    if cols == -1 or rows not in (1, cols) or _power(cols) ** 2 > LARGEST_TILE // 2 or fmt.super_group:
         return False
     return cols == _power(cols) or cols % chunk(fmt.bits)[0] == 0
 
@@ -242,6 +246,8 @@ def serves(op: str, fmt: Format, columns: int) -> bool:
         return fits(fmt, columns) and loops_over_rows(fmt, columns)
     if op == "scale":
         return fits_tile(fmt, columns) and not fits(fmt, columns)
+    if op in ("apply", "apply_qdq"):
+        return not fmt.super_group  # which takes no given scales
     if op == "keys":
         return fmt.tensor_scale or not fits_tile(fmt, columns)
     return True

@@ -111,8 +111,9 @@ def layout(rows: int, column_stride: int) -> str:
 
 
 def fields(fmt: Format, dtype: torch.dtype, laid_out: str) -> Fields:
+    scale = f"{fmt.scale.name}_s{fmt.super_group}" if fmt.super_group else fmt.scale.name
     return Fields(
-        str(dtype).removeprefix("torch."), fmt.element.digest, fmt.group, fmt.scale.name, fmt.scale.rule,
+        str(dtype).removeprefix("torch."), fmt.element.digest, fmt.group, scale, fmt.scale.rule,
         fmt.zero_point, fmt.tensor_scale, laid_out,
     )  # fmt: skip
 

@@ -15,6 +15,20 @@ bits.
 With a tensor scale G: s = G * |m| / element.max is what is stored, and s / G what divides x.
 A scale is rounded to its storage type before it divides. One that would overflow takes the largest number of that type,
 one that would be zero the smallest positive; a group with a non-finite element takes NaN.
+
+Super-groups quantize the scales s of their groups again (GGUF k-quants; `super_scale.py`). With integers from `low` to
+`high` and S the s of largest magnitude in the super-group (sign kept, the positive one on a tie):
+
+* signed integers (full_range)  d = f16(S / low), so d has the sign of -S
+* unsigned integers             d = f16(S / high)
+* integer scale                 k = clamp(rne(s / d), low, high), 1 instead of 0; the factor of the group is d * k
+* code                          clamp(rne(x / (d * k))); y = d * k * code
+* minmax                        has a minimum m = -lo a group instead of a zero point; with M the largest m of the
+                                super-group e = f16(M / high), j = clamp(rne(m / e), 0, high);
+                                code = clamp(rne((x + e * j) / (d * k)), 0, 2^B - 1); y = d * k * code - e * j
+
+d and e are rounded and saturated as scales are, and never zero. Integers have no NaN: a non-finite element takes its
+whole super-group, whose d (and e) are NaN and whose integers are 0.
 """
 
 from __future__ import annotations
@@ -46,9 +60,9 @@ def _exponent_scale(amax: Tensor, fmt: Any) -> Tensor:
     return (exponent - element.emax).clamp_(0, 254).to(torch.uint8)
 
 
-def store(raw: Tensor, bad: Tensor | None, fmt: Any) -> Tensor:
-    """fp32 scales (overwritten) to their storage dtype: rounded, saturated, never zero, NaN where `bad`."""
-    scale = fmt.scale
+def store(raw: Tensor, bad: Tensor | None, scale: Any) -> Tensor:
+    """fp32 scales (overwritten) to the storage dtype of a `ScaleType`: rounded, saturated, never zero, NaN where
+    `bad`."""
     if scale.element is None:
         tiny = torch.finfo(torch.float32).smallest_normal * 2.0**-23
         stored = raw.clamp_(-scale.max, scale.max)
@@ -62,7 +76,7 @@ def store(raw: Tensor, bad: Tensor | None, fmt: Any) -> Tensor:
     return code.view(scale.dtype)
 
 
-def _non_finite(hi: Tensor, lo: Tensor) -> Tensor | None:
+def non_finite(hi: Tensor, lo: Tensor) -> Tensor | None:
     """Which groups have a non-finite element; None where none has."""
     if math.isfinite(float((hi - lo).sum())):  # differences are not negative, so infinity and NaN reach the sum
         return None
@@ -74,29 +88,34 @@ def choose(hi: Tensor, lo: Tensor, fmt: Any, tensor_scale: Tensor | None) -> tup
 
     NaN or infinity in `hi` or `lo` marks a group with a non-finite element.
     """
-    bad = _non_finite(hi, lo)
+    bad = non_finite(hi, lo)
     if bad is not None:
         hi, lo = hi.masked_fill(bad, 0.0), lo.masked_fill(bad, 0.0)
     element, rule = fmt.element, fmt.scale.rule
     if fmt.scale.is_exponent:
         exponent = _exponent_scale(torch.maximum(hi, -lo), fmt)
         return (exponent if bad is None else exponent.masked_fill_(bad, 0xFF)).view(fmt.scale.dtype), None
+    scale = store(raw(hi, lo, fmt, tensor_scale), bad, fmt.scale)
+    if rule != "minmax":
+        return scale, None
+    zero = (-lo.clamp(max=0.0) / load(scale, fmt)).round_().clamp_(0, (1 << element.bits) - 1)
+    return scale, (zero if bad is None else zero.masked_fill_(bad, 0.0)).to(torch.uint8)
+
+
+def raw(hi: Tensor, lo: Tensor, fmt: Any, tensor_scale: Tensor | None = None) -> Tensor:
+    """fp32 scales before they are rounded, of groups with largest and smallest element `hi`, `lo`, finite."""
+    element, rule = fmt.element, fmt.scale.rule
     levels = 1 << element.bits
     if rule == "minmax":
-        hi, lo = hi.clamp(min=0.0), lo.clamp(max=0.0)
-        scale = store((hi - lo) / (levels - 1), bad, fmt)
-        zero = (-lo / load(scale, fmt)).round_().clamp_(0, levels - 1)
-        return scale, (zero if bad is None else zero.masked_fill_(bad, 0.0)).to(torch.uint8)
+        return hi.clamp(min=0.0).sub_(lo.clamp(max=0.0)).div_(levels - 1)
     if rule == "full_range":
         # The sign of -(hi + lo), which is -0 on a tie. torch.where takes ten times as long.
-        raw = torch.maximum(hi, -lo).copysign_((hi + lo).neg_()).div_(levels // 2)
-    elif rule == "half_range":
-        raw = torch.maximum(hi, -lo).div_((levels - 1) / 2)
-    elif tensor_scale is not None:
-        raw = torch.maximum(hi, -lo).mul_(tensor_scale).div_(element.max)
-    else:
-        raw = torch.maximum(hi, -lo).div_(element.max)
-    return store(raw, bad, fmt), None
+        return torch.maximum(hi, -lo).copysign_((hi + lo).neg_()).div_(levels // 2)
+    if rule == "half_range":
+        return torch.maximum(hi, -lo).div_((levels - 1) / 2)
+    if tensor_scale is not None:
+        return torch.maximum(hi, -lo).mul_(tensor_scale).div_(element.max)
+    return torch.maximum(hi, -lo).div_(element.max)
 
 
 def load(scale: Tensor, fmt: Any, tensor_scale: Tensor | None = None) -> Tensor:

@@ -46,7 +46,7 @@ def magnitudes(high, low, FMT: tl.constexpr):
 
 
 @triton.jit
-def _over_constant(a, DIVISOR: tl.constexpr):
+def over_constant(a, DIVISOR: tl.constexpr):
     return tl.div_rn(a, tl.full(a.shape, DIVISOR, tl.float32))
 
 
@@ -107,18 +107,24 @@ def store(raw, bad, FMT: tl.constexpr):
         value = bits.to(tl.float32, bitcast=True)
         bits = tl.where(bad, 0x7FC00000, bits)
     else:
-        TYPE: tl.constexpr = FMT.scale.element
-        raw_bits = tl.minimum(tl.abs(raw), TYPE.max).to(tl.int32, bitcast=True)
-        magnitude = tl.maximum(raw_bits, TYPE.smallest_bits).to(tl.float32, bitcast=True)
-        bits = minifloat.magnitude_code(magnitude, TYPE)
-        value = minifloat.magnitude_value(magnitude, TYPE)
-        if FMT.scale.rule == "full_range":  # the only one with negative scales; what rounds to zero becomes positive
-            HALF: tl.constexpr = TYPE.half_smallest_bits
-            negative = (raw < 0.0) & (raw_bits > HALF)
-            value = tl.where(negative, 0.0 - value, value)
-            bits = tl.where(negative, bits | (1 << (TYPE.bits - 1)), bits)
-        bits = tl.where(bad, TYPE.nan_code, bits)
+        bits, value = store_minifloat(raw, bad, FMT.scale.element, FMT.scale.rule == "full_range")
     return bits, value
+
+
+@triton.jit
+def store_minifloat(raw, bad, TYPE: tl.constexpr, SIGNED: tl.constexpr):
+    """`store` of a float type; SIGNED: scales can be negative (rule full_range), and what rounds to zero becomes
+    positive."""
+    raw_bits = tl.minimum(tl.abs(raw), TYPE.max).to(tl.int32, bitcast=True)
+    magnitude = tl.maximum(raw_bits, TYPE.smallest_bits).to(tl.float32, bitcast=True)
+    bits = minifloat.magnitude_code(magnitude, TYPE)
+    value = minifloat.magnitude_value(magnitude, TYPE)
+    if SIGNED:
+        HALF: tl.constexpr = TYPE.half_smallest_bits
+        negative = (raw < 0.0) & (raw_bits > HALF)
+        value = tl.where(negative, 0.0 - value, value)
+        bits = tl.where(negative, bits | (1 << (TYPE.bits - 1)), bits)
+    return tl.where(bad, TYPE.nan_code, bits), value
 
 
 @triton.jit
@@ -151,36 +157,46 @@ def load(bits, tensor_scale, FMT: tl.constexpr):
 
 
 @triton.jit
+def raw(positive, negative, tensor_scale, FMT: tl.constexpr):
+    """What `magnitudes` gives to fp32 scales before they are rounded, of floating and integer scale types."""
+    ELEM: tl.constexpr = FMT.element
+    RULE: tl.constexpr = FMT.scale.rule
+    amax = tl.maximum(positive, negative).to(tl.float32, bitcast=True)
+    if RULE == "minmax":
+        LEVELS: tl.constexpr = (1 << ELEM.bits) - 1
+        high, low = positive.to(tl.float32, bitcast=True), negative.to(tl.float32, bitcast=True)
+        return over_constant(high + low, LEVELS)
+    elif RULE == "full_range":
+        return tl.where(positive >= negative, 0.0 - amax, amax) * (1.0 / (1 << (ELEM.bits - 1)))  # a power of two
+    elif RULE == "half_range":
+        return over_constant(amax, ((1 << ELEM.bits) - 1) / 2)
+    elif FMT.tensor_scale:  # stored with a smallest number far above 2^-70
+        return _over_constant_coarse(amax * tensor_scale, ELEM.max)
+    else:
+        return over_constant(amax, ELEM.max)
+
+
+@triton.jit
 def choose(high, low, tensor_scale, FMT: tl.constexpr):
     """Maximal keys of groups to (storage bits int32, fp32 factor, fp32 zero point, whether an element is not finite).
     The factor of a group with such an element is any number; its storage bits are those of NaN."""
     ELEM: tl.constexpr = FMT.element
-    RULE: tl.constexpr = FMT.scale.rule
     positive, negative = magnitudes(high, low, FMT)
     largest = tl.maximum(positive, negative)
     bad = largest >= 0x7F800000
     amax = largest.to(tl.float32, bitcast=True)
     zero = tl.zeros_like(amax) + ELEM.zero_code
-    if RULE == "minmax":
-        lo = negative.to(tl.float32, bitcast=True)
+    if FMT.scale.rule == "minmax":
         LEVELS: tl.constexpr = (1 << ELEM.bits) - 1
-        bits, factor = store(_over_constant(positive.to(tl.float32, bitcast=True) + lo, LEVELS), bad, FMT)
-        zero = tl.minimum(tl.div_rn(lo, factor), LEVELS)  # >= 0, so only the upper bound can be passed
+        bits, factor = store(raw(positive, negative, tensor_scale, FMT), bad, FMT)
+        zero = tl.minimum(tl.div_rn(negative.to(tl.float32, bitcast=True), factor), LEVELS)  # >= 0, so not too small
         zero = tl.where(bad, 0.0, (zero + 12582912.0) - 12582912.0)
     elif FMT.scale.is_exponent:
         bits = _exponent_bits(amax, FMT)
         factor = tl.where(bits == 0, 0x400000, bits << 23).to(tl.float32, bitcast=True)  # 2^-127 is subnormal
         bits = tl.where(bad, 0xFF, bits)
     else:
-        if RULE == "full_range":
-            raw = tl.where(positive >= negative, 0.0 - amax, amax) * (1.0 / (1 << (ELEM.bits - 1)))  # a power of two
-        elif RULE == "half_range":
-            raw = _over_constant(amax, ((1 << ELEM.bits) - 1) / 2)
-        elif FMT.tensor_scale:  # stored with a smallest number far above 2^-70
-            raw = _over_constant_coarse(amax * tensor_scale, ELEM.max)
-        else:
-            raw = _over_constant(amax, ELEM.max)
-        bits, factor = store(raw, bad, FMT)
+        bits, factor = store(raw(positive, negative, tensor_scale, FMT), bad, FMT)
         if FMT.tensor_scale:
             factor = _over_scalar(factor, tensor_scale)
     return bits, factor, zero, bad

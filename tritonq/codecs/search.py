@@ -92,7 +92,7 @@ def candidate(scale: Tensor, k: int, stage: Stage, fmt: Any) -> Tensor:
     value = scales.load(scale, fmt)
     bits = value.abs().view(torch.int32)
     moved = (bits & -stage.step).add_(k * stage.step).clamp_(1, 0x7F7FFFFF)
-    return scales.store(moved.view(torch.float32).copysign_(value), None, fmt)
+    return scales.store(moved.view(torch.float32).copysign_(value), None, fmt.scale)
 
 
 def zero_point(zero: Tensor, ratio: Tensor, anchor: int, fmt: Any) -> Tensor:

@@ -18,6 +18,12 @@ def _granularity(fmt: Format) -> str:
     return f"{cols} of a row" if rows == 1 else f"{rows} x {cols}"
 
 
+def _second_level(fmt: Format) -> str:
+    if fmt.super_group:
+        return f"{' and minimum' * fmt.minimum} x {fmt.super_scale.name} per {fmt.super_group}"
+    return " + f32 divisor" if fmt.tensor_scale else ""
+
+
 def format_rows() -> list[dict[str, str]]:
     """One row for every registered format; bits are those of a 4096 x 4096 weight, scales included."""
     return [
@@ -26,7 +32,7 @@ def format_rows() -> list[dict[str, str]]:
             "element": fmt.element.name,
             "largest": f"{fmt.element.max:g}",
             "one scale per": _granularity(fmt),
-            "scale": fmt.scale.name + (" + f32 divisor" if fmt.tensor_scale else ""),
+            "scale": fmt.scale.name + _second_level(fmt),
             "rule": fmt.scale.rule,
             "bits": f"{storage_bits(fmt, _SHAPE):.3f}",
         }

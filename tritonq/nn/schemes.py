@@ -51,9 +51,9 @@ class Scheme:
 
     @property
     def takes_group_size(self) -> bool:
-        """Integer groups may have any size; MX and NVFP4 define theirs."""
+        """Integer groups may have any size; MX, NVFP4 and formats with super-groups define theirs."""
         fmt = get_format(self.weights)
-        return fmt.group[0] == 1 and fmt.group_size > 0 and fmt.element.codec.offset_binary
+        return fmt.group[0] == 1 and fmt.group_size > 0 and fmt.element.codec.offset_binary and not fmt.super_group
 
     def search(self, wanted: str | bool | None) -> str | bool:
         """The scale search of weights: what is wanted, by default "mse" for codes of 4 bits and less, where it lowers
