@@ -135,6 +135,30 @@ def _only_launch(x: Tensor, fmt: Format, mode: str) -> Plan | None:
     return plans.single(x.shape, x.stride(), x.dtype, fmt, mode, x.device)
 
 
+ROUNDINGS = ("nearest", "stochastic")
+
+
+def _draw(generator: torch.Generator | None = None) -> Tensor:
+    """A seed: one int64 >= 0 on the CPU. Only a generator of another device has to be waited for."""
+    device = "cpu" if generator is None else generator.device
+    return torch.randint((1 << 63) - 1, (), generator=generator, dtype=torch.int64, device=device).cpu()
+
+
+def _seed(rounding: str, generator: torch.Generator | None, x: Tensor) -> Tensor | None:
+    """The seed of a call, drawn from `generator` or torch's own for the CPU; None for rounding to nearest."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"unknown rounding {rounding!r}; there is {', '.join(map(repr, ROUNDINGS))}")
+    if rounding == "nearest":
+        return None
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator has to be a torch.Generator, got {type(generator).__name__}")
+    return torch.ops.tritonq.seed() if generator is None and traced(x) else _draw(generator)
+
+
+def _value(seed: Tensor | None) -> int | None:
+    return None if seed is None else int(seed)
+
+
 @functools.lru_cache(maxsize=4096)
 def _storage(fmt: Format, shape: Shape) -> tuple[tuple[str, Shape, torch.dtype], ...]:
     return tuple((name, s, d) for name, (s, d) in fmt.storage(shape).items())
@@ -148,18 +172,22 @@ def quantize(
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
     out: Parts | None = None,
+    rounding: str = "nearest",
+    generator: torch.Generator | None = None,
 ) -> Parts:
     """Parts of x by name, as `fmt.storage(x.shape)` describes them; `out` receives them where it is given.
 
     Args:
         x: floating tensor of >= 1 dimension, any strides, any size.
         scale, zero_point, tensor_scale: precomputed parts, used verbatim.
+        rounding: "nearest", or "stochastic", see `tritonq.quantize`.
+        generator: where stochastic rounding draws its seed.
 
     Raises:
-        ValueError: unknown format, or parts of another shape. TypeError: x is not floating.
+        ValueError: unknown format or rounding, or parts of another shape. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
-    if out is None and scale is None and zero_point is None and tensor_scale is None:
+    if out is None and scale is None and zero_point is None and tensor_scale is None and rounding == "nearest":
         plan = _only_launch(x, fmt, "quantize")
         if plan is not None:
             parts = {name: torch.empty(s, dtype=d, device=x.device) for name, s, d in _storage(fmt, x.shape)}
@@ -167,12 +195,13 @@ def quantize(
             plan(x, parts["qdata"], chosen, parts.get("zero_point", chosen), x)
             return parts
     check_input(x, fmt)
+    seed = _seed(rounding, generator, x)
     if traced(x):
         scale = None if scale is None else _bits(scale)
-        values = torch.ops.tritonq.quantize(x.detach(), _name(fmt), scale, zero_point, tensor_scale)
+        values = torch.ops.tritonq.quantize(x.detach(), _name(fmt), scale, zero_point, tensor_scale, seed)
         made = _typed(values, fmt, tuple(x.shape))
         return made if out is None else {name: part.copy_(made[name]) for name, part in out.items()}
-    return _quantize(x, fmt, scale, zero_point, tensor_scale, out)
+    return _quantize(x, fmt, scale, zero_point, tensor_scale, _value(seed), out)
 
 
 @torch.no_grad()
@@ -182,6 +211,7 @@ def _quantize(
     scale: Tensor | None,
     zero_point: Tensor | None,
     tensor_scale: Tensor | None,
+    seed: int | None = None,
     out: Parts | None = None,
 ) -> Parts:
     x = x.resolve_neg()  # kernels read memory as it is
@@ -189,7 +219,7 @@ def _quantize(
     if x.device.type == "meta":
         return parts
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
-    _run(x, fmt, parts, given, tensor_scale is not None, None)
+    _run(x, fmt, parts, given, tensor_scale is not None, None, seed)
     return parts
 
 
@@ -200,24 +230,33 @@ def qdq(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
+    rounding: str = "nearest",
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """dequantize(quantize(x)) of x's shape and dtype, contiguous, without codes in memory."""
     fmt = get_format(fmt)
-    if scale is None and zero_point is None and tensor_scale is None:
+    if scale is None and zero_point is None and tensor_scale is None and rounding == "nearest":
         plan = _only_launch(x, fmt, "qdq")
         if plan is not None:
             y = torch.empty_like(x, memory_format=torch.contiguous_format)
             plan(x, y, y, y, x)
             return y
     check_input(x, fmt)
+    seed = _seed(rounding, generator, x)
     if traced(x):
-        return torch.ops.tritonq.qdq(x, _name(fmt), None if scale is None else _bits(scale), zero_point, tensor_scale)
-    return _qdq(x, fmt, scale, zero_point, tensor_scale)
+        scale = None if scale is None else _bits(scale)
+        return torch.ops.tritonq.qdq(x, _name(fmt), scale, zero_point, tensor_scale, seed)
+    return _qdq(x, fmt, scale, zero_point, tensor_scale, _value(seed))
 
 
 @torch.no_grad()
 def _qdq(
-    x: Tensor, fmt: Format, scale: Tensor | None, zero_point: Tensor | None, tensor_scale: Tensor | None
+    x: Tensor,
+    fmt: Format,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    tensor_scale: Tensor | None,
+    seed: int | None = None,
 ) -> Tensor:
     x = x.resolve_neg()
     y = empty(x.shape, x.dtype, x.device)
@@ -226,7 +265,7 @@ def _qdq(
     inside = scale is None and uses_triton(x) and tuning.fits(fmt, x.shape[-1])  # scales never leave the kernel
     parts = _allocate_scales(fmt, x, ("tensor_scale",) if inside else _SCALES)
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
-    _run(x, fmt, parts, given, tensor_scale is not None, y)
+    _run(x, fmt, parts, given, tensor_scale is not None, y, seed)
     return y
 
 
@@ -322,19 +361,21 @@ def _tensor_scale(x: Tensor, fmt: Format) -> Tensor:
     return tiling.tensor_scale(x, fmt)
 
 
-def _run(x: Tensor, fmt: Format, parts: Parts, given: bool, given_tensor_scale: bool, y: Tensor | None) -> None:
+def _run(
+    x: Tensor, fmt: Format, parts: Parts, given: bool, given_tensor_scale: bool, y: Tensor | None, seed: int | None
+) -> None:
     if x.numel() == 0 or not uses_triton(x):
         if fmt.tensor_scale and not given_tensor_scale:
             parts["tensor_scale"].copy_(tiling.tensor_scale(x, fmt))
         if x.numel():
-            tiling.encode(x, fmt, parts, given, y)
+            tiling.encode(x, fmt, parts, given, y, seed=seed)
         elif not given and "scale" in parts:
             _empty_scales(x, fmt, parts)
         return
     with _device_of(x):
         if fmt.tensor_scale and not given_tensor_scale:
             plans.tensor_scale(x, fmt, parts["tensor_scale"])
-        plans.encode(x, fmt, parts, given, y)
+        plans.encode(x, fmt, parts, given, y, seed)
 
 
 def _empty_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
@@ -361,6 +402,7 @@ _NO_CONTEXT = contextlib.nullcontext()
 
 library = torch.library.Library("tritonq", "DEF")
 _GIVEN = "Tensor? scale=None, Tensor? zero_point=None, Tensor? tensor_scale=None"
+_SEEDED = f"{_GIVEN}, Tensor? seed=None"  # with a seed (one int64, on the CPU) rounding is stochastic
 
 
 def _bits(part: Tensor) -> Tensor:
@@ -380,10 +422,15 @@ def _scales(fmt: Format, given: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
     return None if scale is None else scale.view(fmt.scale.dtype), zero_point, tensor_scale
 
 
+def _seed_of(given: tuple[Tensor | None, ...]) -> int | None:
+    """The seed behind the scales of an operator's arguments."""
+    return _value(given[3]) if len(given) > 3 else None
+
+
 def _quantize_operator(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
     fmt = get_format(name)
     check_input(x, fmt)
-    return [_bits(part) for part in _quantize(x, fmt, *_scales(fmt, given)).values()]
+    return [_bits(part) for part in _quantize(x, fmt, *_scales(fmt, given), _seed_of(given)).values()]
 
 
 def _quantize_fake(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
@@ -394,7 +441,7 @@ def _quantize_fake(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
 def _qdq_operator(x: Tensor, name: str, *given: Tensor | None) -> Tensor:
     fmt = get_format(name)
     check_input(x, fmt)
-    return _qdq(x, fmt, *_scales(fmt, given))
+    return _qdq(x, fmt, *_scales(fmt, given), _seed_of(given))
 
 
 def _qdq_backward_operator(x: Tensor, dy: Tensor, name: str, *given: Tensor | None) -> Tensor:
@@ -417,15 +464,15 @@ def _dequantize_operator(
     return _dequantize(_typed(values, fmt, tuple(shape)), fmt, tuple(shape), dtype)
 
 
-def _operator(schema: str, function: Any, fake: Any) -> None:
+def _operator(schema: str, function: Any, fake: Any, *tags: torch.Tag) -> None:
     name = schema.partition("(")[0]
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tritonq::{name}", fake, lib=library)
 
 
-_operator(f"quantize(Tensor x, str format, {_GIVEN}) -> Tensor[]", _quantize_operator, _quantize_fake)
-_operator(f"qdq(Tensor x, str format, {_GIVEN}) -> Tensor", _qdq_operator, lambda x, *_, **__: x.new_empty(x.shape))
+_operator(f"quantize(Tensor x, str format, {_SEEDED}) -> Tensor[]", _quantize_operator, _quantize_fake)
+_operator(f"qdq(Tensor x, str format, {_SEEDED}) -> Tensor", _qdq_operator, lambda x, *_, **__: x.new_empty(x.shape))
 _operator(
     f"qdq_backward(Tensor x, Tensor dy, str format, {_GIVEN}) -> Tensor",
     _qdq_backward_operator,
@@ -441,4 +488,11 @@ _operator(
     "tensor_scale(Tensor x, str format) -> Tensor",
     lambda x, name: _tensor_scale(x, get_format(name)),
     lambda x, name: x.new_empty(1, dtype=torch.float32),
+)
+# Inductor would replace torch.randint by numbers of its own; this draws what an eager call draws.
+_operator(
+    "seed() -> Tensor",
+    _draw,
+    lambda: torch.empty((), dtype=torch.int64),
+    torch.Tag.nondeterministic_seeded,
 )

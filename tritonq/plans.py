@@ -1,6 +1,7 @@
 """From an op on a tensor to kernel launches: which kernel, over which slabs, in which tiles.
 
-Plans depend on shapes, strides, types and the format only, so they are made once and kept.
+Plans depend on shapes, strides, types, the format and the kind of rounding only, so they are made once and kept; the
+seed of stochastic rounding comes with the call.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tritonq import tiling, tuning, tuning_cache
+from tritonq.codecs import philox
 from tritonq.formats import Format, Shape, get_format
 from tritonq.launch import Plan
 from tritonq.reference import Parts
@@ -22,10 +24,10 @@ _ONE_GROUP = get_format("fp8_e4m3_tensor")  # only its geometry: one group, whol
 _cached = functools.lru_cache(maxsize=4096)
 
 
-def _options(config: tuning.Config, dtype: torch.dtype) -> dict[str, int]:
-    """Compiler options of a configuration."""
+def _options(config: tuning.Config, dtype: torch.dtype, stochastic: bool = False) -> dict[str, int]:
+    """Compiler options of a configuration; random numbers take registers that it did not count with."""
     options = {"num_warps": config["num_warps"]}
-    if "maxnreg" in config and torch.version.hip is None and dtype.itemsize <= 4:
+    if "maxnreg" in config and torch.version.hip is None and dtype.itemsize <= 4 and not stochastic:
         options["maxnreg"] = config["maxnreg"]
     return options
 
@@ -61,9 +63,22 @@ def _view(x: Tensor, m: tiling.Matrix) -> Tensor:
     return x.as_strided((m.batch, m.rows, m.columns), m.strides, x.storage_offset() + m.offset)
 
 
+_Rounding = tuple[int, tuple[int | None, ...]]  # ROUNDING of the kernels, and their integers that belong to it
+_NEAREST: _Rounding = (0, (None, None, None))  # no seed, no first element
+
+
+def _stochastic(m: tiling.Matrix, fmt: Format, shape: Shape) -> _Rounding:
+    """Four neighbours share a counter where those of each tile and row begin at a multiple of four."""
+    cols, first = fmt.group[1], m.first(shape)
+    whole_tiles = cols & (cols - 1) == 0 or cols < 0 or cols % 4 == 0
+    whole_rows = m.columns % 4 == 0 or m.batch * m.rows == 1
+    return (4 if whole_tiles and whole_rows and first % 4 == 0 else 1), (first,)
+
+
 def _group_plan(
-    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device
-) -> Plan:
+    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device,
+    rounding: _Rounding = _NEAREST,
+) -> Plan:  # fmt: skip
     from tritonq.kernels.quantize import group_kernel
 
     config, tiles = tuning.group_config(m.rows, m.columns, fmt, mode, _choice(mode, m, fmt, dtype, device))
@@ -73,16 +88,17 @@ def _group_plan(
     return Plan(
         group_kernel,
         m.batch * tiles[0] * tiles[1],
-        (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
-        (fmt, mode, _limit(dtype), partial, flat, words, *extents),
-        _options(config, dtype),
+        (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
+        (fmt, mode, rounding[0], _limit(dtype), partial, flat, words, *extents),
+        _options(config, dtype, rounding[0] != 0),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
 
 
 def _row_plan(
-    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device
-) -> Plan:
+    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device,
+    rounding: _Rounding,
+) -> Plan:  # fmt: skip
     from tritonq.kernels.quantize import row_kernel
 
     config = tuning.row_config(_choice(f"row_{mode}", m, fmt, dtype, device))
@@ -90,16 +106,17 @@ def _row_plan(
     return Plan(
         row_kernel,
         m.batch * m.rows,
-        (m.rows, m.columns, fmt.row_bytes(m.columns), *m.strides),
-        (fmt, mode, _limit(dtype), m.columns * fmt.bits % 8 != 0, words, config["BLOCK_N"]),
+        (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *m.strides),
+        (fmt, mode, rounding[0], _limit(dtype), m.columns * fmt.bits % 8 != 0, words, config["BLOCK_N"]),
         _options(config, dtype),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
 
 
 def _apply_plan(
-    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device
-) -> Plan:
+    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device,
+    rounding: _Rounding,
+) -> Plan:  # fmt: skip
     from tritonq.kernels.quantize import apply_kernel
 
     op = "apply" if mode == "quantize" else "apply_qdq"
@@ -110,8 +127,8 @@ def _apply_plan(
     return Plan(
         apply_kernel,
         m.batch * tiles[0] * tiles[1],
-        (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
-        (fmt, mode, _limit(dtype), partial, flat, words, config["BLOCK_M"], config["BLOCK_N"]),
+        (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
+        (fmt, mode, rounding[0], _limit(dtype), partial, flat, words, config["BLOCK_M"], config["BLOCK_N"]),
         _options(config, dtype),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
@@ -136,14 +153,15 @@ def _dequantize_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned:
 @_cached
 def _encode_plans(
     shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, mode: str, given: bool, aligned: bool,
-    device: torch.device,
+    device: torch.device, stochastic: bool = False,
 ) -> Plans:  # fmt: skip
     def plan(m: tiling.Matrix) -> Plan:
+        rounding = _stochastic(m, fmt, shape) if stochastic else _NEAREST
         if given:
-            return _apply_plan(m, fmt, mode, dtype, aligned, device)
+            return _apply_plan(m, fmt, mode, dtype, aligned, device, rounding)
         if tuning.loops_over_rows(fmt, m.columns):
-            return _row_plan(m, fmt, mode, dtype, aligned, device)
-        return _group_plan(m, fmt, mode, dtype, aligned, device)
+            return _row_plan(m, fmt, mode, dtype, aligned, device, rounding)
+        return _group_plan(m, fmt, mode, dtype, aligned, device, rounding)
 
     return tuple((m, plan(m)) for m in _geometry(shape, strides, fmt))
 
@@ -157,7 +175,7 @@ def single(
     floats = dtype.is_floating_point and dtype.itemsize > 1
     if not floats or fmt.tensor_scale or math.prod(shape) == 0 or not tuning.fits(fmt, shape[-1]):
         return None
-    (m, plan), *others = _encode_plans(shape, strides, dtype, fmt, mode, False, True, device)
+    (m, plan), *others = _encode_plans(shape, strides, dtype, fmt, mode, False, True, device, False)
     return None if others or m.index or m.offset else plan
 
 
@@ -213,8 +231,9 @@ def forget() -> None:
         kept.cache_clear()
 
 
-def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None) -> None:
-    """Codes and scales into `parts`, or values into `y`; scales that are `given` are only read."""
+def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None, seed: int | None = None) -> None:
+    """Codes and scales into `parts`, or values into `y`; scales that are `given` are only read. With a seed, rounding
+    is stochastic."""
     mode = "quantize" if y is None else "qdq"
     if not given and not tuning.fits(fmt, x.shape[-1]):
         scales(x, fmt, parts)
@@ -223,11 +242,12 @@ def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None) 
     scale = parts.get("scale", target)
     zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", x)
     aligned = target.data_ptr() % 4 == 0  # to 32-bit words
-    for m, plan in _encode_plans(x.shape, x.stride(), x.dtype, fmt, mode, given, aligned, x.device):
+    words = () if seed is None else philox.halves(seed)
+    for m, plan in _encode_plans(x.shape, x.stride(), x.dtype, fmt, mode, given, aligned, x.device, seed is not None):
         if m.index or m.offset:
-            plan(_view(x, m), _own(target, m), _own(scale, m), _own(zero, m), divisor)
+            plan(_view(x, m), _own(target, m), _own(scale, m), _own(zero, m), divisor, seed=words)
         else:
-            plan(x, target, scale, zero, divisor)
+            plan(x, target, scale, zero, divisor, seed=words)
 
 
 def decode(parts: Parts, fmt: Format, y: Tensor) -> None:

@@ -542,6 +542,8 @@ def quantize(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
+    rounding: str = "nearest",
+    generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> QTensor:
     """Quantize a tensor.
@@ -552,13 +554,21 @@ def quantize(
         fmt: a Format or its name, such as "int4_g128", "mxfp4", "nvfp4", "fp8_e4m3_b128x128", "e3m4_g48".
         scale, zero_point, tensor_scale: used verbatim instead of being computed; shapes and dtypes as
             `fmt.storage(x.shape)`.
+        rounding: "nearest", half to even; or "stochastic": x / scale goes to one of the two codes beside it, to the
+            upper one with the probability (x / scale - lower) / (upper - lower), which makes codes unbiased. The random
+            number of an element follows from a seed and its index alone (`tritonq.codecs.philox`), so results do not
+            depend on strides or devices. It has 24 bits: probabilities are too large by less than 2^-24 (tables: off by
+            at most 2^-22).
+        generator: of any device, or None for torch's own for the CPU, which `torch.manual_seed` sets: stochastic
+            rounding draws one int64 from it, the seed. Others than those of the CPU are waited for. In a CUDA graph the
+            seed is that of the capture.
         device: where to compute and keep the result; default x's device.
 
     Returns:
         A QTensor of x's shape and dtype.
 
     Raises:
-        ValueError: unknown format, or a shape it cannot group. TypeError: x is not floating.
+        ValueError: unknown format or rounding, or a shape it cannot group. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
     ops.check_input(x, fmt)
@@ -566,7 +576,8 @@ def quantize(
     layout = Layout.of(fmt, tuple(x.shape))
     buf = empty(layout.nbytes, torch.uint8, x.device)
     result = QTensor._wrap(buf, layout, x.dtype)
-    ops.quantize(x, fmt, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, out=result.parts())
+    given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
+    ops.quantize(x, fmt, **given, out=result.parts(), rounding=rounding, generator=generator)
     return result
 
 

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from tritonq.codecs import philox_triton as philox
+
 
 @triton.jit
 def _bounded(x, zero, finite, ELEM: tl.constexpr):
@@ -21,6 +23,15 @@ def round(x, zero, ELEM: tl.constexpr):
     x = _bounded(x, zero, None, ELEM)
     MAGIC: tl.constexpr = 12582912.0 * 2.0**-ELEM.fraction  # 1.5 * 2^(23 - F): fp32 keeps multiples of 2^-F there
     return (x + MAGIC) - MAGIC  # half to even
+
+
+@triton.jit
+def stochastic(x, u, zero, ELEM: tl.constexpr):
+    x = _bounded(x, zero, None, ELEM)
+    UNIT: tl.constexpr = 2.0**-ELEM.fraction
+    MAGIC: tl.constexpr = 12582912.0 * UNIT
+    nearest = (x + MAGIC) - MAGIC
+    return philox.decide(x, nearest, UNIT, u)
 
 
 @triton.jit
