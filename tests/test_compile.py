@@ -56,7 +56,7 @@ class Launch:
             if isinstance(value, torch.Tensor):
                 self.signature[name] = TYPES[value.dtype]
                 aligned = value.data_ptr() % 16 == 0
-            elif name in constexprs or (value == 1 and name not in plain):
+            elif name in constexprs or value is None or (value == 1 and name not in plain):
                 self.signature[name], self.constants[name], aligned = "constexpr", value, False
             else:
                 self.signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -81,7 +81,7 @@ def launches(name, shape=(64, 4096), dtype=torch.bfloat16):
     return record(get_format(name), shape, dtype)
 
 
-def record(fmt, shape, dtype):
+def record(fmt, shape, dtype, **rounding):
     found = {}
 
     def run(self, *args, grid=None, warmup=False, **kwargs):
@@ -92,9 +92,9 @@ def record(fmt, shape, dtype):
         patch.setattr(ops, "uses_triton", lambda x: True)
         plans.forget()
         x = torch.zeros(shape, dtype=dtype)
-        parts = ops.quantize(x, fmt)
-        ops.qdq(x, fmt)
-        ops.qdq(x, fmt, **{k: v for k, v in parts.items() if k != "qdata"})
+        parts = ops.quantize(x, fmt, **rounding)
+        ops.qdq(x, fmt, **rounding)
+        ops.qdq(x, fmt, **{k: v for k, v in parts.items() if k != "qdata"}, **rounding)
         ops.dequantize(parts, fmt, shape, dtype)
     return tuple(found.values())
 
