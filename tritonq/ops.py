@@ -152,7 +152,9 @@ def _seed(rounding: str, generator: torch.Generator | None, x: Tensor) -> Tensor
         return None
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator has to be a torch.Generator, got {type(generator).__name__}")
-    return torch.ops.tritonq.seed() if generator is None and traced(x) else _draw(generator)
+    if generator is None and traced(x):
+        return torch.ops.tritonq.seed(torch.empty(0))
+    return _draw(generator)
 
 
 def _value(seed: Tensor | None) -> int | None:
@@ -489,10 +491,11 @@ _operator(
     lambda x, name: _tensor_scale(x, get_format(name)),
     lambda x, name: x.new_empty(1, dtype=torch.float32),
 )
-# Inductor would replace torch.randint by numbers of its own; this draws what an eager call draws.
+# Inductor would replace torch.randint by numbers of its own; this draws what an eager call draws. Graphs merge calls of
+# an operator with the same arguments, although it is tagged as random, but no two empty tensors: each seed takes one.
 _operator(
-    "seed() -> Tensor",
-    _draw,
-    lambda: torch.empty((), dtype=torch.int64),
+    "seed(Tensor fresh) -> Tensor",
+    lambda fresh: _draw(),
+    lambda fresh: torch.empty((), dtype=torch.int64),
     torch.Tag.nondeterministic_seeded,
 )
