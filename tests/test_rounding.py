@@ -140,10 +140,10 @@ def words_kernel(key_ptr, counter_ptr, out_ptr):
 
 
 @triton.jit(do_not_specialize=["low", "high", "first", "pitch"])
-def uniform_kernel(u_ptr, low, high, first, pitch, SHARED: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def uniform_kernel(u_ptr, low, high, first, pitch, COUNTERS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     start = first + tl.arange(0, M).to(tl.int64) * pitch
-    column = (tl.arange(0, N // SHARED) * SHARED).to(tl.int64)
-    u = philox_triton.uniform(low, high, start, column, SHARED)
+    fourth = (tl.arange(0, N // 4) * 4).to(tl.int64)
+    u = philox_triton.uniform(low, high, start, fourth, COUNTERS)
     tl.store(u_ptr + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :], u)
 
 
@@ -172,10 +172,10 @@ def test_numbers_of_a_window(seed, first, rows, columns, pitch, device):
     expected = torch.tensor(draw).to(torch.float32).mul(2.0**-24).reshape(rows, columns)
     assert_same(philox.uniform(seed, first, rows, columns, pitch, torch.device(device)).cpu(), expected)
     if INTERPRET or device == "cuda":
-        for shared in (1, 4) if first % 4 == 0 == pitch % 4 else (1,):
+        for counters in (1, 2) if first % 4 == 0 == pitch % 4 else (2,):
             u = torch.empty(rows, columns, device=device)
-            uniform_kernel[(1,)](u, *philox.halves(seed), first, pitch, shared, rows, columns)
-            assert_same(u.cpu(), expected, f"{shared} share a counter")
+            uniform_kernel[(1,)](u, *philox.halves(seed), first, pitch, counters, rows, columns)
+            assert_same(u.cpu(), expected, f"{counters} counters")
 
 
 def test_numbers_are_uniform():
@@ -524,7 +524,7 @@ def test_one_graph(device):
 @pytest.mark.parametrize("name", ("int4_g128", "mxfp4", "nvfp4", "fp8_e4m3_channel", "nf4_g64"))
 @pytest.mark.parametrize("target", ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"))
 def test_compiles(target, name, tmp_path):
-    """Every kernel, without spills; rows of 4094 elements take a counter each."""
+    """Every kernel, without spills; rows of 4094 elements begin between counters."""
     import test_compile
 
     fmt, seen = get_format(name), set()
@@ -534,7 +534,7 @@ def test_compiles(target, name, tmp_path):
                 test_compile.check(one, test_compile.TARGETS[target], tmp_path, 192)
                 seen.add(one.constants["ROUNDING"])
                 assert one.signature["seed_low"] == one.signature["seed_high"] == "i32"
-    assert seen == ({1, 4} if target == "sm_90" else {4})
+    assert seen == ({1, 2} if target == "sm_90" else {1})
 
 
 @traced

@@ -68,11 +68,12 @@ _NEAREST: _Rounding = (0, (None, None, None))  # no seed, no first element
 
 
 def _stochastic(m: tiling.Matrix, fmt: Format, shape: Shape) -> _Rounding:
-    """Four neighbours share a counter where those of each tile and row begin at a multiple of four."""
+    """Four neighbours share a counter where those of each tile and row begin at a multiple of four, else they take two
+    counters."""
     cols, first = fmt.group[1], m.first(shape)
     whole_tiles = cols & (cols - 1) == 0 or cols < 0 or cols % 4 == 0
     whole_rows = m.columns % 4 == 0 or m.batch * m.rows == 1
-    return (4 if whole_tiles and whole_rows and first % 4 == 0 else 1), (first,)
+    return (1 if whole_tiles and whole_rows and first % 4 == 0 else 2), (first,)
 
 
 def _group_plan(

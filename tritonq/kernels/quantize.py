@@ -6,7 +6,7 @@ share a byte).
 
 ROUNDING 0 rounds to the nearest code; `seed_low`, `seed_high` and `first_index` are then None, which Triton compiles
 away. Otherwise rounding is stochastic, with the random numbers of `codecs.philox` for element `first_index` of the
-whole tensor on, and ROUNDING neighbouring elements (1 or 4) share a counter.
+whole tensor on; four neighbours in a tile are neighbours in the tensor, and take ROUNDING counters, 1 or 2.
 """
 
 import triton
@@ -146,7 +146,7 @@ def group_kernel(
             x = _quotient(x, factor, False, S, M, R, GROUPS, W, FMT)
         if ROUNDING != 0:
             starts = first_index + (batch * N + row) * K + slice_col
-            fourth = first + _column(tl.arange(0, GROUPS * W // ROUNDING) * ROUNDING, S, W, COLS)
+            fourth = first + _column(tl.arange(0, GROUPS * W // 4) * 4, S, W, COLS)
             u = philox.uniform(seed_low, seed_high, starts, fourth, ROUNDING)
             x = ELEM.codec.stochastic(x, u, zero, ELEM)
         if MODE == "qdq":
@@ -225,7 +225,7 @@ def row_kernel(
             x, shift[:, None], divisor[:, None], inverse[:, None], below[:, None], correction[:, None], False, FMT
         )
         if ROUNDING != 0:
-            fourth = first + tl.arange(0, BLOCK_N // ROUNDING) * ROUNDING
+            fourth = first + tl.arange(0, BLOCK_N // 4) * 4
             u = philox.uniform(seed_low, seed_high, first_index + index * K, fourth, ROUNDING)
             x = ELEM.codec.stochastic(x, u, zero, ELEM)
         if MODE == "qdq":
@@ -265,7 +265,7 @@ def apply_kernel(
     # A scale that was passed in says nothing about x, so element types that have a NaN keep a non-finite x as NaN.
     lost = (x - x != 0.0) & (factor == factor)
     if ROUNDING != 0:
-        fourth = first + tl.arange(0, BLOCK_N // ROUNDING) * ROUNDING
+        fourth = first + tl.arange(0, BLOCK_N // 4) * 4
         u = philox.uniform(seed_low, seed_high, first_index + (batch * N + row) * K, fourth, ROUNDING)
         scaled = ELEM.codec.stochastic(scaled, u, zero, ELEM)
     if MODE == "qdq":
