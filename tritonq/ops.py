@@ -264,7 +264,8 @@ def _qdq(
     y = empty(x.shape, x.dtype, x.device)
     if x.device.type == "meta":
         return y
-    inside = scale is None and uses_triton(x) and tuning.fits(fmt, x.shape[-1])  # scales never leave the kernel
+    one_pass = tuning.fits(fmt, x.shape[-1], seed is not None)
+    inside = scale is None and uses_triton(x) and one_pass  # scales never leave the kernel
     parts = _allocate_scales(fmt, x, ("tensor_scale",) if inside else _SCALES)
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
     _run(x, fmt, parts, given, tensor_scale is not None, y, seed)

@@ -24,10 +24,14 @@ _ONE_GROUP = get_format("fp8_e4m3_tensor")  # only its geometry: one group, whol
 _cached = functools.lru_cache(maxsize=4096)
 
 
-def _options(config: tuning.Config, dtype: torch.dtype, stochastic: bool = False) -> dict[str, int]:
-    """Compiler options of a configuration; random numbers take registers that it did not count with."""
+def _options(config: tuning.Config, dtype: torch.dtype, counters: int = 0) -> dict[str, int]:
+    """Compiler options of a configuration. The random numbers of stochastic rounding, from so many `counters` for four
+    elements, take registers that it did not count with: 32 elements a thread, or 16."""
     options = {"num_warps": config["num_warps"]}
-    if "maxnreg" in config and torch.version.hip is None and dtype.itemsize <= 4 and not stochastic:
+    if counters:
+        extents = (n for name, n in config.items() if name not in options and name != "maxnreg")
+        options["num_warps"] = min(16, max(config["num_warps"], math.prod(extents) * counters // 1024))
+    elif "maxnreg" in config and torch.version.hip is None and dtype.itemsize <= 4:
         options["maxnreg"] = config["maxnreg"]
     return options
 
@@ -91,7 +95,7 @@ def _group_plan(
         m.batch * tiles[0] * tiles[1],
         (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
         (fmt, mode, rounding[0], _limit(dtype), partial, flat, words, *extents),
-        _options(config, dtype, rounding[0] != 0),
+        _options(config, dtype, rounding[0]),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
 
@@ -109,7 +113,7 @@ def _row_plan(
         m.batch * m.rows,
         (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *m.strides),
         (fmt, mode, rounding[0], _limit(dtype), m.columns * fmt.bits % 8 != 0, words, config["BLOCK_N"]),
-        _options(config, dtype),
+        _options(config, dtype, rounding[0]),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
 
@@ -130,7 +134,7 @@ def _apply_plan(
         m.batch * tiles[0] * tiles[1],
         (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
         (fmt, mode, rounding[0], _limit(dtype), partial, flat, words, config["BLOCK_M"], config["BLOCK_N"]),
-        _options(config, dtype),
+        _options(config, dtype, rounding[0]),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
 
@@ -160,7 +164,7 @@ def _encode_plans(
         rounding = _stochastic(m, fmt, shape) if stochastic else _NEAREST
         if given:
             return _apply_plan(m, fmt, mode, dtype, aligned, device, rounding)
-        if tuning.loops_over_rows(fmt, m.columns):
+        if tuning.loops_over_rows(fmt, m.columns, stochastic):
             return _row_plan(m, fmt, mode, dtype, aligned, device, rounding)
         return _group_plan(m, fmt, mode, dtype, aligned, device, rounding)
 
@@ -236,7 +240,7 @@ def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None, 
     """Codes and scales into `parts`, or values into `y`; scales that are `given` are only read. With a seed, rounding
     is stochastic."""
     mode = "quantize" if y is None else "qdq"
-    if not given and not tuning.fits(fmt, x.shape[-1]):
+    if not given and not tuning.fits(fmt, x.shape[-1], seed is not None):
         scales(x, fmt, parts)
         given = True
     target = parts["qdata"] if y is None else y
