@@ -42,15 +42,15 @@ def _spread(per_group, S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS
 
 
 @triton.jit
-def _column(c, S: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
-    """Columns of a tile's lanes c, counted from its first."""
+def _column(first, c, S: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
+    """Columns of the lanes c of a tile whose first column is `first`."""
     C: tl.constexpr = S * W
     if S > 1:
-        return (c // W) * C + c % W
+        return first + (c // W) * C + c % W
     elif COLS == C or COLS == -1:
-        return c
+        return first + c
     else:
-        return (c // C) * COLS + c % C
+        return first + (c // C) * COLS + c % C
 
 
 @triton.jit
@@ -105,10 +105,11 @@ def group_kernel(
     c = tl.arange(0, GROUPS * W)
     PADDED: tl.constexpr = COLS != C and COLS != -1
     first = tile_n * (GROUPS * (COLS if PADDED else C))
-    col = first + _column(c, S, W, COLS)
-    col_mask = col < K
+    col = _column(first, c, S, W, COLS)
     if PADDED:
-        col_mask = col_mask & (c % C < COLS)
+        col_mask = (col < K) & (c % C < COLS)
+    else:
+        col_mask = col < K
     mask = row_mask[:, None] & col_mask[None, :]
     offsets = (row * stride_row + slice_col * stride_col)[:, None] + col[None, :] * stride_col
     x = tile.to_float32(tl.load(x_ptr + batch * stride_batch + offsets, mask, other=0.0))
@@ -146,7 +147,7 @@ def group_kernel(
             x = _quotient(x, factor, False, S, M, R, GROUPS, W, FMT)
         if ROUNDING != 0:
             starts = first_index + (batch * N + row) * K + slice_col
-            fourth = first + _column(tl.arange(0, GROUPS * W // 4) * 4, S, W, COLS)
+            fourth = _column(first, tl.arange(0, GROUPS * W // 4) * 4, S, W, COLS)
             u = philox.uniform(seed_low, seed_high, starts, fourth, ROUNDING)
             x = ELEM.codec.stochastic(x, u, zero, ELEM)
         if MODE == "qdq":
