@@ -10,7 +10,7 @@ def philox(k0, k1, c0, c1, c2, c3):
     A = tl.full([], 0xD2511F53, tl.uint32)
     B = tl.full([], 0xCD9E8D57, tl.uint32)
     for _ in tl.static_range(10):
-        # Wide products would be one instruction less, but make Triton convert layouts through shared memory.
+        # Products of 64 bits would take fewer instructions, but Triton then converts layouts through shared memory.
         high_a, high_b = tl.umulhi(c0, A), tl.umulhi(c2, B)
         c0, c1, c2, c3 = high_b ^ c1 ^ k0, c2 * B, high_a ^ c3 ^ k1, c0 * A
         k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
