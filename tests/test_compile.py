@@ -96,6 +96,8 @@ def record(fmt, shape, dtype, **rounding):
         ops.qdq(x, fmt, **rounding)
         ops.qdq(x, fmt, **{k: v for k, v in parts.items() if k != "qdata"}, **rounding)
         ops.dequantize(parts, fmt, shape, dtype)
+        ops.quantize(x, fmt, search="mse")
+        ops.quantize(x, fmt, search="mse", importance=x.reshape(-1, shape[-1])[0].float())
     return tuple(found.values())
 
 
@@ -180,6 +182,10 @@ def test_every_kernel_is_covered():
     seen |= {one.name for one in launches("int3_g7", (5, 33), torch.float32)}
     for columns in (8192, 40000, 100_000, 300_000):
         seen |= {one.name for one in launches("int8_channel", (2, columns))}
+    from test_both import launches as both
+    from test_hadamard import launches as hadamard
+
+    seen |= {one.name for one in (*both("mxfp8", (64, 64)), *hadamard((64, 64)))}
     kernels = set()
     for file in (Path(ops.__file__).parent / "kernels").glob("*.py"):
         kernels |= set(re.findall(r"@triton\.jit(?:\(.*\))?\ndef (\w+_kernel)\(", file.read_text()))

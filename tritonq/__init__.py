@@ -7,7 +7,9 @@ from tritonq.io.model import save_pretrained
 from tritonq.nn.linear import QLinear
 from tritonq.nn.quantize import quantize_
 from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
-from tritonq.tensor import QTensor, dequantize, quantize
+from tritonq.ops import hadamard
+from tritonq.scale_tiles import swizzle, unswizzle
+from tritonq.tensor import QTensor, dequantize, quantize, quantize_both
 
 __version__ = "0.1.0"
 
@@ -23,13 +25,17 @@ __all__ = [
     "dequantize",
     "get_format",
     "get_scheme",
+    "hadamard",
     "integer",
     "lookup",
     "minifloat",
     "qdq",
     "quantize",
     "quantize_",
+    "quantize_both",
     "quantize_checkpoint",
     "register",
     "save_pretrained",
+    "swizzle",
+    "unswizzle",
 ]

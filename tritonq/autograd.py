@@ -46,6 +46,18 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("tritonq::qdq", _backward, setup_context=_setup_context, lib=ops.library)
 
 
+def _setup_hadamard(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, ctx.signs, ctx.inverse = inputs
+
+
+def _hadamard_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.tritonq.hadamard(dy, ctx.signs, not ctx.inverse), None, None
+
+
+# The transform is orthogonal: its transpose is its inverse.
+torch.library.register_autograd("tritonq::hadamard", _hadamard_backward, setup_context=_setup_hadamard, lib=ops.library)
+
+
 def qdq(
     x: Tensor,
     fmt: Format | str,
@@ -55,6 +67,8 @@ def qdq(
     tensor_scale: Tensor | None = None,
     rounding: str = "nearest",
     generator: torch.Generator | None = None,
+    search: str | bool | None = None,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """dequantize(quantize(x, fmt)) in one pass, differentiable straight through.
 
@@ -65,6 +79,7 @@ def qdq(
             computed scale carries NaN where its group is not finite; a given one cannot, so then NaN and infinity stay
             only where the element type has a NaN, and else become 0 and the largest number.
         rounding, generator: as in `tritonq.quantize`; the gradient does not depend on them.
+        search, importance: as in `tritonq.quantize`; the gradient takes the scales that were found as given.
 
     Returns:
         Contiguous tensor of x's shape and dtype. Its gradient is passed on where |x / scale| is within the element's
@@ -75,6 +90,11 @@ def qdq(
     """
     fmt = get_format(fmt)
     given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
+    if search or importance is not None:
+        found = ops.quantize(
+            x, fmt, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, search=search, importance=importance
+        )
+        given = {name: part for name, part in found.items() if name != "qdata"}
     present = {name: value for name, value in given.items() if value is not None}
     if isinstance(x, Tensor) and torch.is_grad_enabled() and x.requires_grad and not ops.traced(x):
         return _QDQ.apply(x, fmt, present, {"rounding": rounding, "generator": generator})

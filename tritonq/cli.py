@@ -34,6 +34,11 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class Search(StrEnum):
+    mse = "mse"
+    rule = "rule"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Device = Annotated[
     str | None, typer.Option(help="Where to compute, such as cuda or cpu; default: a GPU if there is one.")
@@ -66,6 +71,10 @@ def quantize(
     group_size: Annotated[
         int | None, typer.Option(help="Elements that share a scale, for integer schemes with groups.")
     ] = None,
+    search: Annotated[
+        Search | None,
+        typer.Option(help="Scales: mse, the smallest squared error (default up to 4 bits), or rule, the format's own."),
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(help="Leave a module alone: its full name, its last name, or re:REGEX. Repeatable."),
@@ -85,7 +94,8 @@ def quantize(
     from tritonq.io.report import by_kind
 
     report = quantize_checkpoint(
-        src, dst, scheme, group_size=group_size, ignore=tuple(ignore or ()), device=device, force=force,
+        src, dst, scheme, group_size=group_size, search={None: None, Search.mse: "mse", Search.rule: False}[search],
+        ignore=tuple(ignore or ()), device=device, force=force,
         dtype=None if dtype is None else getattr(torch, dtype.value), max_shard_size=max_shard_size,
         progress=not as_json,
     )  # fmt: skip

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tritonq import plans, tiling, tuning
+from tritonq import plans, rotation, scale_tiles, tiling, tuning
 from tritonq.formats import Format, Shape, get_format
 from tritonq.launch import Plan
 from tritonq.memory import empty
@@ -92,6 +92,44 @@ def _fill_given(
         if value is not None:
             parts[name].copy_(_check_given(name, value, fmt, x)) if name in parts else _check_given(name, value, fmt, x)
     return scale is not None
+
+
+def check_search(search: str | bool | None, importance: Tensor | None, x: Tensor, given: bool) -> bool:
+    """Whether scales are searched for; raises where that makes no sense."""
+    if search not in (None, False, "mse"):
+        raise ValueError(f"search is None (the scale rule of the format) or 'mse', got {search!r}")
+    if search and given:
+        raise ValueError("a scale that is passed in is used as it is; leave out scale, or search")
+    if importance is None:
+        return bool(search)
+    if not search:
+        raise ValueError("importance weighs the errors of a scale search; pass search='mse' with it")
+    if not isinstance(importance, Tensor) or not importance.is_floating_point():
+        raise TypeError(
+            f"importance is a floating tensor, got {getattr(importance, 'dtype', type(importance).__name__)}"
+        )
+    if tuple(importance.shape) != (x.shape[-1],):
+        raise ValueError(
+            f"importance has one weight a column, shape ({x.shape[-1]},) for a tensor of shape {tuple(x.shape)}, got "
+            f"{tuple(importance.shape)}"
+        )
+    if importance.device != x.device:
+        raise ValueError(f"importance is on {importance.device} and the tensor on {x.device}; move one of them")
+    return True
+
+
+def _weights(importance: Tensor | None, fmt: Format) -> Tensor | None:
+    """fp32 weights, those of each group times a power of two that brings the largest near 1."""
+    if importance is None:
+        return None
+    weights = importance.detach().to(torch.float32)
+    if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        bad = int((~(torch.isfinite(weights) & (weights >= 0))).sum())
+        raise ValueError(f"importance has {bad} weights that are negative or not finite; weights are >= 0")
+    columns = fmt.group[1] if fmt.group[1] > 0 else weights.numel()
+    groups = torch.nn.functional.pad(weights, (0, -weights.numel() % max(1, columns))).view(-1, max(1, columns))
+    exponent = torch.frexp(groups.amax(1, keepdim=True)).exponent
+    return torch.ldexp(groups, -exponent).view(-1)[: weights.numel()].contiguous()
 
 
 def uses_triton(x: Tensor) -> bool:
@@ -173,9 +211,12 @@ def quantize(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
-    out: Parts | None = None,
     rounding: str = "nearest",
     generator: torch.Generator | None = None,
+    search: str | bool | None = None,
+    importance: Tensor | None = None,
+    out: Parts | None = None,
+    swizzled: bool = False,
 ) -> Parts:
     """Parts of x by name, as `fmt.storage(x.shape)` describes them; `out` receives them where it is given.
 
@@ -184,12 +225,29 @@ def quantize(
         scale, zero_point, tensor_scale: precomputed parts, used verbatim.
         rounding: "nearest", or "stochastic", see `tritonq.quantize`.
         generator: where stochastic rounding draws its seed.
+        search: "mse" takes the scale (and zero point) of each group with the smallest squared error (of rounding to
+            nearest), see `tritonq.codecs.search`; None or False the format's rule.
+        importance: weights [K] >= 0 of the columns in that error; the result does not depend on their unit.
+        swizzled: write the scales as `swizzle` orders them, for the matrix multiplications of Blackwell; formats with
+            one byte a scale and groups of one row, x of >= 2 dimensions, without `scale` or `out`.
 
     Raises:
         ValueError: unknown format or rounding, or parts of another shape. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
-    if out is None and scale is None and zero_point is None and tensor_scale is None and rounding == "nearest":
+    if swizzled:
+        if not (scale is None and zero_point is None and out is None):
+            raise ValueError("swizzled orders scales as they are computed; swizzle those that are given, and leave out")
+        return _quantize_in_tiles(x, fmt, tensor_scale, rounding, generator, search, importance)
+    if (
+        out is None
+        and rounding == "nearest"
+        and not search
+        and importance is None
+        and scale is None
+        and zero_point is None
+        and tensor_scale is None
+    ):
         plan = _only_launch(x, fmt, "quantize")
         if plan is not None:
             parts = {name: torch.empty(s, dtype=d, device=x.device) for name, s, d in _storage(fmt, x.shape)}
@@ -197,13 +255,18 @@ def quantize(
             plan(x, parts["qdata"], chosen, parts.get("zero_point", chosen), x)
             return parts
     check_input(x, fmt)
+    searched = check_search(search, importance, x, scale is not None)
     seed = _seed(rounding, generator, x)
     if traced(x):
         scale = None if scale is None else _bits(scale)
-        values = torch.ops.tritonq.quantize(x.detach(), _name(fmt), scale, zero_point, tensor_scale, seed)
+        values = torch.ops.tritonq.quantize(
+            x.detach(), _name(fmt), scale, zero_point, tensor_scale, searched, importance, seed
+        )
         made = _typed(values, fmt, tuple(x.shape))
         return made if out is None else {name: part.copy_(made[name]) for name, part in out.items()}
-    return _quantize(x, fmt, scale, zero_point, tensor_scale, _value(seed), out)
+    return _quantize(
+        x, fmt, scale, zero_point, tensor_scale, search=searched, importance=importance, seed=_value(seed), out=out
+    )
 
 
 @torch.no_grad()
@@ -213,6 +276,9 @@ def _quantize(
     scale: Tensor | None,
     zero_point: Tensor | None,
     tensor_scale: Tensor | None,
+    *,
+    search: bool = False,
+    importance: Tensor | None = None,
     seed: int | None = None,
     out: Parts | None = None,
 ) -> Parts:
@@ -221,8 +287,121 @@ def _quantize(
     if x.device.type == "meta":
         return parts
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
-    _run(x, fmt, parts, given, tensor_scale is not None, None, seed)
+    _run(x, fmt, parts, given, tensor_scale is not None, None, search=search, importance=importance, seed=seed)
     return parts
+
+
+def _quantize_in_tiles(
+    x: Tensor,
+    fmt: Format,
+    tensor_scale: Tensor | None,
+    rounding: str,
+    generator: torch.Generator | None,
+    search: str | bool | None,
+    importance: Tensor | None,
+) -> Parts:
+    """`quantize` with swizzled scales."""
+    check_input(x, fmt)
+    scale_tiles.check_format(fmt)
+    scale_tiles.swizzled_shape(fmt.scale_shape(tuple(x.shape)))  # raises where x has no rows
+    if search or importance is not None:
+        parts = quantize(
+            x, fmt, tensor_scale=tensor_scale, rounding=rounding, generator=generator, search=search,
+            importance=importance,
+        )  # fmt: skip
+        return {**parts, "scale": scale_tiles.swizzle(parts["scale"])}
+    seed = _seed(rounding, generator, x)
+    if traced(x):
+        values = torch.ops.tritonq.quantize_swizzled(x.detach(), _name(fmt), tensor_scale, seed)
+        return _typed(values, fmt, tuple(x.shape))
+    return _quantize_swizzled(x, fmt, tensor_scale, seed=_value(seed))
+
+
+@torch.no_grad()
+def _quantize_swizzled(x: Tensor, fmt: Format, tensor_scale: Tensor | None, *, seed: int | None = None) -> Parts:
+    if not uses_triton(x) or x.numel() == 0 or not tuning.fits(fmt, x.shape[-1], seed is not None):
+        parts = _quantize(x, fmt, None, None, tensor_scale, seed=seed)
+        return {**parts, "scale": scale_tiles.swizzle(parts["scale"])}
+    x = x.resolve_neg()
+    storage = fmt.storage(tuple(x.shape))
+    storage["scale"] = (scale_tiles.swizzled_shape(storage["scale"][0]), storage["scale"][1])
+    parts = {name: empty(shape, dtype, x.device) for name, (shape, dtype) in storage.items()}
+    _fill_given(parts, x, fmt, None, None, tensor_scale)
+    with _device_of(x):
+        if fmt.tensor_scale and tensor_scale is None:
+            plans.tensor_scale(x, fmt, parts["tensor_scale"])
+        plans.encode_swizzled(x, fmt, parts, seed)
+    return parts
+
+
+def quantize_both(
+    x: Tensor,
+    fmt: Format | str,
+    *,
+    tensor_scale: Tensor | None = None,
+    out: tuple[Parts, Parts] | None = None,
+) -> tuple[Parts, Parts]:
+    """(quantize(x), quantize(x.mT)), bit for bit; on a GPU in one launch that reads x once where that is possible.
+
+    What training in 8 or 4 bits needs: the matrices of forward and backward contract different axes of one tensor, and
+    groups run along the axis that is contracted.
+
+    Args:
+        x: floating tensor [..., N, K], any strides, any size.
+        tensor_scale: precomputed, used verbatim for both.
+        out: the parts to fill, those of x and those of x.mT.
+
+    Raises:
+        ValueError: unknown format, or fewer than two dimensions. TypeError: x is not floating.
+    """
+    fmt = get_format(fmt)
+    check_both(x, fmt)
+    if traced(x):
+        values = torch.ops.tritonq.quantize_both(x.detach(), _name(fmt), tensor_scale)
+        shapes, count = (tuple(x.shape), tuple(x.mT.shape)), len(values) // 2
+        made = (_typed(values[:count], fmt, shapes[0]), _typed(values[count:], fmt, shapes[1]))
+        if out is None:
+            return made
+        for side, parts in zip(out, made, strict=True):
+            for name, part in side.items():
+                part.copy_(parts[name])
+        return out
+    return _quantize_both(x, fmt, tensor_scale, out)
+
+
+def check_both(x: Tensor, fmt: Format) -> None:
+    check_input(x, fmt)
+    if x.ndim < 2:
+        raise ValueError(
+            f"rows and columns are quantized of tensors of >= 2 dimensions, got shape {tuple(x.shape)}; reshape it, or "
+            "use quantize"
+        )
+
+
+@torch.no_grad()
+def _quantize_both(
+    x: Tensor, fmt: Format, tensor_scale: Tensor | None, out: tuple[Parts, Parts] | None = None
+) -> tuple[Parts, Parts]:
+    x = x.resolve_neg()
+    if out is None:
+        out = (allocate(fmt, tuple(x.shape), x.device), allocate(fmt, tuple(x.mT.shape), x.device))
+    else:
+        out = (_checked_out(out[0], fmt, x), _checked_out(out[1], fmt, x.mT))
+    if x.device.type == "meta":
+        return out
+    given = tensor_scale is not None
+    for side, view in zip(out, (x, x.mT), strict=True):
+        _fill_given(side, view, fmt, None, None, tensor_scale)
+    if uses_triton(x) and x.numel() and tuning.fits_both(fmt):
+        with _device_of(x):
+            plans.encode_both(x, fmt, *out, given)
+        return out
+    # Groups that fit no tile in both directions, or share bytes with their neighbours: two single quantizations.
+    _run(x, fmt, out[0], False, given, None)
+    if fmt.tensor_scale:
+        out[1]["tensor_scale"].copy_(out[0]["tensor_scale"])
+    _run(x.mT, fmt, out[1], False, True, None)
+    return out
 
 
 def qdq(
@@ -235,7 +414,7 @@ def qdq(
     rounding: str = "nearest",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """dequantize(quantize(x)) of x's shape and dtype, contiguous, without codes in memory."""
+    """dequantize(quantize(x)) of x's shape and dtype, contiguous, without codes in memory; arguments as `quantize`."""
     fmt = get_format(fmt)
     if scale is None and zero_point is None and tensor_scale is None and rounding == "nearest":
         plan = _only_launch(x, fmt, "qdq")
@@ -248,7 +427,7 @@ def qdq(
     if traced(x):
         scale = None if scale is None else _bits(scale)
         return torch.ops.tritonq.qdq(x, _name(fmt), scale, zero_point, tensor_scale, seed)
-    return _qdq(x, fmt, scale, zero_point, tensor_scale, _value(seed))
+    return _qdq(x, fmt, scale, zero_point, tensor_scale, seed=_value(seed))
 
 
 @torch.no_grad()
@@ -258,6 +437,7 @@ def _qdq(
     scale: Tensor | None,
     zero_point: Tensor | None,
     tensor_scale: Tensor | None,
+    *,
     seed: int | None = None,
 ) -> Tensor:
     x = x.resolve_neg()
@@ -268,7 +448,7 @@ def _qdq(
     inside = scale is None and uses_triton(x) and one_pass  # scales never leave the kernel
     parts = _allocate_scales(fmt, x, ("tensor_scale",) if inside else _SCALES)
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
-    _run(x, fmt, parts, given, tensor_scale is not None, y, seed)
+    _run(x, fmt, parts, given, tensor_scale is not None, y, seed=seed)
     return y
 
 
@@ -364,21 +544,82 @@ def _tensor_scale(x: Tensor, fmt: Format) -> Tensor:
     return tiling.tensor_scale(x, fmt)
 
 
+def hadamard(
+    x: Tensor, *, seed: int | None = None, signs: Sequence[int] | Tensor | None = None, inverse: bool = False
+) -> Tensor:
+    """y = H (s * x) / 4 along the last axis in blocks of 16, or with `inverse` x = s * (H y) / 4, which undoes it.
+
+    H is the 16 x 16 Sylvester matrix of +1 and -1. Computed in fp32 and rounded once, to the same bits on every device.
+    Rotating both operands of a matrix product along the axis it contracts leaves the product as it was, and spreads
+    outliers over their block before a cast to few bits. Differentiable: the gradient is rotated back.
+
+    Args:
+        x: floating tensor [..., K], K a multiple of 16, any strides.
+        seed: 0 .. 2^64 - 1; sign i is -1 where bit i of SplitMix64's first output is set (`rotation.seed_bits`).
+        signs: the 16 signs themselves, 1 or -1. Without seed and signs all are 1.
+        inverse: rotate back.
+
+    Returns:
+        Contiguous tensor of x's shape and dtype. A block with a non-finite element, or one whose sums leave fp32, has
+        non-finite elements.
+
+    Raises:
+        ValueError: K is not a multiple of 16, seed and signs together, or signs that are not. TypeError: x is not
+            floating.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"hadamard rotates bfloat16, float16, float32 and float64 tensors, got {x.dtype}; cast it first"
+        )
+    rotation.check_shape(tuple(x.shape))
+    return torch.ops.tritonq.hadamard(x, rotation.sign_bits(seed, signs), inverse)
+
+
+def _hadamard_operator(x: Tensor, signs: int, inverse: bool) -> Tensor:
+    x = x.resolve_neg()
+    y = empty(x.shape, x.dtype, x.device)
+    if x.numel():
+        if uses_triton(x):
+            with _device_of(x):
+                plans.hadamard(x, signs, inverse, y)
+        else:
+            rotation.hadamard(x, signs, inverse, y)
+    return y
+
+
 def _run(
-    x: Tensor, fmt: Format, parts: Parts, given: bool, given_tensor_scale: bool, y: Tensor | None, seed: int | None
+    x: Tensor,
+    fmt: Format,
+    parts: Parts,
+    given: bool,
+    given_tensor_scale: bool,
+    y: Tensor | None,
+    *,
+    search: bool = False,
+    importance: Tensor | None = None,
+    seed: int | None = None,
 ) -> None:
     if x.numel() == 0 or not uses_triton(x):
         if fmt.tensor_scale and not given_tensor_scale:
             parts["tensor_scale"].copy_(tiling.tensor_scale(x, fmt))
-        if x.numel():
-            tiling.encode(x, fmt, parts, given, y, seed=seed)
-        elif not given and "scale" in parts:
-            _empty_scales(x, fmt, parts)
+        if x.numel() == 0:
+            if not given and "scale" in parts:
+                _empty_scales(x, fmt, parts)
+            return
+        if search:
+            tiling.choose(x, fmt, parts)
+            tiling.search(x, fmt, parts, _weights(importance, fmt))
+        tiling.encode(x, fmt, parts, given or search, y, seed=seed)
         return
     with _device_of(x):
         if fmt.tensor_scale and not given_tensor_scale:
             plans.tensor_scale(x, fmt, parts["tensor_scale"])
-        plans.encode(x, fmt, parts, given, y, seed)
+        if search:
+            plans.scales(x, fmt, parts)
+            plans.best_scales(x, fmt, parts, _weights(importance, fmt))
+        plans.encode(x, fmt, parts, given or search, y, seed)
 
 
 def _empty_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
@@ -405,7 +646,7 @@ _NO_CONTEXT = contextlib.nullcontext()
 
 library = torch.library.Library("tritonq", "DEF")
 _GIVEN = "Tensor? scale=None, Tensor? zero_point=None, Tensor? tensor_scale=None"
-_SEEDED = f"{_GIVEN}, Tensor? seed=None"  # with a seed (one int64, on the CPU) rounding is stochastic
+_SEED = "Tensor? seed=None"  # one int64 on the CPU; with it, rounding is stochastic
 
 
 def _bits(part: Tensor) -> Tensor:
@@ -425,26 +666,63 @@ def _scales(fmt: Format, given: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
     return None if scale is None else scale.view(fmt.scale.dtype), zero_point, tensor_scale
 
 
-def _seed_of(given: tuple[Tensor | None, ...]) -> int | None:
-    """The seed behind the scales of an operator's arguments."""
-    return _value(given[3]) if len(given) > 3 else None
-
-
-def _quantize_operator(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
+def _quantize_operator(
+    x: Tensor,
+    name: str,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
+    search: bool = False,
+    importance: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> list[Tensor]:
     fmt = get_format(name)
     check_input(x, fmt)
-    return [_bits(part) for part in _quantize(x, fmt, *_scales(fmt, given), _seed_of(given)).values()]
+    given = _scales(fmt, (scale, zero_point, tensor_scale))
+    parts = _quantize(x, fmt, *given, search=search, importance=importance, seed=_value(seed))
+    return [_bits(part) for part in parts.values()]
 
 
-def _quantize_fake(x: Tensor, name: str, *given: Tensor | None) -> list[Tensor]:
+def _quantize_fake(x: Tensor, name: str, *given: Any) -> list[Tensor]:
     storage = get_format(name).storage(tuple(x.shape)).values()
     return [_bits(x.new_empty(shape, dtype=dtype)) for shape, dtype in storage]
 
 
-def _qdq_operator(x: Tensor, name: str, *given: Tensor | None) -> Tensor:
+def _quantize_swizzled_operator(
+    x: Tensor, name: str, tensor_scale: Tensor | None = None, seed: Tensor | None = None
+) -> list[Tensor]:
     fmt = get_format(name)
     check_input(x, fmt)
-    return _qdq(x, fmt, *_scales(fmt, given), _seed_of(given))
+    scale_tiles.check_format(fmt)
+    return [_bits(part) for part in _quantize_swizzled(x, fmt, tensor_scale, seed=_value(seed)).values()]
+
+
+def _quantize_swizzled_fake(x: Tensor, name: str, *given: Any) -> list[Tensor]:
+    qdata, scale, *rest = _quantize_fake(x, name)
+    return [qdata, scale.new_empty(scale_tiles.swizzled_shape(tuple(scale.shape))), *rest]
+
+
+def _quantize_both_operator(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
+    fmt = get_format(name)
+    check_both(x, fmt)
+    return [_bits(part) for side in _quantize_both(x, fmt, tensor_scale) for part in side.values()]
+
+
+def _quantize_both_fake(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
+    return [*_quantize_fake(x, name), *_quantize_fake(x.mT, name)]
+
+
+def _qdq_operator(
+    x: Tensor,
+    name: str,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    fmt = get_format(name)
+    check_input(x, fmt)
+    return _qdq(x, fmt, *_scales(fmt, (scale, zero_point, tensor_scale)), seed=_value(seed))
 
 
 def _qdq_backward_operator(x: Tensor, dy: Tensor, name: str, *given: Tensor | None) -> Tensor:
@@ -474,8 +752,29 @@ def _operator(schema: str, function: Any, fake: Any, *tags: torch.Tag) -> None:
     torch.library.register_fake(f"tritonq::{name}", fake, lib=library)
 
 
-_operator(f"quantize(Tensor x, str format, {_SEEDED}) -> Tensor[]", _quantize_operator, _quantize_fake)
-_operator(f"qdq(Tensor x, str format, {_SEEDED}) -> Tensor", _qdq_operator, lambda x, *_, **__: x.new_empty(x.shape))
+_operator(
+    f"quantize(Tensor x, str format, {_GIVEN}, bool search=False, Tensor? importance=None, {_SEED}) -> Tensor[]",
+    _quantize_operator,
+    _quantize_fake,
+)
+_operator(
+    "hadamard(Tensor x, int signs, bool inverse) -> Tensor",
+    _hadamard_operator,
+    lambda x, signs, inverse: x.new_empty(x.shape),
+)
+_operator(
+    f"quantize_swizzled(Tensor x, str format, Tensor? tensor_scale=None, {_SEED}) -> Tensor[]",
+    _quantize_swizzled_operator,
+    _quantize_swizzled_fake,
+)
+_operator(
+    "quantize_both(Tensor x, str format, Tensor? tensor_scale=None) -> Tensor[]",
+    _quantize_both_operator,
+    _quantize_both_fake,
+)
+_operator(
+    f"qdq(Tensor x, str format, {_GIVEN}, {_SEED}) -> Tensor", _qdq_operator, lambda x, *_, **__: x.new_empty(x.shape)
+)
 _operator(
     f"qdq_backward(Tensor x, Tensor dy, str format, {_GIVEN}) -> Tensor",
     _qdq_backward_operator,

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from tritonq import tiling, tuning, tuning_cache
-from tritonq.codecs import philox
+from tritonq import scale_tiles, tiling, tuning, tuning_cache
+from tritonq.codecs import philox, search
 from tritonq.formats import Format, Shape, get_format
 from tritonq.launch import Plan
 from tritonq.reference import Parts
@@ -21,6 +21,8 @@ from tritonq.reference import Parts
 Plans = tuple[tuple[tiling.Matrix, Plan], ...]
 
 _ONE_GROUP = get_format("fp8_e4m3_tensor")  # only its geometry: one group, whole bytes
+_BLOCKS = get_format("int8_g16")  # only its geometry: whole blocks of 16 in rows
+_MATRICES = get_format("fp8_e4m3_b2x2")  # only its geometry: matrices stay whole
 _cached = functools.lru_cache(maxsize=4096)
 
 
@@ -82,11 +84,14 @@ def _stochastic(m: tiling.Matrix, fmt: Format, shape: Shape) -> _Rounding:
 
 def _group_plan(
     m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device,
-    rounding: _Rounding = _NEAREST,
+    rounding: _Rounding = _NEAREST, swizzled: bool = False,
 ) -> Plan:  # fmt: skip
     from tritonq.kernels.quantize import group_kernel
 
     config, tiles = tuning.group_config(m.rows, m.columns, fmt, mode, _choice(mode, m, fmt, dtype, device))
+    if swizzled:
+        rows, columns = scale_tiles.padded(m.rows, -(-m.columns // fmt.group[1]))
+        tiles = -(-rows // config["M"]), -(-columns // config["GROUPS"])
     partial, flat = m.columns * fmt.bits % 8 != 0, m.batch * tiles[0] == 1
     words = aligned and mode == "quantize" and tuning.in_words(fmt, m.columns, config)
     extents = (config[k] for k in ("S", "M", "R", "GROUPS", "W"))
@@ -94,7 +99,7 @@ def _group_plan(
         group_kernel,
         m.batch * tiles[0] * tiles[1],
         (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
-        (fmt, mode, rounding[0], _limit(dtype), partial, flat, words, *extents),
+        (fmt, mode, rounding[0], _limit(dtype), partial, flat, words, *extents, swizzled),
         _options(config, dtype, rounding[0]),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
@@ -171,6 +176,29 @@ def _encode_plans(
     return tuple((m, plan(m)) for m in _geometry(shape, strides, fmt))
 
 
+def _both_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned: bool) -> Plan:
+    from tritonq.kernels.both import both_kernel
+
+    config, tiles = tuning.both_config(m.rows, m.columns, fmt, dtype.itemsize)
+    sides = ((m.columns, config["BLOCK_N"]), (m.rows, config["BLOCK_M"]))  # along which codes are packed
+    partial = [extent * fmt.bits % 8 != 0 for extent, _ in sides]
+    geometry = [{"S": 1, "W": config["W"], "GROUPS": block // config["W"]} for _, block in sides]
+    words = [aligned and tuning.in_words(fmt, sides[i][0], geometry[i]) for i in range(2)]
+    return Plan(
+        both_kernel,
+        m.batch * tiles[0] * tiles[1],
+        (m.rows, m.columns, fmt.row_bytes(m.columns), fmt.row_bytes(m.rows), *tiles, *m.strides),
+        (fmt, *partial, *words, *(config[k] for k in ("W", "BLOCK_M", "BLOCK_N", "RUN", "BAND"))),
+        _options(config, dtype),
+        (1, 2, 3, 4, 5, 6),
+    )
+
+
+@_cached
+def _both_plans(shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, aligned: bool) -> Plans:
+    return tuple((m, _both_plan(m, fmt, dtype, aligned)) for m in tiling.matrices(shape, strides, _MATRICES))
+
+
 @_cached
 def single(
     shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, mode: str, device: torch.device
@@ -232,7 +260,10 @@ def _tensor_scale_plan(fmt: Format) -> Plan:
 
 def forget() -> None:
     """Drop the plans that are kept: what they were made from (tile sizes, measured choices) has changed."""
-    for kept in (_encode_plans, single, _decode_plans, _keys_plans, _choose_plan, _tensor_scale_plan, _scale_plans):
+    for kept in (
+        _encode_plans, single, _decode_plans, _keys_plans, _choose_plan, _tensor_scale_plan, _scale_plans,
+        _search_plans, _pick_plans, _both_plans, _swizzled_plans, _hadamard_plans,
+    ):  # fmt: skip
         kept.cache_clear()
 
 
@@ -253,6 +284,64 @@ def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None, 
             plan(_view(x, m), _own(target, m), _own(scale, m), _own(zero, m), divisor, seed=words)
         else:
             plan(x, target, scale, zero, divisor, seed=words)
+
+
+@_cached
+def _swizzled_plans(
+    shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, aligned: bool, device: torch.device,
+    stochastic: bool = False,
+) -> Plans:  # fmt: skip
+    def plan(m: tiling.Matrix) -> Plan:
+        rounding = _stochastic(m, fmt, shape) if stochastic else _NEAREST
+        return _group_plan(m, fmt, "quantize", dtype, aligned, device, rounding, swizzled=True)
+
+    return tuple((m, plan(m)) for m in tiling.matrices(shape, strides, _MATRICES))
+
+
+def encode_swizzled(x: Tensor, fmt: Format, parts: Parts, seed: int | None = None) -> None:
+    """Codes, and scales in tiles of 128 x 4. With a seed, rounding is stochastic."""
+    qdata, scale, divisor = parts["qdata"], parts["scale"], parts.get("tensor_scale", x)
+    aligned = qdata.data_ptr() % 4 == 0
+    words = () if seed is None else philox.halves(seed)
+    for m, plan in _swizzled_plans(x.shape, x.stride(), x.dtype, fmt, aligned, x.device, seed is not None):
+        own = _own(scale, m)
+        plan(_view(x, m), _own(qdata, m), own, own, divisor, seed=words)
+
+
+def encode_both(x: Tensor, fmt: Format, parts: Parts, other: Parts, given_tensor_scale: bool) -> None:
+    """Codes and scales of x into `parts` and of x.mT into `other`, read once."""
+    if x.stride(-1) != 1 and x.stride(-2) == 1:  # the rows of a tile are what is contiguous
+        x, parts, other = x.mT, other, parts
+    if fmt.tensor_scale and not given_tensor_scale:
+        tensor_scale(x, fmt, parts["tensor_scale"])  # the kernel copies it to `other`
+    aligned = (parts["qdata"].data_ptr() | other["qdata"].data_ptr()) % 4 == 0  # to 32-bit words
+    sides = (parts, other)
+    own = [p for side in sides for p in (side["qdata"], side["scale"], side.get("zero_point", side["scale"]))]
+    divisors = [side.get("tensor_scale", x) for side in sides]
+    for m, plan in _both_plans(x.shape, x.stride(), x.dtype, fmt, aligned):
+        plan(_view(x, m), *(_own(part, m) for part in own), *divisors)
+
+
+@_cached
+def _hadamard_plans(
+    shape: Shape, strides: Shape, dtype: torch.dtype, bits: int, inverse: bool, device: torch.device
+) -> Plans:
+    from tritonq.kernels.hadamard import hadamard_kernel
+
+    result = []
+    for m in _geometry(shape, strides, _BLOCKS):
+        blocks, per_row = m.batch * m.rows * m.columns // 16, m.columns // 16
+        config = tuning.hadamard_config(blocks)
+        programs, integers = -(-blocks // config["BLOCKS"]), (m.rows, blocks, per_row, bits, *m.strides)
+        constants = (inverse, config["BLOCKS"])
+        result.append((m, Plan(hadamard_kernel, programs, integers, constants, _options(config, dtype))))
+    return tuple(result)
+
+
+def hadamard(x: Tensor, bits: int, inverse: bool, y: Tensor) -> None:
+    """Rotated blocks of 16 into contiguous y."""
+    for m, plan in _hadamard_plans(x.shape, x.stride(), x.dtype, bits, inverse, x.device):
+        plan(_view(x, m), _own(y, m))
 
 
 def decode(parts: Parts, fmt: Format, y: Tensor) -> None:
@@ -283,6 +372,67 @@ def scales(x: Tensor, fmt: Format, parts: Parts) -> None:
 @_cached
 def _scale_plans(shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, device: torch.device) -> Plans:
     return tuple((m, _group_plan(m, fmt, "scale", dtype, False, device)) for m in _geometry(shape, strides, fmt))
+
+
+@_cached
+def _search_plans(
+    shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, weighted: bool
+) -> tuple[tuple[tiling.Matrix, tuple[Plan, ...]], ...]:
+    """Per slab one launch a stage. Slabs keep the rows of the tensor, over which importance repeats."""
+    from tritonq.kernels.search import errors_kernel, search_kernel
+
+    whole = fmt.group[0] == -1
+    result = []
+    for m in tiling.matrices(shape, strides, fmt):
+        columns = m.columns if fmt.group[1] == -1 else fmt.group[1]
+        groups = m.batch * -(-m.rows // max(1, fmt.group[0])) * -(-m.columns // columns)
+        full = columns % search.BLOCK == 0 and m.columns % columns == 0
+        launches = []
+        for stage in search.stages(fmt):
+            config = tuning.search_config(stage.count, groups)
+            constants = (full, weighted, search.fraction(fmt), stage.step, stage.below, *(config[k] for k in "MQL"))
+            launches.append(
+                Plan(
+                    errors_kernel if whole else search_kernel,
+                    -(-groups // config["M"]),
+                    (m.rows, m.columns, groups, *m.strides),
+                    (fmt, *constants),
+                    {"num_warps": config["num_warps"]},
+                    (2, 3),
+                )
+            )
+        result.append((m, tuple(launches)))
+    return tuple(result)
+
+
+@_cached
+def _pick_plans(fmt: Format) -> tuple[Plan, ...]:
+    from tritonq.kernels.search import pick_kernel
+
+    plans = []
+    for stage in search.stages(fmt):
+        config = tuning.search_config(stage.count, 1)
+        constants = (fmt, stage.step, stage.below, config["Q"], config["L"])
+        plans.append(Plan(pick_kernel, 1, (), constants, {"num_warps": 1}, (1, 2)))
+    return tuple(plans)
+
+
+def best_scales(x: Tensor, fmt: Format, parts: Parts, importance: Tensor | None) -> None:
+    """Replace scales (and zero points) that the rule chose by the best of a search; importance fp32 [K]."""
+    scale = parts["scale"]
+    zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", x)
+    weights = x if importance is None else importance
+    slabs = _search_plans(x.shape, x.stride(), x.dtype, fmt, importance is not None)
+    if fmt.group[0] != -1:
+        for m, plans in slabs:
+            for plan in plans:
+                plan(_view(x, m), weights, _own(scale, m), _own(zero, m), divisor)
+        return
+    for i, pick in enumerate(_pick_plans(fmt)):
+        errors = torch.zeros((search.ANCHORS, search.stages(fmt)[i].count), dtype=torch.int64, device=x.device)
+        for m, plans in slabs:
+            plans[i](_view(x, m), weights, scale, zero, divisor, errors)
+        pick(errors, scale, zero, divisor)
 
 
 def _keys(x: Tensor, fmt: Format, keys: Tensor, finite: bool) -> None:

@@ -544,7 +544,10 @@ def quantize(
     tensor_scale: Tensor | None = None,
     rounding: str = "nearest",
     generator: torch.Generator | None = None,
+    search: str | bool | None = None,
+    importance: Tensor | None = None,
     device: torch.device | str | None = None,
+    out: QTensor | None = None,
 ) -> QTensor:
     """Quantize a tensor.
 
@@ -562,23 +565,81 @@ def quantize(
         generator: of any device, or None for torch's own for the CPU, which `torch.manual_seed` sets: stochastic
             rounding draws one int64 from it, the seed. Others than those of the CPU are waited for. In a CUDA graph the
             seed is that of the capture.
+        search: "mse" takes for each group the scale (and zero point) with the smallest squared error instead of the
+            one of the format's rule; see `tritonq.codecs.search` for the candidates. None and False: the rule. The
+            error is that of rounding to nearest, whatever `rounding` is.
+        importance: weights [K] >= 0 of the columns in that error, such as mean squared activations.
         device: where to compute and keep the result; default x's device.
+        out: a QTensor of this format, x's shape, dtype and device that receives the result and is returned.
 
     Returns:
         A QTensor of x's shape and dtype.
 
     Raises:
-        ValueError: unknown format or rounding, or a shape it cannot group. TypeError: x is not floating.
+        ValueError: unknown format or rounding, a shape it cannot group, parts, importance or out that do not fit.
+        TypeError: x is not floating.
     """
     fmt = get_format(fmt)
     ops.check_input(x, fmt)
     x = x.detach() if device is None else x.detach().to(device)
-    layout = Layout.of(fmt, tuple(x.shape))
-    buf = empty(layout.nbytes, torch.uint8, x.device)
-    result = QTensor._wrap(buf, layout, x.dtype)
-    given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
-    ops.quantize(x, fmt, **given, out=result.parts(), rounding=rounding, generator=generator)
+    result = _fresh_for(x, fmt) if out is None else _checked_out(out, x, fmt)
+    ops.quantize(
+        x, fmt, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, rounding=rounding, generator=generator,
+        search=search, importance=importance, out=result.parts(),
+    )  # fmt: skip
     return result
+
+
+def quantize_both(
+    x: Tensor,
+    fmt: Format | str,
+    *,
+    tensor_scale: Tensor | None = None,
+) -> tuple[QTensor, QTensor]:
+    """(quantize(x, fmt), quantize(x.mT, fmt)), bit for bit; on a GPU in one launch that reads x once.
+
+    A training step contracts the axes of one tensor in turn, and groups run along the axis that is contracted. Where
+    one launch is impossible (a group that is a whole row or tensor, or larger than 128 elements; neighbouring groups
+    that share a byte) x is read twice.
+
+    Args:
+        x: floating tensor [..., N, K] of >= 2 dimensions, any strides, any size.
+        fmt: a Format or its name; see `quantize`.
+        tensor_scale: used verbatim for both instead of being computed, fp32 [1].
+
+    Returns:
+        QTensors of shapes [..., N, K] and [..., K, N] and of x's dtype.
+
+    Raises:
+        ValueError: unknown format, or fewer than two dimensions. TypeError: x is not floating.
+    """
+    fmt = get_format(fmt)
+    ops.check_both(x, fmt)
+    x = x.detach()
+    results = []
+    for shape in (tuple(x.shape), tuple(x.mT.shape)):
+        layout = Layout.of(fmt, shape)
+        results.append(QTensor._wrap(empty(layout.nbytes, torch.uint8, x.device), layout, x.dtype))
+    rows, columns = results
+    ops.quantize_both(x, fmt, tensor_scale=tensor_scale, out=(rows.parts(), columns.parts()))
+    return rows, columns
+
+
+def _fresh_for(x: Tensor, fmt: Format) -> QTensor:
+    layout = Layout.of(fmt, tuple(x.shape))
+    return QTensor._wrap(empty(layout.nbytes, torch.uint8, x.device), layout, x.dtype)
+
+
+def _checked_out(out: QTensor, x: Tensor, fmt: Format) -> QTensor:
+    if not isinstance(out, QTensor):
+        raise TypeError(f"out is a QTensor, got {type(out).__name__}; make one with tritonq.quantize")
+    wanted = (fmt, tuple(x.shape), x.dtype, x.device)
+    if (out.format, tuple(out.shape), out.dtype, out.device) != wanted:
+        raise ValueError(
+            f"out has to be a {fmt.name} tensor of shape {tuple(x.shape)}, {x.dtype} on {x.device}, got "
+            f"{out.format.name} of shape {tuple(out.shape)}, {out.dtype} on {out.device}"
+        )
+    return out
 
 
 def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> Tensor:

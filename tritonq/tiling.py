@@ -17,6 +17,7 @@ from torch import Tensor
 from tritonq import reference
 from tritonq.codecs import philox
 from tritonq.codecs import scale as scales
+from tritonq.codecs import search as search_codec
 from tritonq.codecs.scratch import reuse
 from tritonq.formats import Format, Shape
 
@@ -273,6 +274,62 @@ def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
 def choose(x: Tensor, fmt: Format, parts: reference.Parts) -> None:
     """Fill parts["scale"] and zero_point only."""
     encode(x, fmt, parts, given=False, scales_only=True)
+
+
+def _rows_of_groups(x: Tensor, fmt: Format) -> Tensor:
+    """[n, R, C]: the groups of a matrix of whole groups, each on two axes of its own; all its rows for one group."""
+    if fmt.group[0] == -1:
+        return x.unsqueeze(1)
+    groups = reference.grouped(x, fmt)
+    if fmt.group[0] == 1:
+        return groups.reshape(-1, 1, groups.shape[-1])
+    return groups.transpose(1, 2).reshape(-1, *fmt.group)
+
+
+SEARCHED = 1 << 16  # elements of a tile: every candidate passes over it, so it has to stay in the cache
+
+
+def search(x: Tensor, fmt: Format, parts: reference.Parts, importance: Tensor | None) -> None:
+    """Replace parts["scale"] (and zero_point), which hold what the rule gives, by the best of `codecs.search`."""
+    divisor = parts.get("tensor_scale")
+    slabs = list(_slabs(x, None, parts["scale"], parts.get("zero_point"), fmt))
+    whole = fmt.group[0] == -1
+
+    def load(slab: _Slab, rows: slice, cols: slice) -> tuple[Tensor, Tensor | None]:
+        values = reference.to_float32(slab.x[rows, cols])
+        weights = None if importance is None else importance[cols].expand(values.shape)
+        return _rows_of_groups(values, fmt), None if weights is None else _rows_of_groups(weights, fmt)
+
+    if whole:
+        step = max(1, SEARCHED // max(1, x.shape[-1]))
+
+        def chunks() -> Iterator[tuple[Tensor, Tensor | None]]:
+            for slab in slabs:
+                for i in range(0, slab.x.shape[0], step):
+                    yield load(slab, slice(i, i + step), slice(None))
+
+        scale, zeros = parts["scale"], parts.get("zero_point")
+        _store_found(scale, zeros, *search_codec.best(chunks, scale, zeros, divisor, fmt))
+        return
+    for slab in slabs:
+        rows, columns = slab.x.shape
+        r, c = fmt.group[0], columns if fmt.group[1] == -1 else fmt.group[1]
+        col_step = max(1, SEARCHED // (r * c)) * c
+        row_step = max(1, SEARCHED // (r * min(columns, col_step))) * r
+        for i, j in itertools.product(range(0, rows, row_step), range(0, columns, col_step)):
+            end_row, end_col = min(i + row_step, rows), min(j + col_step, columns)
+            window = slice(i // r, -(-end_row // r)), slice(j // c, -(-end_col // c))
+            scale = slab.scale[window]
+            zeros = None if slab.zero_point is None else slab.zero_point[window]
+            loaded = [load(slab, slice(i, end_row), slice(j, end_col))]
+            flat = None if zeros is None else zeros.reshape(-1)
+            _store_found(scale, zeros, *search_codec.best(loaded.copy, scale.reshape(-1), flat, divisor, fmt))
+
+
+def _store_found(target: Tensor, zero_target: Tensor | None, scale: Tensor, zero: Tensor | None) -> None:
+    target.copy_(scale.view(target.shape))
+    if zero_target is not None and zero is not None:
+        zero_target.copy_(zero.view(zero_target.shape))
 
 
 def clip_gradient(x: Tensor, dy: Tensor, fmt: Format, parts: reference.Parts, dx: Tensor) -> None:

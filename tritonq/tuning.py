@@ -155,6 +155,56 @@ def group_config(
     return config, (-(-group_rows // m), -(-group_columns // groups))
 
 
+def fits_both(fmt: Format) -> bool:
+    """Whether one tile can hold whole groups of x and of its transpose, each of whole bytes: groups of one row, or
+    squares."""
+    rows, cols = fmt.group
+    if cols == -1 or rows not in (1, cols) or _power(cols) ** 2 > LARGEST_TILE // 2:
+        return False
+    return cols == _power(cols) or cols % chunk(fmt.bits)[0] == 0
+
+
+def both_config(rows: int, columns: int, fmt: Format, itemsize: int) -> tuple[Config, tuple[int, int]]:
+    """Tile of `both_kernel`, and how many tiles cover [rows, columns].
+
+    Squares of 64 x 64 give both results 64 bytes of 8-bit codes in a row. A thread reads 16 bytes of each of RUN rows:
+    a patch of 8 x 8 elements of bf16 where scales cost little, so that maxima and packing stay inside the thread; half
+    of that elsewhere, because each row and column of a patch takes registers for its scale.
+    """
+    group = fmt.group[1]
+    padded = _power(group)
+    down, across = -(-rows // group), -(-columns // group)
+    block_n = max(padded, 8, min(1 << (math.isqrt(TILE).bit_length() - 1), _power(across) * padded))
+    block_m = max(padded, 8, min(TILE // block_n, _power(down) * padded))
+    cheap = fmt.group[0] == group or (fmt.scale.is_exponent and 8 % fmt.bits == 0)
+    per_thread = ELEMENTS_PER_THREAD * (2 if cheap and itemsize <= 4 else 1)
+    if columns % 16 or rows % 16:  # narrow loads or stores, with an address each
+        per_thread = ELEMENTS_PER_THREAD // 2
+    else:
+        per_thread = max(per_thread, block_m * block_n // 256)  # 16 warps would leave each thread 128 registers
+    run = min(per_thread * itemsize // 16, block_m)
+    warps = _warps(block_m * block_n, per_thread)
+    config = {"W": padded, "BLOCK_M": block_m, "BLOCK_N": block_n, "RUN": run, "BAND": 16, "num_warps": warps}
+    return config, (-(-down * padded // block_m), -(-across * padded // block_n))
+
+
+def hadamard_config(blocks: int) -> Config:
+    """Blocks of 16 elements that a program of `hadamard_kernel` rotates."""
+    taken = min(TILE // 16, max(8, _power(blocks)))
+    return {"BLOCKS": taken, "num_warps": _warps(16 * taken)}
+
+
+SEARCH_SCALES = 4  # candidates of one group that a thread holds
+
+
+def search_config(count: int, groups: int) -> Config:
+    """Groups M of a program of `search_kernel`, whose `count` candidates are Q x L."""
+    scales = max(1, min(SEARCH_SCALES, count // 32))
+    lanes = count // scales
+    m = max(1, min(TILE // 128 // lanes, _power(groups)))  # one warp
+    return {"M": m, "Q": scales, "L": lanes, "num_warps": max(1, min(4, m * lanes // 32))}
+
+
 def _block_n(columns: int) -> int:
     """The widest tile that wastes at most a sixteenth of its lanes on a row; a narrow one where none does."""
     for block in (TILE, TILE // 2, TILE // 4):

@@ -12,6 +12,8 @@ The functions of an element codec, on values already divided by their scale:
 * `stochastic(x, u, zero, element) -> x`: one of the two representable numbers beside x, saturating: the upper one if
   and only if u < (x - lower) / (upper - lower), for u in [0, 1). Numbers keep their sign, up to that of zero, where the
   codes have one; `encode` and `round` take the result exactly. `tritonq.codecs.philox` says where u comes from.
+* `round_product(x, factor, zero, element) -> x`: round(x * factor), for factors of 16 bits: exact products of bf16
+  numbers (Triton only).
 * `clipped(x, zero, element) -> bool`: whether x lies outside the range of the codes before rounding (torch only).
 
 `zero` is the code of 0: a constant of the element type, or the zero points of asymmetric formats. NaN never reaches
@@ -38,7 +40,7 @@ class Codec:
         name: of the family.
         encode_ref, decode_ref, round_ref, clipped_ref: torch functions as described above. They may overwrite `x`.
         stochastic_ref: likewise; it may overwrite `u`, too, and returns `x` overwritten.
-        device_module: where the device functions `encode`, `decode`, `round`, `stochastic` live.
+        device_module: where the device functions `encode`, `decode`, `round`, `round_product`, `stochastic` live.
         offset_binary: codes are shifted so that the most negative number is code 0.
         scratch: fp32 tensors that `round_ref` keeps at a time, x included; the CPU path makes its tiles accordingly.
     """
@@ -66,13 +68,18 @@ class Codec:
         return importlib.import_module(self.device_module).round
 
     @property
+    def round_product(self) -> Any:
+        return importlib.import_module(self.device_module).round_product
+
+    @property
     def stochastic(self) -> Any:
         return importlib.import_module(self.device_module).stochastic
 
     @functools.cached_property
     def cache_key(self) -> str:
         """Changes when the source of a device function changes."""
-        keys = [fn.cache_key for fn in (self.encode, self.decode, self.round, self.stochastic)]
+        functions = (self.encode, self.decode, self.round, self.round_product, self.stochastic)
+        keys = [fn.cache_key for fn in functions]
         return hashlib.sha256("-".join(keys).encode()).hexdigest()[:16]
 
     def __repr__(self) -> str:

@@ -26,6 +26,16 @@ def round(x, zero, ELEM: tl.constexpr):
 
 
 @triton.jit
+def round_product(x, factor, zero, ELEM: tl.constexpr):
+    """round(x * factor) in one operation less where the product is exact, and with one rounding less elsewhere."""
+    MAGIC: tl.constexpr = 12582912.0 * 2.0**-ELEM.fraction
+    UNIT: tl.constexpr = 2.0**-ELEM.fraction
+    low = (0.0 - zero) * UNIT
+    high = low + ((1 << ELEM.bits) - 1) * UNIT
+    return tl.minimum(tl.maximum(tl.fma(x, factor, MAGIC), low + MAGIC), high + MAGIC) - MAGIC
+
+
+@triton.jit
 def stochastic(x, u, zero, ELEM: tl.constexpr):
     x = _bounded(x, zero, None, ELEM)
     UNIT: tl.constexpr = 2.0**-ELEM.fraction

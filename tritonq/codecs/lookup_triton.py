@@ -89,6 +89,11 @@ def stochastic(x, u, zero, ELEM: tl.constexpr):
 
 
 @triton.jit
+def round_product(x, factor, zero, ELEM: tl.constexpr):
+    return round(x * factor, zero, ELEM)
+
+
+@triton.jit
 def _bits(code, bits, LEFT: tl.constexpr):
     """The LEFT lower bits of code, most significant first, after `bits`."""
     if LEFT == 0:

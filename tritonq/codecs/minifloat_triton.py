@@ -138,6 +138,11 @@ def round(x, zero, ELEM: tl.constexpr):
 
 
 @triton.jit
+def round_product(x, factor, zero, ELEM: tl.constexpr):
+    return round(x * factor, zero, ELEM)
+
+
+@triton.jit
 def stochastic(x, u, zero, ELEM: tl.constexpr):
     x = _bounded(x, None, ELEM)
     exponent = _exponent(x, ELEM)

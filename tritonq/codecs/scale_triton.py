@@ -97,7 +97,7 @@ def _exponent_bits(amax, FMT: tl.constexpr):
 
 
 @triton.jit
-def _store(raw, bad, FMT: tl.constexpr):
+def store(raw, bad, FMT: tl.constexpr):
     """fp32 to (storage bits int32, their value fp32): rounded, saturated, never zero. The bits are those of NaN where
     `bad`, the value is then any number."""
     if FMT.scale.element is None:
@@ -122,20 +122,32 @@ def _store(raw, bad, FMT: tl.constexpr):
 
 
 @triton.jit
-def load(bits, tensor_scale, FMT: tl.constexpr):
-    """Storage bits (any integer type) to the fp32 factor of dequantization."""
+def value(bits, FMT: tl.constexpr):
+    """Storage bits (any integer type) to the fp32 number they stand for."""
     if FMT.scale.is_exponent:
         bits = bits.to(tl.int32)
-        value = tl.where(bits == 0, 0x400000, bits << 23)  # 2^-127 is subnormal
-        value = tl.where(bits == 0xFF, 0x7FC00000, value).to(tl.float32, bitcast=True)
+        number = tl.where(bits == 0, 0x400000, bits << 23)  # 2^-127 is subnormal
+        return tl.where(bits == 0xFF, 0x7FC00000, number).to(tl.float32, bitcast=True)
     elif FMT.scale.element is None:
-        value = bits.to(tl.int32).to(tl.float32, bitcast=True)
+        return bits.to(tl.int32).to(tl.float32, bitcast=True)
     else:
         TYPE: tl.constexpr = FMT.scale.element
-        value = minifloat.decode_bits(bits, TYPE)
-        if FMT.tensor_scale:
-            value = _over_scalar(value, tensor_scale)
-    return value
+        return minifloat.decode_bits(bits, TYPE)
+
+
+@triton.jit
+def over_tensor_scale(number, tensor_scale, FMT: tl.constexpr):
+    """The fp32 factor of dequantization that a scale is."""
+    if FMT.tensor_scale:
+        return _over_scalar(number, tensor_scale)
+    else:
+        return number
+
+
+@triton.jit
+def load(bits, tensor_scale, FMT: tl.constexpr):
+    """Storage bits (any integer type) to the fp32 factor of dequantization."""
+    return over_tensor_scale(value(bits, FMT), tensor_scale, FMT)
 
 
 @triton.jit
@@ -152,7 +164,7 @@ def choose(high, low, tensor_scale, FMT: tl.constexpr):
     if RULE == "minmax":
         lo = negative.to(tl.float32, bitcast=True)
         LEVELS: tl.constexpr = (1 << ELEM.bits) - 1
-        bits, factor = _store(_over_constant(positive.to(tl.float32, bitcast=True) + lo, LEVELS), bad, FMT)
+        bits, factor = store(_over_constant(positive.to(tl.float32, bitcast=True) + lo, LEVELS), bad, FMT)
         zero = tl.minimum(tl.div_rn(lo, factor), LEVELS)  # >= 0, so only the upper bound can be passed
         zero = tl.where(bad, 0.0, (zero + 12582912.0) - 12582912.0)
     elif FMT.scale.is_exponent:
@@ -168,7 +180,7 @@ def choose(high, low, tensor_scale, FMT: tl.constexpr):
             raw = _over_constant_coarse(amax * tensor_scale, ELEM.max)
         else:
             raw = _over_constant(amax, ELEM.max)
-        bits, factor = _store(raw, bad, FMT)
+        bits, factor = store(raw, bad, FMT)
         if FMT.tensor_scale:
             factor = _over_scalar(factor, tensor_scale)
     return bits, factor, zero, bad

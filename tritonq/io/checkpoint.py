@@ -32,6 +32,7 @@ def quantize_checkpoint(
     scheme: str | Scheme,
     *,
     group_size: int | None = None,
+    search: str | bool | None = None,
     ignore: Iterable[str] = (),
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -46,6 +47,8 @@ def quantize_checkpoint(
         dst: appears when complete. A run that was killed is resumed by the same call, to the same bytes.
         scheme: a Scheme or its name, such as "W4A16"; `tritonq.SCHEMES` lists them.
         group_size: elements of a row that share a scale, where the scheme leaves that open.
+        search: "mse" takes the scale of each group with the smallest squared error, False the one of the format's rule,
+            None "mse" for codes of 4 bits and less.
         ignore: modules to leave dense besides the defaults: full names, last names, or `re:` and a regex.
         device: where weights are quantized; by default a GPU if there is one. The bytes do not depend on it.
         dtype: convert floating tensors to this first, as if the source were stored in it.
@@ -59,6 +62,7 @@ def quantize_checkpoint(
     """
     begin = time.perf_counter()
     scheme, limit = get_scheme(scheme), writer.parse_size(max_shard_size)
+    search = scheme.search(search)
     compressed_tensors.layout(scheme.weight_format(dtype or torch.bfloat16, group_size), scheme.input_format)
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     selection, target = Selection(ignore), _device(device)
@@ -71,12 +75,12 @@ def quantize_checkpoint(
                 f"{source.name} is already quantized (its config.json says so); start from the original model"
             )
         plan = make_plan(source, structure.of_source(source), scheme, selection, group_size, dtype)
-        quantizer = Quantizer(source, plan, scheme, dtype, target)
+        quantizer = Quantizer(source, plan, scheme, dtype, target, search)
         files = writer.split(quantizer.entries(), limit)
         fingerprint = {
             "source": source.stamp,
             "scheme": repr(scheme),
-            "options": [group_size, list(ignore), str(dtype), limit],
+            "options": [group_size, search, list(ignore), str(dtype), limit],
             "version": _version(),
         }
         notes = list(plan.notes)

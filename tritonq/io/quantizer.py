@@ -21,11 +21,17 @@ class Quantizer:
     """Makes the output tensors of a plan, one weight at a time, and collects their errors."""
 
     def __init__(
-        self, source: Source, plan: Plan, scheme: Scheme, dtype: torch.dtype | None, device: torch.device
+        self,
+        source: Source,
+        plan: Plan,
+        scheme: Scheme,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        search: str | bool = False,
     ) -> None:
         self.errors: dict[str, LayerError] = {}
         self._source, self._plan, self._dtype, self._device = source, plan, dtype, device
-        self._inputs = scheme.input_format
+        self._inputs, self._search = scheme.input_format, search
         self._shared: dict[str, Parts] | None = None
 
     def entries(self) -> list[writer.Entry]:
@@ -60,7 +66,7 @@ class Quantizer:
         def make() -> dict[str, Tensor]:
             x = self._load(weight)
             given: dict[str, Any] = {**self._scales().get(weight.key or "", {})}
-            parts = ops.quantize(x, weight.fmt, **given)
+            parts = ops.quantize(x, weight.fmt, **given, search=False if "scale" in given else self._search)
             self.errors[weight.name] = measure(x, parts, weight.fmt)
             parts = {name: part.cpu() for name, part in parts.items()}
             tensors = compressed_tensors.encode(parts, weight.fmt, self._inputs, weight.shape)

@@ -79,6 +79,7 @@ def group_kernel(
     FMT: tl.constexpr, MODE: tl.constexpr, ROUNDING: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
     FLAT: tl.constexpr, WORDS: tl.constexpr,
     S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+    SWIZZLED: tl.constexpr,
 ):  # fmt: skip
     """A tile of M x GROUPS groups, each padded to R x (S * W) elements (powers of two).
 
@@ -86,6 +87,7 @@ def group_kernel(
     so that a thread holds more elements of fewer groups, and works out fewer scales.
     PARTIAL: a row's last byte is not full, so codes beyond the row have to be 0.
     MODE "quantize" writes codes to q_ptr, and scales; "qdq" writes values to q_ptr and no scales; "scale" only scales.
+    SWIZZLED: scales go to tiles of 128 x 4, whose padding the tiles of this kernel cover and fill with zeros.
     """
     ELEM: tl.constexpr = FMT.element
     ROWS: tl.constexpr = FMT.group[0]
@@ -130,6 +132,11 @@ def group_kernel(
         scale_col = tile_n * GROUPS + tl.arange(0, GROUPS)
         scale_mask = (scale_row < in_col)[:, None] & (scale_col < in_row)[None, :]
         index = (batch * in_col + scale_row)[:, None] * in_row + scale_col[None, :]
+        if SWIZZLED:
+            padded_rows, padded_columns = (in_col + 127) // 128 * 128, (in_row + 3) // 4 * 4
+            index = batch * padded_rows * padded_columns + tile.swizzled(scale_row, scale_col, padded_columns)
+            stored = tl.where(scale_mask, stored, 0)
+            scale_mask = (scale_row < padded_rows)[:, None] & (scale_col < padded_columns)[None, :]
         tl.store(scale_ptr + index, stored.to(scale_ptr.dtype.element_ty), scale_mask)
         if FMT.zero_point:
             tl.store(zero_ptr + index, zero.to(tl.uint8), scale_mask)

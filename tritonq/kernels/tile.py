@@ -35,6 +35,13 @@ def saturate(y, LIMIT: tl.constexpr):
 
 
 @triton.jit
+def swizzled(row, col, padded_columns):
+    """Where the scales of rows [M] and columns [N] lie in tiles of 128 x 4 (`tritonq.scale_tiles`): [M, N]."""
+    within_row = (row % 32) * 16 + (row % 128) // 32 * 4 + row // 128 * (128 * padded_columns)
+    return within_row[:, None] + (col // 4 * 512 + col % 4)[None, :]
+
+
+@triton.jit
 def store_codes(
     q_ptr,
     row_start,

@@ -80,6 +80,7 @@ def quantize_(
     *,
     ignore: Iterable[str] = (),
     group_size: int | None = None,
+    search: str | bool | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> nn.Module:
@@ -92,6 +93,8 @@ def quantize_(
         scheme: a name of `SCHEMES`, such as "W4A16", "FP8_DYNAMIC", "MXFP4A16", "NVFP4".
         ignore: more modules to leave alone: full names, last names such as "down_proj", or "re:" with a regex.
         group_size: another group size than the scheme's, for integer schemes with groups.
+        search: scale search of the weights, as in `tritonq.quantize`; None is "mse" for codes of 4 bits and less, False
+            the scale rule of the format.
         device: where to quantize, such as "cuda"; the result stays where the weight was.
         progress: show a progress bar on a terminal.
 
@@ -100,6 +103,7 @@ def quantize_(
             infinity (which is named; the model is then unchanged).
     """
     scheme = get_scheme(scheme)
+    search = scheme.search(search)
     selection = Selection(ignore)
     linears, experts, ignored = [], [], []
     own = linear_modules(model)
@@ -135,7 +139,8 @@ def quantize_(
                 where = weight.device if device is None else torch.device(device)
                 dense = weight.detach().to(where)
                 divisor = divisors.get(name)
-                q = quantize(dense, fmt, tensor_scale=None if divisor is None else divisor.to(where))
+                divisor = None if divisor is None else divisor.to(where)
+                q = quantize(dense, fmt, tensor_scale=divisor, search=search)
                 check_finite(q, dense, name)
                 quantized[id(weight)] = nn.Parameter(q.to(weight.device), requires_grad=False)
             bar.advance(task)
