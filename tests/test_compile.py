@@ -57,7 +57,7 @@ class Launch:
             if isinstance(value, torch.Tensor):
                 self.signature[name] = TYPES[value.dtype]
                 aligned = value.data_ptr() % 16 == 0
-            elif name in constexprs or (value == 1 and name not in plain):
+            elif name in constexprs or value is None or (value == 1 and name not in plain):
                 self.signature[name], self.constants[name], aligned = "constexpr", value, False
             else:
                 self.signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -82,7 +82,7 @@ def launches(name, shape=(64, 4096), dtype=torch.bfloat16):
     return record(get_format(name), shape, dtype)
 
 
-def record(fmt, shape, dtype):
+def record(fmt, shape, dtype, **rounding):
     found = {}
 
     def run(self, *args, grid=None, warmup=False, **kwargs):
@@ -93,13 +93,13 @@ def record(fmt, shape, dtype):
         patch.setattr(ops, "uses_triton", lambda x: True)
         plans.forget()
         x = torch.zeros(shape, dtype=dtype)
-        parts = ops.quantize(x, fmt)
-        ops.qdq(x, fmt)
+        parts = ops.quantize(x, fmt, **rounding)
+        ops.qdq(x, fmt, **rounding)
         ops.dequantize(parts, fmt, shape, dtype)
         if fmt.super_group:  # takes no given scales and has no search; the gradient computes scales alone
             ops.qdq_backward(x, x, fmt)
         else:
-            ops.qdq(x, fmt, **{k: v for k, v in parts.items() if k != "qdata"})
+            ops.qdq(x, fmt, **{k: v for k, v in parts.items() if k != "qdata"}, **rounding)
             ops.quantize(x, fmt, search="mse")
             ops.quantize(x, fmt, search="mse", importance=x.reshape(-1, shape[-1])[0].float())
     return tuple(found.values())

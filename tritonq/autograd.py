@@ -16,30 +16,31 @@ class _QDQ(torch.autograd.Function):
     """Forward dequantize(quantize(x)); backward the identity where x was not clipped, 0 where it was."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fmt: Format, given: Parts) -> Tensor:
+    def forward(ctx: Any, x: Tensor, fmt: Format, given: dict[str, Any], rounding: dict[str, Any]) -> Tensor:
         ctx.fmt, ctx.names = fmt, tuple(given)
         ctx.save_for_backward(*((x, *given.values()) if fmt.saturates else ()))
-        return ops.qdq(x, fmt, **given)
+        return ops.qdq(x, fmt, **given, **rounding)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         if not ctx.fmt.saturates:
-            return grads[0], None, None
+            return grads[0], None, None, None
         x, *given = ctx.saved_tensors
-        return ops.qdq_backward(x, grads[0], ctx.fmt, **dict(zip(ctx.names, given, strict=True))), None, None
+        dx = ops.qdq_backward(x, grads[0], ctx.fmt, **dict(zip(ctx.names, given, strict=True)))
+        return dx, None, None, None
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, fmt, *given = inputs
+    x, fmt, *given, _ = inputs  # the last is the seed
     ctx.fmt = get_format(fmt)
     ctx.save_for_backward(*((x, *given) if ctx.fmt.saturates else ()))
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.fmt.saturates:
-        return dy, None, None, None, None
+        return dy, None, None, None, None, None
     x, *given = ctx.saved_tensors
-    return torch.ops.tritonq.qdq_backward(x, dy, ctx.fmt.name, *given), None, None, None, None
+    return torch.ops.tritonq.qdq_backward(x, dy, ctx.fmt.name, *given), None, None, None, None, None
 
 
 torch.library.register_autograd("tritonq::qdq", _backward, setup_context=_setup_context, lib=ops.library)
@@ -64,6 +65,8 @@ def qdq(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
+    rounding: str = "nearest",
+    generator: torch.Generator | None = None,
     search: str | bool | None = None,
     importance: Tensor | None = None,
 ) -> Tensor:
@@ -75,6 +78,7 @@ def qdq(
         scale, zero_point, tensor_scale: used verbatim instead of being computed; shapes as in `Format.storage`. A
             computed scale carries NaN where its group is not finite; a given one cannot, so then NaN and infinity stay
             only where the element type has a NaN, and else become 0 and the largest number.
+        rounding, generator: as in `tritonq.quantize`; the gradient does not depend on them.
         search, importance: as in `tritonq.quantize`; the gradient takes the scales that were found as given.
 
     Returns:
@@ -82,7 +86,7 @@ def qdq(
         range before rounding, and is 0 elsewhere.
 
     Raises:
-        ValueError: unknown format, or a shape it cannot group. TypeError: x is not floating.
+        ValueError: unknown format or rounding, or a shape it cannot group. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
     given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
@@ -93,8 +97,8 @@ def qdq(
         given = {name: part for name, part in found.items() if name != "qdata"}
     present = {name: value for name, value in given.items() if value is not None}
     if isinstance(x, Tensor) and torch.is_grad_enabled() and x.requires_grad and not ops.traced(x):
-        return _QDQ.apply(x, fmt, present)
-    return ops.qdq(x, fmt, **present)
+        return _QDQ.apply(x, fmt, present, {"rounding": rounding, "generator": generator})
+    return ops.qdq(x, fmt, **present, rounding=rounding, generator=generator)
 
 
 class _Linear(torch.autograd.Function):

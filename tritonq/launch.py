@@ -20,7 +20,8 @@ class Plan:
     """One launch, ready but for its tensors: a kernel, how many programs, its integers and constants.
 
     Args:
-        kernel: a Triton kernel whose parameters are tensors, then `integers`, then `constants` (constexprs).
+        kernel: a Triton kernel whose parameters are tensors, then the words of a seed if calls bring one, then
+            `integers`, then `constants` (constexprs). None among the integers stands for one that is not used.
         bits: positions of the tensors that the kernel sees as integers of their width.
 
     The first call on a device with tensors of some alignment compiles; later ones go to the driver at once. Types and
@@ -33,7 +34,7 @@ class Plan:
         self,
         kernel: Any,
         programs: int,
-        integers: tuple[int, ...],
+        integers: tuple[int | None, ...],
         constants: tuple[Any, ...],
         options: dict[str, int],
         bits: tuple[int, ...] = (),
@@ -43,7 +44,7 @@ class Plan:
         self._aligned: dict[int | None, Any] = {}  # by device index
         self._others: dict[tuple[Any, ...], Any] = {}  # by device index, and which tensors begin at multiples of 16
 
-    def __call__(self, *tensors: Tensor) -> None:
+    def __call__(self, *tensors: Tensor, seed: tuple[int, ...] = ()) -> None:
         pointers = 0
         for t in tensors:
             pointers |= t.data_ptr()
@@ -51,29 +52,29 @@ class Plan:
         if pointers & 15 == 0:
             found = self._aligned.get(device)
             if found is None:
-                self._aligned[device] = self._first(tensors)
+                self._aligned[device] = self._first(tensors, seed)
                 return
         else:
             key = (device, *[t.data_ptr() & 15 == 0 for t in tensors])
             found = self._others.get(key)
             if found is None:
-                self._others[key] = self._first(tensors)
+                self._others[key] = self._first(tensors, seed)
                 return
         compiled, run, function, metadata, hooks = found
         if hooks.calls:  # a profiler listens
-            compiled[(self.programs, 1, 1)](*tensors, *self.integers, *self.constants)
+            compiled[(self.programs, 1, 1)](*tensors, *seed, *self.integers, *self.constants)
             return
         run(
             self.programs, 1, 1, torch._C._cuda_getCurrentRawStream(device), function, metadata, None, None, None,
-            *tensors, *self.integers, *self.constants,
+            *tensors, *seed, *self.integers, *self.constants,
         )  # fmt: skip
 
-    def _first(self, tensors: tuple[Tensor, ...]) -> Any:
+    def _first(self, tensors: tuple[Tensor, ...], seed: tuple[int, ...]) -> Any:
         """Launch through Triton; what later launches need, or None where they have to come here again."""
         seen = [as_integers(t) if i in self.bits else t for i, t in enumerate(tensors)]
         # A fused multiply-add would round differently from torch.
         compiled = self.kernel[(self.programs,)](
-            *seen, *self.integers, *self.constants, **self.options, enable_fp_fusion=False
+            *seen, *seed, *self.integers, *self.constants, **self.options, enable_fp_fusion=False
         )
         if not tensors[0].is_cuda or compiled is None:
             return None

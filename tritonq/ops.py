@@ -178,6 +178,32 @@ def _only_launch(x: Tensor, fmt: Format, mode: str) -> Plan | None:
     return plans.single(x.shape, x.stride(), x.dtype, fmt, mode, x.device)
 
 
+ROUNDINGS = ("nearest", "stochastic")
+
+
+def _draw(generator: torch.Generator | None = None) -> Tensor:
+    """A seed: one int64 >= 0 on the CPU. Only a generator of another device has to be waited for."""
+    device = "cpu" if generator is None else generator.device
+    return torch.randint((1 << 63) - 1, (), generator=generator, dtype=torch.int64, device=device).cpu()
+
+
+def _seed(rounding: str, generator: torch.Generator | None, x: Tensor) -> Tensor | None:
+    """The seed of a call, drawn from `generator` or torch's own for the CPU; None for rounding to nearest."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"unknown rounding {rounding!r}; there is {', '.join(map(repr, ROUNDINGS))}")
+    if rounding == "nearest":
+        return None
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator has to be a torch.Generator, got {type(generator).__name__}")
+    if generator is None and traced(x):
+        return torch.ops.tritonq.seed(torch.empty(0))
+    return _draw(generator)
+
+
+def _value(seed: Tensor | None) -> int | None:
+    return None if seed is None else int(seed)
+
+
 @functools.lru_cache(maxsize=4096)
 def _storage(fmt: Format, shape: Shape) -> tuple[tuple[str, Shape, torch.dtype], ...]:
     return tuple((name, s, d) for name, (s, d) in fmt.storage(shape).items())
@@ -190,6 +216,8 @@ def quantize(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
+    rounding: str = "nearest",
+    generator: torch.Generator | None = None,
     search: str | bool | None = None,
     importance: Tensor | None = None,
     out: Parts | None = None,
@@ -200,22 +228,25 @@ def quantize(
     Args:
         x: floating tensor of >= 1 dimension, any strides, any size.
         scale, zero_point, tensor_scale: precomputed parts, used verbatim.
-        search: "mse" takes the scale (and zero point) of each group with the smallest squared error, see
-            `tritonq.codecs.search`; None or False the format's rule.
+        rounding: "nearest", or "stochastic", see `tritonq.quantize`.
+        generator: where stochastic rounding draws its seed.
+        search: "mse" takes the scale (and zero point) of each group with the smallest squared error (of rounding to
+            nearest), see `tritonq.codecs.search`; None or False the format's rule.
         importance: weights [K] >= 0 of the columns in that error; the result does not depend on their unit.
         swizzled: write the scales as `swizzle` orders them, for the matrix multiplications of Blackwell; formats with
             one byte a scale and groups of one row, x of >= 2 dimensions, without `scale` or `out`.
 
     Raises:
-        ValueError: unknown format, or parts of another shape. TypeError: x is not floating.
+        ValueError: unknown format or rounding, or parts of another shape. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
     if swizzled:
         if not (scale is None and zero_point is None and out is None):
             raise ValueError("swizzled orders scales as they are computed; swizzle those that are given, and leave out")
-        return _quantize_in_tiles(x, fmt, tensor_scale, search, importance)
+        return _quantize_in_tiles(x, fmt, tensor_scale, rounding, generator, search, importance)
     if (
         out is None
+        and rounding == "nearest"
         and not search
         and importance is None
         and scale is None
@@ -232,14 +263,17 @@ def quantize(
     searched = check_search(search, importance, x, scale is not None)
     if searched and fmt.super_group:
         raise ValueError(f"{fmt.name} quantizes its scales again and has no search; leave search out")
+    seed = _seed(rounding, generator, x)
     if traced(x):
         scale = None if scale is None else _bits(scale)
         values = torch.ops.tritonq.quantize(
-            x.detach(), _name(fmt), scale, zero_point, tensor_scale, searched, importance
+            x.detach(), _name(fmt), scale, zero_point, tensor_scale, searched, importance, seed
         )
         made = _typed(values, fmt, tuple(x.shape))
         return made if out is None else {name: part.copy_(made[name]) for name, part in out.items()}
-    return _quantize(x, fmt, scale, zero_point, tensor_scale, searched, importance, out)
+    return _quantize(
+        x, fmt, scale, zero_point, tensor_scale, search=searched, importance=importance, seed=_value(seed), out=out
+    )
 
 
 @torch.no_grad()
@@ -249,8 +283,10 @@ def _quantize(
     scale: Tensor | None,
     zero_point: Tensor | None,
     tensor_scale: Tensor | None,
+    *,
     search: bool = False,
     importance: Tensor | None = None,
+    seed: int | None = None,
     out: Parts | None = None,
 ) -> Parts:
     x = x.resolve_neg()  # kernels read memory as it is
@@ -258,30 +294,40 @@ def _quantize(
     if x.device.type == "meta":
         return parts
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
-    _run(x, fmt, parts, given, tensor_scale is not None, None, search, importance)
+    _run(x, fmt, parts, given, tensor_scale is not None, None, search=search, importance=importance, seed=seed)
     return parts
 
 
 def _quantize_in_tiles(
-    x: Tensor, fmt: Format, tensor_scale: Tensor | None, search: str | bool | None, importance: Tensor | None
+    x: Tensor,
+    fmt: Format,
+    tensor_scale: Tensor | None,
+    rounding: str,
+    generator: torch.Generator | None,
+    search: str | bool | None,
+    importance: Tensor | None,
 ) -> Parts:
     """`quantize` with swizzled scales."""
     check_input(x, fmt)
     scale_tiles.check_format(fmt)
     scale_tiles.swizzled_shape(fmt.scale_shape(tuple(x.shape)))  # raises where x has no rows
     if search or importance is not None:
-        parts = quantize(x, fmt, tensor_scale=tensor_scale, search=search, importance=importance)
+        parts = quantize(
+            x, fmt, tensor_scale=tensor_scale, rounding=rounding, generator=generator, search=search,
+            importance=importance,
+        )  # fmt: skip
         return {**parts, "scale": scale_tiles.swizzle(parts["scale"])}
+    seed = _seed(rounding, generator, x)
     if traced(x):
-        values = torch.ops.tritonq.quantize_swizzled(x.detach(), _name(fmt), tensor_scale)
+        values = torch.ops.tritonq.quantize_swizzled(x.detach(), _name(fmt), tensor_scale, seed)
         return _typed(values, fmt, tuple(x.shape))
-    return _quantize_swizzled(x, fmt, tensor_scale)
+    return _quantize_swizzled(x, fmt, tensor_scale, seed=_value(seed))
 
 
 @torch.no_grad()
-def _quantize_swizzled(x: Tensor, fmt: Format, tensor_scale: Tensor | None) -> Parts:
-    if not uses_triton(x) or x.numel() == 0 or not tuning.fits(fmt, x.shape[-1]):
-        parts = _quantize(x, fmt, None, None, tensor_scale)
+def _quantize_swizzled(x: Tensor, fmt: Format, tensor_scale: Tensor | None, *, seed: int | None = None) -> Parts:
+    if not uses_triton(x) or x.numel() == 0 or not tuning.fits(fmt, x.shape[-1], seed is not None):
+        parts = _quantize(x, fmt, None, None, tensor_scale, seed=seed)
         return {**parts, "scale": scale_tiles.swizzle(parts["scale"])}
     x = x.resolve_neg()
     storage = fmt.storage(tuple(x.shape))
@@ -291,7 +337,7 @@ def _quantize_swizzled(x: Tensor, fmt: Format, tensor_scale: Tensor | None) -> P
     with _device_of(x):
         if fmt.tensor_scale and tensor_scale is None:
             plans.tensor_scale(x, fmt, parts["tensor_scale"])
-        plans.encode_swizzled(x, fmt, parts)
+        plans.encode_swizzled(x, fmt, parts, seed)
     return parts
 
 
@@ -372,33 +418,44 @@ def qdq(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
+    rounding: str = "nearest",
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """dequantize(quantize(x)) of x's shape and dtype, contiguous, without codes in memory; arguments as `quantize`."""
     fmt = get_format(fmt)
-    if scale is None and zero_point is None and tensor_scale is None:
+    if scale is None and zero_point is None and tensor_scale is None and rounding == "nearest":
         plan = _only_launch(x, fmt, "qdq")
         if plan is not None:
             y = torch.empty_like(x, memory_format=torch.contiguous_format)
             plan(x, y, y, y, x)
             return y
     check_input(x, fmt)
+    seed = _seed(rounding, generator, x)
     if traced(x):
-        return torch.ops.tritonq.qdq(x, _name(fmt), None if scale is None else _bits(scale), zero_point, tensor_scale)
-    return _qdq(x, fmt, scale, zero_point, tensor_scale)
+        scale = None if scale is None else _bits(scale)
+        return torch.ops.tritonq.qdq(x, _name(fmt), scale, zero_point, tensor_scale, seed)
+    return _qdq(x, fmt, scale, zero_point, tensor_scale, seed=_value(seed))
 
 
 @torch.no_grad()
 def _qdq(
-    x: Tensor, fmt: Format, scale: Tensor | None, zero_point: Tensor | None, tensor_scale: Tensor | None
+    x: Tensor,
+    fmt: Format,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    tensor_scale: Tensor | None,
+    *,
+    seed: int | None = None,
 ) -> Tensor:
     x = x.resolve_neg()
     y = empty(x.shape, x.dtype, x.device)
     if x.device.type == "meta":
         return y
-    inside = scale is None and uses_triton(x) and tuning.fits(fmt, x.shape[-1])  # scales never leave the kernel
+    one_pass = tuning.fits(fmt, x.shape[-1], seed is not None)
+    inside = scale is None and uses_triton(x) and one_pass  # scales never leave the kernel
     parts = _allocate_scales(fmt, x, ("tensor_scale",) if inside else _SCALES)
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
-    _run(x, fmt, parts, given, tensor_scale is not None, y)
+    _run(x, fmt, parts, given, tensor_scale is not None, y, seed=seed)
     return y
 
 
@@ -549,8 +606,10 @@ def _run(
     given: bool,
     given_tensor_scale: bool,
     y: Tensor | None,
+    *,
     search: bool = False,
     importance: Tensor | None = None,
+    seed: int | None = None,
 ) -> None:
     if x.numel() == 0 or not uses_triton(x):
         if fmt.tensor_scale and not given_tensor_scale:
@@ -562,7 +621,7 @@ def _run(
         if search:
             tiling.choose(x, fmt, parts)
             tiling.search(x, fmt, parts, _weights(importance, fmt))
-        tiling.encode(x, fmt, parts, given or search, y)
+        tiling.encode(x, fmt, parts, given or search, y, seed=seed)
         return
     with _device_of(x):
         if fmt.tensor_scale and not given_tensor_scale:
@@ -570,7 +629,7 @@ def _run(
         if search:
             plans.scales(x, fmt, parts)
             plans.best_scales(x, fmt, parts, _weights(importance, fmt))
-        plans.encode(x, fmt, parts, given or search, y)
+        plans.encode(x, fmt, parts, given or search, y, seed)
 
 
 def _empty_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
@@ -599,6 +658,7 @@ _NO_CONTEXT = contextlib.nullcontext()
 
 library = torch.library.Library("tritonq", "DEF")
 _GIVEN = "Tensor? scale=None, Tensor? zero_point=None, Tensor? tensor_scale=None"
+_SEED = "Tensor? seed=None"  # one int64 on the CPU; with it, rounding is stochastic
 
 
 def _bits(part: Tensor) -> Tensor:
@@ -618,10 +678,21 @@ def _scales(fmt: Format, given: tuple[Tensor | None, ...]) -> tuple[Tensor | Non
     return None if scale is None else scale.view(fmt.scale.dtype), zero_point, tensor_scale
 
 
-def _quantize_operator(x: Tensor, name: str, *given: Any) -> list[Tensor]:
+def _quantize_operator(
+    x: Tensor,
+    name: str,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
+    search: bool = False,
+    importance: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> list[Tensor]:
     fmt = get_format(name)
     check_input(x, fmt)
-    return [_bits(part) for part in _quantize(x, fmt, *_scales(fmt, given[:3]), *given[3:]).values()]
+    given = _scales(fmt, (scale, zero_point, tensor_scale))
+    parts = _quantize(x, fmt, *given, search=search, importance=importance, seed=_value(seed))
+    return [_bits(part) for part in parts.values()]
 
 
 def _quantize_fake(x: Tensor, name: str, *given: Any) -> list[Tensor]:
@@ -629,14 +700,16 @@ def _quantize_fake(x: Tensor, name: str, *given: Any) -> list[Tensor]:
     return [_bits(x.new_empty(shape, dtype=dtype)) for shape, dtype in storage]
 
 
-def _quantize_swizzled_operator(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
+def _quantize_swizzled_operator(
+    x: Tensor, name: str, tensor_scale: Tensor | None = None, seed: Tensor | None = None
+) -> list[Tensor]:
     fmt = get_format(name)
     check_input(x, fmt)
     scale_tiles.check_format(fmt)
-    return [_bits(part) for part in _quantize_swizzled(x, fmt, tensor_scale).values()]
+    return [_bits(part) for part in _quantize_swizzled(x, fmt, tensor_scale, seed=_value(seed)).values()]
 
 
-def _quantize_swizzled_fake(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
+def _quantize_swizzled_fake(x: Tensor, name: str, *given: Any) -> list[Tensor]:
     qdata, scale, *rest = _quantize_fake(x, name)
     return [qdata, scale.new_empty(scale_tiles.swizzled_shape(tuple(scale.shape))), *rest]
 
@@ -651,10 +724,17 @@ def _quantize_both_fake(x: Tensor, name: str, tensor_scale: Tensor | None = None
     return [*_quantize_fake(x, name), *_quantize_fake(x.mT, name)]
 
 
-def _qdq_operator(x: Tensor, name: str, *given: Tensor | None) -> Tensor:
+def _qdq_operator(
+    x: Tensor,
+    name: str,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    tensor_scale: Tensor | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
     fmt = get_format(name)
     check_input(x, fmt)
-    return _qdq(x, fmt, *_scales(fmt, given))
+    return _qdq(x, fmt, *_scales(fmt, (scale, zero_point, tensor_scale)), seed=_value(seed))
 
 
 def _qdq_backward_operator(x: Tensor, dy: Tensor, name: str, *given: Tensor | None) -> Tensor:
@@ -678,15 +758,15 @@ def _dequantize_operator(
     return _dequantize(_typed(values, fmt, tuple(shape)), fmt, tuple(shape), dtype)
 
 
-def _operator(schema: str, function: Any, fake: Any) -> None:
+def _operator(schema: str, function: Any, fake: Any, *tags: torch.Tag) -> None:
     name = schema.partition("(")[0]
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     library.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"tritonq::{name}", fake, lib=library)
 
 
 _operator(
-    f"quantize(Tensor x, str format, {_GIVEN}, bool search=False, Tensor? importance=None) -> Tensor[]",
+    f"quantize(Tensor x, str format, {_GIVEN}, bool search=False, Tensor? importance=None, {_SEED}) -> Tensor[]",
     _quantize_operator,
     _quantize_fake,
 )
@@ -696,7 +776,7 @@ _operator(
     lambda x, signs, inverse: x.new_empty(x.shape),
 )
 _operator(
-    "quantize_swizzled(Tensor x, str format, Tensor? tensor_scale=None) -> Tensor[]",
+    f"quantize_swizzled(Tensor x, str format, Tensor? tensor_scale=None, {_SEED}) -> Tensor[]",
     _quantize_swizzled_operator,
     _quantize_swizzled_fake,
 )
@@ -705,7 +785,9 @@ _operator(
     _quantize_both_operator,
     _quantize_both_fake,
 )
-_operator(f"qdq(Tensor x, str format, {_GIVEN}) -> Tensor", _qdq_operator, lambda x, *_, **__: x.new_empty(x.shape))
+_operator(
+    f"qdq(Tensor x, str format, {_GIVEN}, {_SEED}) -> Tensor", _qdq_operator, lambda x, *_, **__: x.new_empty(x.shape)
+)
 _operator(
     f"qdq_backward(Tensor x, Tensor dy, str format, {_GIVEN}) -> Tensor",
     _qdq_backward_operator,
@@ -721,4 +803,12 @@ _operator(
     "tensor_scale(Tensor x, str format) -> Tensor",
     lambda x, name: _tensor_scale(x, get_format(name)),
     lambda x, name: x.new_empty(1, dtype=torch.float32),
+)
+# Inductor would replace torch.randint by numbers of its own; this draws what an eager call draws. Graphs merge calls of
+# an operator with the same arguments, although it is tagged as random, but no two empty tensors: each seed takes one.
+_operator(
+    "seed(Tensor fresh) -> Tensor",
+    lambda fresh: _draw(),
+    lambda fresh: torch.empty((), dtype=torch.int64),
+    torch.Tag.nondeterministic_seeded,
 )

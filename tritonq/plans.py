@@ -1,6 +1,7 @@
 """From an op on a tensor to kernel launches: which kernel, over which slabs, in which tiles.
 
-Plans depend on shapes, strides, types and the format only, so they are made once and kept.
+Plans depend on shapes, strides, types, the format and the kind of rounding only, so they are made once and kept; the
+seed of stochastic rounding comes with the call.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tritonq import scale_tiles, tiling, tuning, tuning_cache
-from tritonq.codecs import search
+from tritonq.codecs import philox, search
 from tritonq.formats import Format, Shape, get_format
 from tritonq.launch import Plan
 from tritonq.reference import Parts
@@ -25,10 +26,14 @@ _MATRICES = get_format("fp8_e4m3_b2x2")  # only its geometry: matrices stay whol
 _cached = functools.lru_cache(maxsize=4096)
 
 
-def _options(config: tuning.Config, dtype: torch.dtype) -> dict[str, int]:
-    """Compiler options of a configuration."""
+def _options(config: tuning.Config, dtype: torch.dtype, counters: int = 0) -> dict[str, int]:
+    """Compiler options of a configuration. The random numbers of stochastic rounding, from so many `counters` for four
+    elements, take registers that it did not count with: 32 elements a thread, or 16."""
     options = {"num_warps": config["num_warps"]}
-    if "maxnreg" in config and torch.version.hip is None and dtype.itemsize <= 4:
+    if counters:
+        extents = (n for name, n in config.items() if name not in options and name != "maxnreg")
+        options["num_warps"] = min(16, max(config["num_warps"], math.prod(extents) * counters // 1024))
+    elif "maxnreg" in config and torch.version.hip is None and dtype.itemsize <= 4:
         options["maxnreg"] = config["maxnreg"]
     return options
 
@@ -65,9 +70,22 @@ def _view(x: Tensor, m: tiling.Matrix) -> Tensor:
     return x.as_strided((m.batch, m.rows, m.columns), m.strides, x.storage_offset() + m.offset)
 
 
+_Rounding = tuple[int, tuple[int | None, ...]]  # ROUNDING of the kernels, and their integers that belong to it
+_NEAREST: _Rounding = (0, (None, None, None))  # no seed, no first element
+
+
+def _stochastic(m: tiling.Matrix, fmt: Format, shape: Shape) -> _Rounding:
+    """Four neighbours share a counter where those of each tile and row begin at a multiple of four, else they take two
+    counters."""
+    cols, first = fmt.group[1], m.first(shape)
+    whole_tiles = cols & (cols - 1) == 0 or cols < 0 or cols % 4 == 0
+    whole_rows = m.columns % 4 == 0 or m.batch * m.rows == 1
+    return (1 if whole_tiles and whole_rows and first % 4 == 0 else 2), (first,)
+
+
 def _group_plan(
     m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device,
-    swizzled: bool = False,
+    rounding: _Rounding = _NEAREST, swizzled: bool = False,
 ) -> Plan:  # fmt: skip
     from tritonq.kernels.quantize import group_kernel
 
@@ -81,16 +99,17 @@ def _group_plan(
     return Plan(
         group_kernel,
         m.batch * tiles[0] * tiles[1],
-        (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
-        (fmt, mode, _limit(dtype), partial, flat, words, *extents, swizzled),
-        _options(config, dtype),
+        (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
+        (fmt, mode, rounding[0], _limit(dtype), partial, flat, words, *extents, swizzled),
+        _options(config, dtype, rounding[0]),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
 
 
 def _super_group_plan(
-    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device
-) -> Plan:
+    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device,
+    rounding: _Rounding,
+) -> Plan:  # fmt: skip
     from tritonq.kernels.super_groups import super_group_kernel
 
     config, tiles = tuning.group_config(m.rows, m.columns, fmt, mode, _choice(mode, m, fmt, dtype, device))
@@ -99,16 +118,17 @@ def _super_group_plan(
     return Plan(
         super_group_kernel,
         m.batch * tiles[0] * tiles[1],
-        (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
-        (fmt, mode, _limit(dtype), partial, flat, words, *(config[k] for k in ("S", "M", "GROUPS", "W"))),
-        _options(config, dtype),
+        (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
+        (fmt, mode, rounding[0], _limit(dtype), partial, flat, words, *(config[k] for k in ("S", "M", "GROUPS", "W"))),
+        _options(config, dtype, rounding[0]),
         (2, 3, 4, 5) if mode == "qdq" else (1, 2, 3, 4, 5),
     )
 
 
 def _row_plan(
-    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device
-) -> Plan:
+    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device,
+    rounding: _Rounding,
+) -> Plan:  # fmt: skip
     from tritonq.kernels.quantize import row_kernel
 
     config = tuning.row_config(_choice(f"row_{mode}", m, fmt, dtype, device))
@@ -116,16 +136,17 @@ def _row_plan(
     return Plan(
         row_kernel,
         m.batch * m.rows,
-        (m.rows, m.columns, fmt.row_bytes(m.columns), *m.strides),
-        (fmt, mode, _limit(dtype), m.columns * fmt.bits % 8 != 0, words, config["BLOCK_N"]),
-        _options(config, dtype),
+        (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *m.strides),
+        (fmt, mode, rounding[0], _limit(dtype), m.columns * fmt.bits % 8 != 0, words, config["BLOCK_N"]),
+        _options(config, dtype, rounding[0]),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
 
 
 def _apply_plan(
-    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device
-) -> Plan:
+    m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device,
+    rounding: _Rounding,
+) -> Plan:  # fmt: skip
     from tritonq.kernels.quantize import apply_kernel
 
     op = "apply" if mode == "quantize" else "apply_qdq"
@@ -136,9 +157,9 @@ def _apply_plan(
     return Plan(
         apply_kernel,
         m.batch * tiles[0] * tiles[1],
-        (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
-        (fmt, mode, _limit(dtype), partial, flat, words, config["BLOCK_M"], config["BLOCK_N"]),
-        _options(config, dtype),
+        (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
+        (fmt, mode, rounding[0], _limit(dtype), partial, flat, words, config["BLOCK_M"], config["BLOCK_N"]),
+        _options(config, dtype, rounding[0]),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
 
@@ -165,16 +186,17 @@ def _dequantize_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned:
 @_cached
 def _encode_plans(
     shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, mode: str, given: bool, aligned: bool,
-    device: torch.device,
+    device: torch.device, stochastic: bool = False,
 ) -> Plans:  # fmt: skip
     def plan(m: tiling.Matrix) -> Plan:
+        rounding = _stochastic(m, fmt, shape) if stochastic else _NEAREST
         if fmt.super_group:
-            return _super_group_plan(m, fmt, mode, dtype, aligned, device)
+            return _super_group_plan(m, fmt, mode, dtype, aligned, device, rounding)
         if given:
-            return _apply_plan(m, fmt, mode, dtype, aligned, device)
-        if tuning.loops_over_rows(fmt, m.columns):
-            return _row_plan(m, fmt, mode, dtype, aligned, device)
-        return _group_plan(m, fmt, mode, dtype, aligned, device)
+            return _apply_plan(m, fmt, mode, dtype, aligned, device, rounding)
+        if tuning.loops_over_rows(fmt, m.columns, stochastic):
+            return _row_plan(m, fmt, mode, dtype, aligned, device, rounding)
+        return _group_plan(m, fmt, mode, dtype, aligned, device, rounding)
 
     return tuple((m, plan(m)) for m in _geometry(shape, strides, fmt))
 
@@ -211,7 +233,7 @@ def single(
     floats = dtype.is_floating_point and dtype.itemsize > 1
     if not floats or fmt.tensor_scale or fmt.super_group or math.prod(shape) == 0 or not tuning.fits(fmt, shape[-1]):
         return None
-    (m, plan), *others = _encode_plans(shape, strides, dtype, fmt, mode, False, True, device)
+    (m, plan), *others = _encode_plans(shape, strides, dtype, fmt, mode, False, True, device, False)
     return None if others or m.index or m.offset else plan
 
 
@@ -270,31 +292,34 @@ def forget() -> None:
         kept.cache_clear()
 
 
-def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None) -> None:
-    """Codes and scales into `parts`, or values into `y`; scales that are `given` are only read."""
+def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None, seed: int | None = None) -> None:
+    """Codes and scales into `parts`, or values into `y`; scales that are `given` are only read. With a seed, rounding
+    is stochastic."""
     mode = "quantize" if y is None else "qdq"
     if fmt.super_group:
-        return _encode_super_groups(x, fmt, parts, mode, parts["qdata"] if y is None else y)
-    if not given and not tuning.fits(fmt, x.shape[-1]):
+        return _encode_super_groups(x, fmt, parts, mode, parts["qdata"] if y is None else y, seed)
+    if not given and not tuning.fits(fmt, x.shape[-1], seed is not None):
         scales(x, fmt, parts)
         given = True
     target = parts["qdata"] if y is None else y
     scale = parts.get("scale", target)
     zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", x)
     aligned = target.data_ptr() % 4 == 0  # to 32-bit words
-    for m, plan in _encode_plans(x.shape, x.stride(), x.dtype, fmt, mode, given, aligned, x.device):
+    words = () if seed is None else philox.halves(seed)
+    for m, plan in _encode_plans(x.shape, x.stride(), x.dtype, fmt, mode, given, aligned, x.device, seed is not None):
         if m.index or m.offset:
-            plan(_view(x, m), _own(target, m), _own(scale, m), _own(zero, m), divisor)
+            plan(_view(x, m), _own(target, m), _own(scale, m), _own(zero, m), divisor, seed=words)
         else:
-            plan(x, target, scale, zero, divisor)
+            plan(x, target, scale, zero, divisor, seed=words)
 
 
-def _encode_super_groups(x: Tensor, fmt: Format, parts: Parts, mode: str, target: Tensor) -> None:
+def _encode_super_groups(x: Tensor, fmt: Format, parts: Parts, mode: str, target: Tensor, seed: int | None) -> None:
     """One launch a slab; `target` takes codes or values, and stands in for parts that are not written."""
     scales = [parts.get(name, target) for name in _SUPER_SCALES]
     aligned = target.data_ptr() % 4 == 0
-    for m, plan in _encode_plans(x.shape, x.stride(), x.dtype, fmt, mode, False, aligned, x.device):
-        plan(_view(x, m), _own(target, m), *[_own(part, m) for part in scales])
+    words = () if seed is None else philox.halves(seed)
+    for m, plan in _encode_plans(x.shape, x.stride(), x.dtype, fmt, mode, False, aligned, x.device, seed is not None):
+        plan(_view(x, m), _own(target, m), *[_own(part, m) for part in scales], seed=words)
 
 
 _SUPER_SCALES = ("scale", "super_scale", "group_minimum", "super_minimum")  # as the kernels take them
@@ -302,21 +327,24 @@ _SUPER_SCALES = ("scale", "super_scale", "group_minimum", "super_minimum")  # as
 
 @_cached
 def _swizzled_plans(
-    shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, aligned: bool, device: torch.device
-) -> Plans:
-    return tuple(
-        (m, _group_plan(m, fmt, "quantize", dtype, aligned, device, swizzled=True))
-        for m in tiling.matrices(shape, strides, _MATRICES)
-    )
+    shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, aligned: bool, device: torch.device,
+    stochastic: bool = False,
+) -> Plans:  # fmt: skip
+    def plan(m: tiling.Matrix) -> Plan:
+        rounding = _stochastic(m, fmt, shape) if stochastic else _NEAREST
+        return _group_plan(m, fmt, "quantize", dtype, aligned, device, rounding, swizzled=True)
+
+    return tuple((m, plan(m)) for m in tiling.matrices(shape, strides, _MATRICES))
 
 
-def encode_swizzled(x: Tensor, fmt: Format, parts: Parts) -> None:
-    """Codes, and scales in tiles of 128 x 4."""
+def encode_swizzled(x: Tensor, fmt: Format, parts: Parts, seed: int | None = None) -> None:
+    """Codes, and scales in tiles of 128 x 4. With a seed, rounding is stochastic."""
     qdata, scale, divisor = parts["qdata"], parts["scale"], parts.get("tensor_scale", x)
     aligned = qdata.data_ptr() % 4 == 0
-    for m, plan in _swizzled_plans(x.shape, x.stride(), x.dtype, fmt, aligned, x.device):
+    words = () if seed is None else philox.halves(seed)
+    for m, plan in _swizzled_plans(x.shape, x.stride(), x.dtype, fmt, aligned, x.device, seed is not None):
         own = _own(scale, m)
-        plan(_view(x, m), _own(qdata, m), own, own, divisor)
+        plan(_view(x, m), _own(qdata, m), own, own, divisor, seed=words)
 
 
 def encode_both(x: Tensor, fmt: Format, parts: Parts, other: Parts, given_tensor_scale: bool) -> None:
@@ -377,7 +405,7 @@ def scales(x: Tensor, fmt: Format, parts: Parts) -> None:
     """Scales alone: groups that share bytes with their neighbours in tiles, larger ones through their keys."""
     scale = parts["scale"]
     if fmt.super_group:
-        return _encode_super_groups(x, fmt, parts, "scale", scale)
+        return _encode_super_groups(x, fmt, parts, "scale", scale, None)
     zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", x)
     if tuning.fits_tile(fmt, x.shape[-1]):
         for m, plan in _scale_plans(x.shape, x.stride(), x.dtype, fmt, x.device):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from tritonq.codecs import pack as bits
+from tritonq.codecs import philox, super_scale
 from tritonq.codecs import scale as scales
-from tritonq.codecs import super_scale
 from tritonq.codecs.scratch import buffer
 from tritonq.formats import Format, Shape
 
@@ -137,14 +137,25 @@ def _zero(zero_point: Tensor | None, fmt: Format) -> tuple[Tensor | int, Tensor 
     return spread(zero_point.to(torch.float32), fmt), None
 
 
+def _stochastic(groups: Tensor, u: Tensor | None, zero: Tensor | int, fmt: Format) -> Tensor:
+    """Quotients by group rounded stochastically; as they are without random numbers u."""
+    if u is None:
+        return groups
+    rounded: Tensor = fmt.element.codec.stochastic_ref(groups, grouped(u, fmt), zero, fmt.element)
+    return rounded
+
+
 def encode(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format, given: bool = True
-) -> Tensor:
-    """Packed qdata of an fp32 tensor (overwritten); `given` unless the scales were computed from x."""
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, tensor_scale: Tensor | None, fmt: Format, given: bool = True,
+    u: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Packed qdata of an fp32 tensor (overwritten); `given` unless the scales were computed from x. With `u`, random
+    numbers of x's shape (overwritten), rounding is stochastic."""
     shape = tuple(x.shape)
     zero, minimum = _zero(zero_point, fmt)
     factor = spread(scales.load(scale, fmt, tensor_scale), fmt)
     groups, lost = _divided(x, factor, minimum, _largest(factor), fmt, given)
+    groups = _stochastic(groups, u, zero, fmt)
     codes = fmt.element.codec.encode_ref(groups, zero, fmt.element)
     if lost is not None:
         codes = codes.masked_fill_(lost, fmt.element.nan_code)
@@ -183,13 +194,15 @@ def encode_decode(
     fmt: Format,
     dtype: torch.dtype,
     given: bool = True,
+    u: Tensor | None = None,
 ) -> Tensor:
-    """decode(encode(x)) without codes; overwrites x."""
+    """decode(encode(x)) without codes; overwrites x and u."""
     shape = tuple(x.shape)
     zero, minimum = _zero(zero_point, fmt)
     factor = spread(scales.load(scale, fmt, tensor_scale), fmt)
     top = _largest(factor)
     groups, lost = _divided(x, factor, minimum, top, fmt, given)
+    groups = _stochastic(groups, u, zero, fmt)
     values = _above(fmt.element.codec.round_ref(groups, zero, fmt.element).mul_(factor), minimum)
     values = _saturate(values, top, minimum, fmt, dtype)
     if lost is not None:
@@ -242,8 +255,9 @@ def quantize(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
+    seed: int | None = None,
 ) -> Parts:
-    """Parts of x, as `fmt.storage(x.shape)` names and shapes them."""
+    """Parts of x, as `fmt.storage(x.shape)` names and shapes them; with a seed, rounding is stochastic."""
     x = to_float32(x)
     if fmt.super_group:
         chosen = super_scale.choose(*group_range(x, fmt), fmt)
@@ -252,7 +266,8 @@ def quantize(
         tensor_scale = scales.choose_tensor_scale(finite_amax(x), fmt)
     if scale is None:
         scale, zero_point = choose(x, fmt, tensor_scale)
-    parts = {"qdata": encode(x, scale, zero_point, tensor_scale, fmt), "scale": scale}
+    u = None if seed is None else philox.uniform(seed, 0, 1, x.numel(), x.numel(), x.device).view(x.shape)
+    parts = {"qdata": encode(x, scale, zero_point, tensor_scale, fmt, u=u), "scale": scale}
     if fmt.zero_point:
         assert zero_point is not None
         parts["zero_point"] = zero_point
@@ -269,6 +284,6 @@ def dequantize(parts: Parts, fmt: Format, shape: Shape, dtype: torch.dtype) -> T
     return decode(parts["qdata"], scale, zero_point, tensor_scale, fmt, shape, dtype).to(dtype)
 
 
-def qdq(x: Tensor, fmt: Format, **given: Tensor | None) -> Tensor:
-    parts = quantize(x, fmt, **given)
+def qdq(x: Tensor, fmt: Format, *, seed: int | None = None, **given: Tensor | None) -> Tensor:
+    parts = quantize(x, fmt, seed=seed, **given)
     return dequantize(parts, fmt, tuple(x.shape), x.dtype)

@@ -559,6 +559,8 @@ def quantize(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
+    rounding: str = "nearest",
+    generator: torch.Generator | None = None,
     search: str | bool | None = None,
     importance: Tensor | None = None,
     device: torch.device | str | None = None,
@@ -572,8 +574,17 @@ def quantize(
         fmt: a Format or its name, such as "int4_g128", "mxfp4", "nvfp4", "fp8_e4m3_b128x128", "e3m4_g48".
         scale, zero_point, tensor_scale: used verbatim instead of being computed; shapes and dtypes as
             `fmt.storage(x.shape)`.
+        rounding: "nearest", half to even; or "stochastic": x / scale goes to one of the two codes beside it, to the
+            upper one with the probability (x / scale - lower) / (upper - lower), which makes codes unbiased. The random
+            number of an element follows from a seed and its index alone (`tritonq.codecs.philox`), so results do not
+            depend on strides or devices. It has 24 bits: probabilities are too large by less than 2^-24 (tables: off by
+            at most 2^-22).
+        generator: of any device, or None for torch's own for the CPU, which `torch.manual_seed` sets: stochastic
+            rounding draws one int64 from it, the seed. Others than those of the CPU are waited for. In a CUDA graph the
+            seed is that of the capture.
         search: "mse" takes for each group the scale (and zero point) with the smallest squared error instead of the
-            one of the format's rule; see `tritonq.codecs.search` for the candidates. None and False: the rule.
+            one of the format's rule; see `tritonq.codecs.search` for the candidates. None and False: the rule. The
+            error is that of rounding to nearest, whatever `rounding` is.
         importance: weights [K] >= 0 of the columns in that error, such as mean squared activations.
         device: where to compute and keep the result; default x's device.
         out: a QTensor of this format, x's shape, dtype and device that receives the result and is returned.
@@ -582,7 +593,7 @@ def quantize(
         A QTensor of x's shape and dtype.
 
     Raises:
-        ValueError: unknown format, a shape it cannot group, parts, importance or out that do not fit.
+        ValueError: unknown format or rounding, a shape it cannot group, parts, importance or out that do not fit.
         TypeError: x is not floating.
     """
     fmt = get_format(fmt)
@@ -590,8 +601,8 @@ def quantize(
     x = x.detach() if device is None else x.detach().to(device)
     result = _fresh_for(x, fmt) if out is None else _checked_out(out, x, fmt)
     ops.quantize(
-        x, fmt, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, search=search, importance=importance,
-        out=result.parts(),
+        x, fmt, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, rounding=rounding, generator=generator,
+        search=search, importance=importance, out=result.parts(),
     )  # fmt: skip
     return result
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tritonq import reference
+from tritonq.codecs import philox, super_scale
 from tritonq.codecs import scale as scales
 from tritonq.codecs import search as search_codec
-from tritonq.codecs import super_scale
 from tritonq.codecs.scratch import reuse
 from tritonq.formats import SUPER_PARTS, Format, Shape
 
@@ -37,6 +37,13 @@ class Matrix:
     columns: int
     strides: tuple[int, int, int]
     offset: int  # elements from the start of the tensor
+
+    def first(self, shape: Shape) -> int:
+        """Row-major index of its first element in the tensor of `shape`."""
+        index = 0
+        for i, size in zip(self.index, shape, strict=False):
+            index = index * size + i
+        return index * self.batch * self.rows * self.columns
 
 
 def _merge(sizes: list[int], strides: list[int]) -> list[tuple[int, int, int]]:
@@ -99,6 +106,7 @@ class _Slab:
     scale: Tensor
     zero_point: Tensor | None
     supers: reference.Parts  # parts that only formats with super-groups have
+    first: int  # row-major index of its first element in the whole tensor
 
 
 def _slabs(
@@ -119,18 +127,23 @@ def _slabs(
             def part(t: Tensor | None, m: Matrix = m, b: int = b) -> Tensor | None:
                 return None if t is None else t[m.index].reshape(m.batch, -1, t.shape[-1])[b]
 
+            first = m.first(tuple(x.shape)) + b * m.rows * m.columns
             if per_tensor:
-                yield _Slab(view, part(qdata), scale, zero_point, {})
+                yield _Slab(view, part(qdata), scale, zero_point, {}, first)
             else:
                 found = part(scale)
                 assert found is not None
                 own = {name: one for name, t in supers.items() if (one := part(t)) is not None}
-                yield _Slab(view, part(qdata), found, part(zero_point), own)
+                yield _Slab(view, part(qdata), found, part(zero_point), own, first)
 
 
-def _budget(device: torch.device, fmt: Format) -> int:
+_RANDOM = 7  # fp32 tensors' worth of scratch of stochastic rounding: counters, u, neighbours
+
+
+def _budget(device: torch.device, fmt: Format, stochastic: bool = False) -> int:
     """Elements of a tile."""
     keeps = max(fmt.element.codec.scratch, 1 if fmt.scale.signed_range else 2)  # |x| beside x
+    keeps += _RANDOM * stochastic
     return SCRATCH // (4 * keeps) * (torch.get_num_threads() if device.type == "cpu" else 64)
 
 
@@ -254,14 +267,27 @@ def _choose(tiles: _Shared, fmt: Format, divisor: Tensor | None) -> Tensor | Non
     return x if len(tiles) == 1 else None
 
 
-def _apply(slab: _Slab, tile: _Tile, x: Tensor, divisor: Tensor | None, given: bool, y: Tensor | None) -> None:
+def _uniform(slab: _Slab, tile: _Tile, seed: int | None) -> Tensor | None:
+    """The random numbers of a tile's elements, or None for rounding to nearest."""
+    if seed is None:
+        return None
+    columns = slab.x.shape[1]
+    first = slab.first + tile.rows.start * columns + tile.cols.start
+    size = tile.rows.stop - tile.rows.start, tile.cols.stop - tile.cols.start
+    return philox.uniform(seed, first, *size, columns, slab.x.device)
+
+
+def _apply(
+    slab: _Slab, tile: _Tile, x: Tensor, divisor: Tensor | None, given: bool, y: Tensor | None, seed: int | None
+) -> None:
     """Codes, or values of `y`, of a tile whose scales are known; overwrites the fp32 elements x."""
     scale, zero = tile.loaded(slab)
     assert slab.qdata is not None
+    u = _uniform(slab, tile, seed)
     if y is None:
-        tile.codes(slab.qdata).copy_(reference.encode(x, scale, zero, divisor, tile.fmt, given))
+        tile.codes(slab.qdata).copy_(reference.encode(x, scale, zero, divisor, tile.fmt, given, u))
     else:
-        values = reference.encode_decode(x, scale, zero, divisor, tile.fmt, y.dtype, given)
+        values = reference.encode_decode(x, scale, zero, divisor, tile.fmt, y.dtype, given, u)
         slab.qdata[tile.rows, tile.cols].copy_(values)
 
 
@@ -354,12 +380,14 @@ def clip_gradient(x: Tensor, dy: Tensor, fmt: Format, parts: reference.Parts, dx
 
 
 def encode(
-    x: Tensor, fmt: Format, parts: reference.Parts, given: bool, y: Tensor | None = None, scales_only: bool = False
-) -> None:
-    """Fill parts["scale"] (and what goes with it) unless `given`, and parts["qdata"], or with `y` that tensor (QDQ)."""
+    x: Tensor, fmt: Format, parts: reference.Parts, given: bool, y: Tensor | None = None, scales_only: bool = False,
+    seed: int | None = None,
+) -> None:  # fmt: skip
+    """Fill parts["scale"] (and what goes with it) unless `given`, and parts["qdata"], or with `y` that tensor (QDQ).
+    With a seed, rounding is stochastic."""
     scale, zero_point = parts["scale"], parts.get("zero_point")
     out = None if scales_only else parts["qdata"] if y is None else y
-    budget = _budget(x.device, fmt)
+    budget = _budget(x.device, fmt, seed is not None)
     slabs = list(_slabs(x, out, scale, zero_point, fmt, parts))
     groups = [[(slab, tile) for tile in tiles] for slab in slabs for tiles in _windows(slab.x, fmt, budget)]
     if fmt.group[0] == -1:
@@ -369,7 +397,7 @@ def encode(
         for tiles in groups:
             loaded = None if given else _choose(tiles, fmt, divisor)
             for slab, tile in [] if scales_only else tiles:
-                _apply(slab, tile, _load(slab, tile) if loaded is None else loaded, divisor, given, y)
+                _apply(slab, tile, _load(slab, tile) if loaded is None else loaded, divisor, given, y, seed)
 
 
 def decode(fmt: Format, parts: reference.Parts, y: Tensor) -> None:

@@ -76,21 +76,28 @@ def fits_tile(fmt: Format, columns: int) -> bool:
     return rows * cols <= LARGEST_TILE
 
 
-def fits(fmt: Format, columns: int) -> bool:
-    """Whether one pass is enough: groups fit a tile and begin at whole bytes. Super-groups do."""
+def _largest_tile(columns: int, stochastic: bool) -> int:
+    """Random numbers take registers, too; most where groups of four elements begin between counters."""
+    return LARGEST_TILE if not stochastic else LARGEST_TILE // (2 if columns % 4 == 0 else 4)
+
+
+def fits(fmt: Format, columns: int, stochastic: bool = False) -> bool:
+    """Whether one pass is enough: groups fit a tile and begin at whole bytes."""
     if fmt.super_group:
         return True
     if not fits_tile(fmt, columns):
         return False
     cols = fmt.group[1]
+    if stochastic and cols != -1 and math.prod(_padded_group(fmt, columns)) > _largest_tile(columns, stochastic):
+        return False
     if cols == -1 or cols % chunk(fmt.bits)[0] == 0:
         return True
     return cols >= columns and _power(cols) >= 8  # one group a row; a tile of less than eight columns holds padding
 
 
-def loops_over_rows(fmt: Format, columns: int) -> bool:
+def loops_over_rows(fmt: Format, columns: int, stochastic: bool = False) -> bool:
     """Whether `row_kernel` serves this format."""
-    return fmt.group == (1, -1) and _power(columns) > LARGEST_TILE
+    return fmt.group == (1, -1) and _power(columns) > _largest_tile(columns, stochastic)
 
 
 def row_config(choice: Choice | None = None) -> Config:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonq.codecs import philox
 from tritonq.codecs.scratch import buffer
 
 
@@ -28,6 +29,13 @@ def round(x: Tensor, zero: Any, element: Any) -> Tensor:
     # stands for.
     magic = _MAGIC * 2.0**-element.fraction
     return x.clamp_(low, high).add_(magic).sub_(magic)
+
+
+def stochastic(x: Tensor, u: Tensor, zero: Any, element: Any) -> Tensor:
+    unit = 2.0**-element.fraction
+    x = x.clamp_(*_bounds(zero, element))
+    nearest = torch.add(x, _MAGIC * unit, out=buffer("work", x)).sub_(_MAGIC * unit)
+    return x.copy_(philox.decide(x, nearest, unit, u))
 
 
 def encode(x: Tensor, zero: Any, element: Any) -> Tensor:

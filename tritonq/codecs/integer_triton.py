@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from tritonq.codecs import philox_triton as philox
+
 
 @triton.jit
 def _bounded(x, zero, finite, ELEM: tl.constexpr):
@@ -31,6 +33,15 @@ def round_product(x, factor, zero, ELEM: tl.constexpr):
     low = (0.0 - zero) * UNIT
     high = low + ((1 << ELEM.bits) - 1) * UNIT
     return tl.minimum(tl.maximum(tl.fma(x, factor, MAGIC), low + MAGIC), high + MAGIC) - MAGIC
+
+
+@triton.jit
+def stochastic(x, u, zero, ELEM: tl.constexpr):
+    x = _bounded(x, zero, None, ELEM)
+    UNIT: tl.constexpr = 2.0**-ELEM.fraction
+    MAGIC: tl.constexpr = 12582912.0 * UNIT
+    nearest = (x + MAGIC) - MAGIC
+    return philox.decide(x, nearest, UNIT, u)
 
 
 @triton.jit

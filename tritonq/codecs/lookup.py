@@ -4,6 +4,10 @@ value(code) = values[code], strictly ascending fp32 numbers. encode takes the ne
 exactly: code = number of thresholds below x, where threshold i is the largest fp32 number that still rounds down to
 entry i instead of up to entry i + 1. Numbers beyond the ends saturate. Where the table does not use all 2^bits codes,
 those left over decode to its last value and are never written.
+
+Stochastic rounding takes entry i + 1 instead of entry i, the largest <= x, if and only if
+u * (values[i + 1] - values[i]) < x - values[i], each operation rounded to fp32: the probability is within 2^-22 of the
+fraction unless the neighbours are so close that fp32 is subnormal there.
 """
 
 from __future__ import annotations
@@ -68,6 +72,12 @@ def _boundaries(element: Any, device: torch.device) -> Tensor:
     return torch.tensor(element.thresholds, dtype=torch.float32, device=device)
 
 
+@functools.cache
+def _following(element: Any, device: torch.device) -> Tensor:
+    """The next larger value by code, the largest after itself; fp32."""
+    return torch.tensor(element.table[1:] + element.table[-1:], dtype=torch.float32, device=device)
+
+
 _FEW = 64  # up to so many thresholds, comparing with each (vectorized) takes less time than torch's search
 
 
@@ -91,6 +101,18 @@ def _values(codes: Tensor, element: Any) -> Tensor:
 
 def round(x: Tensor, zero: Any, element: Any) -> Tensor:
     return _values(_codes(x, element), element)
+
+
+def stochastic(x: Tensor, u: Tensor, zero: Any, element: Any) -> Tensor:
+    x = x.clamp_(element.values[0], element.values[-1])
+    values, following = table(element, x.device), _following(element, x.device)
+    lower, upper = buffer("values", x), buffer("work", x)
+    code = buffer("code", x).view(torch.int32)
+    torch.bucketize(x, values[1 : len(element.values)], right=True, out_int32=True, out=code)  # entries <= x, but one
+    torch.index_select(values, 0, code.view(-1), out=lower.view(-1))
+    torch.index_select(following, 0, code.view(-1), out=upper.view(-1))
+    distance, limit = x.sub_(lower), u.mul_(torch.sub(upper, lower, out=code.view(torch.float32)))
+    return x.copy_(torch.where(limit < distance, upper, lower))
 
 
 def encode(x: Tensor, zero: Any, element: Any) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonq.codecs import philox
 from tritonq.codecs.scratch import buffer
 
 _EXPONENT = 0x7F800000  # the exponent field of an fp32 number
@@ -62,6 +63,17 @@ def round(x: Tensor, zero: Any, element: Any) -> Tensor:
     if element.special == "fnuz" or not element.signed:
         return result.add_(0.0)  # no -0
     return result.copysign_(x)  # the sum loses the sign of zero
+
+
+def stochastic(x: Tensor, u: Tensor, zero: Any, element: Any) -> Tensor:
+    """The neighbours of x are multiples of 2^(e - M), as in `round`; also where M = 0."""
+    x = x.clamp_(-element.max if element.signed else 0.0, element.max)
+    bits, magic = x.view(torch.int32), 1.5 * 2.0 ** (23 - element.mbits)
+    power = torch.bitwise_and(bits, _EXPONENT, out=buffer("power", bits)).clamp_(min=(128 - element.bias) << 23)
+    power = power.view(torch.float32)
+    nearest = torch.add(x, power, alpha=magic, out=buffer("work", x)).sub_(power, alpha=magic)
+    result = philox.decide(x, nearest, power.mul_(2.0**-element.mbits), u)
+    return x.copy_(result.copysign_(x))
 
 
 def encode(x: Tensor, zero: Any, element: Any) -> Tensor:

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
+from tritonq.codecs import philox_triton as philox
+
 
 @triton.constexpr_function
 def _hardware(element):
@@ -138,6 +140,18 @@ def round(x, zero, ELEM: tl.constexpr):
 @triton.jit
 def round_product(x, factor, zero, ELEM: tl.constexpr):
     return round(x * factor, zero, ELEM)
+
+
+@triton.jit
+def stochastic(x, u, zero, ELEM: tl.constexpr):
+    x = _bounded(x, None, ELEM)
+    exponent = _exponent(x, ELEM)
+    power = exponent.to(tl.float32, bitcast=True)
+    nearest = tl.fma(power, -1.5 * 2.0 ** (23 - ELEM.mbits), _steps(x, exponent, 0, ELEM))
+    y = philox.decide(x, nearest, power * 2.0**-ELEM.mbits, u)
+    if ELEM.signed:  # y has the sign of x unless it is 0
+        y = (y.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & -2147483648)).to(tl.float32, bitcast=True)
+    return y
 
 
 @triton.jit

@@ -3,11 +3,16 @@
 `group_kernel` handles groups that fit a tile and `row_kernel` those that are rows; `apply_kernel` takes the scales as
 given (precomputed, or from `tritonq.kernels.stats` for groups larger than a tile, or where codes of neighbouring groups
 share a byte).
+
+ROUNDING 0 rounds to the nearest code; `seed_low`, `seed_high` and `first_index` are then None, which Triton compiles
+away. Otherwise rounding is stochastic, with the random numbers of `codecs.philox` for element `first_index` of the
+whole tensor on; four neighbours in a tile are neighbours in the tensor, and take ROUNDING counters, 1 or 2.
 """
 
 import triton
 import triton.language as tl
 
+from tritonq.codecs import philox_triton as philox
 from tritonq.codecs import scale_triton as scales
 from tritonq.kernels import tile
 
@@ -37,6 +42,18 @@ def _spread(per_group, S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS
 
 
 @triton.jit
+def _column(first, c, S: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
+    """Columns of the lanes c of a tile whose first column is `first`."""
+    C: tl.constexpr = S * W
+    if S > 1:
+        return first + (c // W) * C + c % W
+    elif COLS == C or COLS == -1:
+        return first + c
+    else:
+        return first + (c // C) * COLS + c % C
+
+
+@triton.jit
 def _quotient(
     x, factor, MODERATE: tl.constexpr,
     S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, FMT: tl.constexpr,
@@ -55,12 +72,13 @@ def _quotient(
     )
 
 
-@triton.jit(do_not_specialize=["N", "tiles_m"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first_index", "N", "tiles_m"])
 def group_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
-    N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
-    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr, FLAT: tl.constexpr,
-    WORDS: tl.constexpr, S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+    seed_low, seed_high, first_index, N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
+    FMT: tl.constexpr, MODE: tl.constexpr, ROUNDING: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
+    FLAT: tl.constexpr, WORDS: tl.constexpr,
+    S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
     SWIZZLED: tl.constexpr,
 ):  # fmt: skip
     """A tile of M x GROUPS groups, each padded to R x (S * W) elements (powers of two).
@@ -87,18 +105,13 @@ def group_kernel(
     if R != ROWS:
         row_mask = row_mask & (r % R < ROWS)
     c = tl.arange(0, GROUPS * W)
-    if S > 1:
-        first = tile_n * (GROUPS * C)
-        col = first + (c // W) * C + c % W
-        col_mask = col < K
-    elif COLS == C or COLS == -1:
-        first = tile_n * (GROUPS * C)
-        col = first + c
-        col_mask = col < K
-    else:
-        first = tile_n * (GROUPS * COLS)
-        col = first + (c // C) * COLS + c % C
+    PADDED: tl.constexpr = COLS != C and COLS != -1
+    first = tile_n * (GROUPS * (COLS if PADDED else C))
+    col = _column(first, c, S, W, COLS)
+    if PADDED:
         col_mask = (col < K) & (c % C < COLS)
+    else:
+        col_mask = col < K
     mask = row_mask[:, None] & col_mask[None, :]
     offsets = (row * stride_row + slice_col * stride_col)[:, None] + col[None, :] * stride_col
     x = tile.to_float32(tl.load(x_ptr + batch * stride_batch + offsets, mask, other=0.0))
@@ -139,6 +152,11 @@ def group_kernel(
                 x = _quotient(x, factor, False, S, M, R, GROUPS, W, FMT)
         else:
             x = _quotient(x, factor, False, S, M, R, GROUPS, W, FMT)
+        if ROUNDING != 0:
+            starts = first_index + (batch * N + row) * K + slice_col
+            fourth = _column(first, tl.arange(0, GROUPS * W // 4) * 4, S, W, COLS)
+            u = philox.uniform(seed_low, seed_high, starts, fourth, ROUNDING)
+            x = ELEM.codec.stochastic(x, u, zero, ELEM)
         if MODE == "qdq":
             factor = _spread(tl.where(bad, float("nan"), factor), S, M, R, GROUPS, W)
             y = tile.saturate(ELEM.codec.round(x, zero, ELEM) * factor, LIMIT)
@@ -172,12 +190,12 @@ def _step(t, K, stride_col, BLOCK_N: tl.constexpr):
         return first, (lane.to(tl.int64) * stride_col)[None, :], mask
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first_index", "N"])
 def row_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
-    N, K, row_bytes, stride_batch, stride_row, stride_col,
-    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr, WORDS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    seed_low, seed_high, first_index, N, K, row_bytes, stride_batch, stride_row, stride_col,
+    FMT: tl.constexpr, MODE: tl.constexpr, ROUNDING: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One row, which is one group, a program: read once for the scale and again, from the cache, for the codes."""
     ELEM: tl.constexpr = FMT.element
@@ -214,6 +232,10 @@ def row_kernel(
         x = scales.quotient(
             x, shift[:, None], divisor[:, None], inverse[:, None], below[:, None], correction[:, None], False, FMT
         )
+        if ROUNDING != 0:
+            fourth = first + tl.arange(0, BLOCK_N // 4) * 4
+            u = philox.uniform(seed_low, seed_high, first_index + index * K, fourth, ROUNDING)
+            x = ELEM.codec.stochastic(x, u, zero, ELEM)
         if MODE == "qdq":
             y = tile.saturate(ELEM.codec.round(x, zero, ELEM) * tl.where(finite, factor, float("nan")), LIMIT)
             lane = tl.arange(0, BLOCK_N)[None, :]
@@ -226,12 +248,12 @@ def row_kernel(
             tile.store_codes(q_ptr, index * row_bytes, row_mask, row_bytes, t * BYTES, codes, 1, 0, WORDS, FMT)
 
 
-@triton.jit(do_not_specialize=["N", "tiles_m"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first_index", "N", "tiles_m"])
 def apply_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
-    N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
-    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr, FLAT: tl.constexpr,
-    WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    seed_low, seed_high, first_index, N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
+    FMT: tl.constexpr, MODE: tl.constexpr, ROUNDING: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
+    FLAT: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Codes ("quantize") or values ("qdq") for scales and zero points that are given."""
     ELEM: tl.constexpr = FMT.element
@@ -250,6 +272,10 @@ def apply_kernel(
     scaled = scales.divide(x, factor)
     # A scale that was passed in says nothing about x, so element types that have a NaN keep a non-finite x as NaN.
     lost = (x - x != 0.0) & (factor == factor)
+    if ROUNDING != 0:
+        fourth = first + tl.arange(0, BLOCK_N // 4) * 4
+        u = philox.uniform(seed_low, seed_high, first_index + (batch * N + row) * K, fourth, ROUNDING)
+        scaled = ELEM.codec.stochastic(scaled, u, zero, ELEM)
     if MODE == "qdq":
         y = tile.saturate(ELEM.codec.round(scaled, zero, ELEM) * factor, LIMIT)
         if ELEM.nan_code >= 0:

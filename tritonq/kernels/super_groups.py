@@ -10,6 +10,7 @@ x, y [batch, N, K]; scale and group_minimum [batch, N, ceil(K / g)] bytes; super
 import triton
 import triton.language as tl
 
+from tritonq.codecs import philox_triton as philox
 from tritonq.codecs import scale_triton as scales
 from tritonq.codecs import super_scale_triton as supers
 from tritonq.kernels import tile
@@ -46,17 +47,18 @@ def _quotient(x, factor, S: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr,
     )
 
 
-@triton.jit(do_not_specialize=["N", "tiles_m"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first_index", "N", "tiles_m"])
 def super_group_kernel(
     x_ptr, q_ptr, scale_ptr, super_scale_ptr, minimum_ptr, super_minimum_ptr,
-    N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
-    FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr, FLAT: tl.constexpr,
-    WORDS: tl.constexpr, S: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+    seed_low, seed_high, first_index, N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
+    FMT: tl.constexpr, MODE: tl.constexpr, ROUNDING: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
+    FLAT: tl.constexpr, WORDS: tl.constexpr, S: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """MODE "quantize" writes codes to q_ptr, and scales; "qdq" values to q_ptr and no scales; "scale" only scales.
 
     The S slices of a group, W elements each, lie above each other in the tile as in `group_kernel`; more than one only
     where groups fill rows exactly. PARTIAL: a row's last byte is not full, so codes beyond the row have to be 0.
+    ROUNDING as in `quantize`.
     """
     ELEM: tl.constexpr = FMT.element
     ZERO: tl.constexpr = FMT.zero_code
@@ -99,6 +101,11 @@ def super_group_kernel(
             offset = _spread(offset, S, M, GROUPS, W)
             x = x + offset
         x = _quotient(x, factor, S, M, GROUPS, W, FMT)
+        if ROUNDING != 0:
+            starts = first_index + (batch * N + row) * K + slice_col
+            quarter = tl.arange(0, GROUPS * W // 4) * 4
+            fourth = tile_n * (GROUPS * C) + (quarter // W) * C + quarter % W
+            x = ELEM.codec.stochastic(x, philox.uniform(seed_low, seed_high, starts, fourth, ROUNDING), ZERO, ELEM)
         if MODE == "qdq":
             y = ELEM.codec.round(x, ZERO, ELEM) * _spread(tl.where(bad, float("nan"), factor), S, M, GROUPS, W)
             if FMT.minimum:
