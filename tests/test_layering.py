@@ -96,3 +96,25 @@ def test_the_check_sees_imports():
     assert list(violations(good, "ops", "tritonq")) == []
     assert list(violations("from ..tensor import T", "io", "tritonq.io")) == []
     assert list(violations("import tritonq as tq", "nn", "tritonq.nn")) == [(1, "tritonq")]
+
+
+def _objects_passed(source):
+    """Lines where a call gets a part of a constexpr object that is an object itself, straight as `FMT.scale.element`:
+    Triton before 3.9 cannot pass it on; bound to a name of its own it can."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
+                if isinstance(argument, ast.Attribute) and argument.attr in ("element", "scale", "super_scale"):
+                    yield node.lineno
+
+
+DEVICE_CODE = sorted((*(PACKAGE / "kernels").glob("*.py"), *(PACKAGE / "codecs").glob("*_triton.py")))
+
+
+@pytest.mark.parametrize("path", DEVICE_CODE, ids=lambda p: p.name)
+def test_objects_get_a_name_before_they_are_passed(path):
+    assert not list(_objects_passed(path.read_text()))
+
+
+def test_objects_passed():
+    assert list(_objects_passed("f(x, FMT.element)\nELEM = FMT.element\nf(x, ELEM, FMT.bits)")) == [1]

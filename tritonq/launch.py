@@ -45,17 +45,18 @@ class Plan:
         self._others: dict[tuple[Any, ...], Any] = {}  # by device index, and which tensors begin at multiples of 16
 
     def __call__(self, *tensors: Tensor, seed: tuple[int, ...] = ()) -> None:
-        pointers = 0
-        for t in tensors:
-            pointers |= t.data_ptr()
+        addresses = [t.data_ptr() for t in tensors]
+        bits = 0
+        for address in addresses:
+            bits |= address
         device = tensors[0].get_device()
-        if pointers & 15 == 0:
+        if bits & 15 == 0:
             found = self._aligned.get(device)
             if found is None:
                 self._aligned[device] = self._first(tensors, seed)
                 return
         else:
-            key = (device, *[t.data_ptr() & 15 == 0 for t in tensors])
+            key = (device, *[address & 15 == 0 for address in addresses])
             found = self._others.get(key)
             if found is None:
                 self._others[key] = self._first(tensors, seed)
@@ -64,9 +65,10 @@ class Plan:
         if hooks.calls:  # a profiler listens
             compiled[(self.programs, 1, 1)](*tensors, *seed, *self.integers, *self.constants)
             return
+        # Addresses instead of tensors: the launcher would ask the driver about each tensor.
         run(
             self.programs, 1, 1, torch._C._cuda_getCurrentRawStream(device), function, metadata, None, None, None,
-            *tensors, *seed, *self.integers, *self.constants,
+            *addresses, *seed, *self.integers, *self.constants,
         )  # fmt: skip
 
     def _first(self, tensors: tuple[Tensor, ...], seed: tuple[int, ...]) -> Any:

@@ -420,21 +420,38 @@ def qdq(
     tensor_scale: Tensor | None = None,
     rounding: str = "nearest",
     generator: torch.Generator | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """dequantize(quantize(x)) of x's shape and dtype, contiguous, without codes in memory; arguments as `quantize`."""
+    """dequantize(quantize(x)) of x's shape and dtype, contiguous, without codes in memory; arguments as `quantize`.
+    `out`, contiguous, receives it where it is given."""
     fmt = get_format(fmt)
     if scale is None and zero_point is None and tensor_scale is None and rounding == "nearest":
         plan = _only_launch(x, fmt, "qdq")
         if plan is not None:
-            y = torch.empty_like(x, memory_format=torch.contiguous_format)
+            if out is None:
+                y = torch.empty_like(x, memory_format=torch.contiguous_format)
+            else:
+                y = _checked_values(out, x.shape, x.dtype, x.device)
             plan(x, y, y, y, x)
             return y
     check_input(x, fmt)
     seed = _seed(rounding, generator, x)
     if traced(x):
         scale = None if scale is None else _bits(scale)
-        return torch.ops.tritonq.qdq(x, _name(fmt), scale, zero_point, tensor_scale, seed)
-    return _qdq(x, fmt, scale, zero_point, tensor_scale, seed=_value(seed))
+        made = torch.ops.tritonq.qdq(x, _name(fmt), scale, zero_point, tensor_scale, seed)
+        return made if out is None else out.copy_(made)
+    if out is not None:
+        _checked_values(out, x.shape, x.dtype, x.device)
+    return _qdq(x, fmt, scale, zero_point, tensor_scale, seed=_value(seed), out=out)
+
+
+def _checked_values(out: Tensor, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if out.shape != shape or out.dtype is not dtype or out.device != device or not out.is_contiguous():
+        raise ValueError(
+            f"out has to be a contiguous {dtype} tensor of shape {tuple(shape)} on {device}, got {out.dtype} "
+            f"{tuple(out.shape)} with strides {out.stride()} on {out.device}"
+        )
+    return out
 
 
 @torch.no_grad()
@@ -446,9 +463,10 @@ def _qdq(
     tensor_scale: Tensor | None,
     *,
     seed: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     x = x.resolve_neg()
-    y = empty(x.shape, x.dtype, x.device)
+    y = empty(x.shape, x.dtype, x.device) if out is None else out
     if x.device.type == "meta":
         return y
     one_pass = tuning.fits(fmt, x.shape[-1], seed is not None)
@@ -504,8 +522,11 @@ def _qdq_backward(
     return dx
 
 
-def dequantize(parts: Parts, fmt: Format | str, shape: Shape, dtype: torch.dtype) -> Tensor:
-    """Values of `shape` and `dtype` (rounded once, from fp32; saturating) from contiguous parts."""
+def dequantize(
+    parts: Parts, fmt: Format | str, shape: Shape, dtype: torch.dtype, *, out: Tensor | None = None
+) -> Tensor:
+    """Values of `shape` and `dtype` (rounded once, from fp32; saturating) from contiguous parts, in `out` (contiguous)
+    where it is given."""
     fmt = get_format(fmt)
     qdata = parts["qdata"]
     if dtype not in FLOATS:
@@ -513,16 +534,26 @@ def dequantize(parts: Parts, fmt: Format | str, shape: Shape, dtype: torch.dtype
     if traced(qdata):
         given = [parts.get(name) for name in ("zero_point", "tensor_scale")]
         supers = {name: parts[name] for name in SUPER_PARTS if name in parts}
-        return torch.ops.tritonq.dequantize(
+        made = torch.ops.tritonq.dequantize(
             _bits(qdata), _bits(parts["scale"]), *given, _name(fmt), shape, dtype, **supers
         )
-    return _dequantize(parts, fmt, shape, dtype)
+        return made if out is None else out.copy_(made)
+    if out is not None:
+        _checked_values(out, shape, dtype, qdata.device)
+    if qdata.is_cuda and _triton_installed() and qdata.get_device() == torch._C._cuda_getDevice():
+        plan = plans.single_decode(tuple(shape), dtype, fmt, qdata.data_ptr() % 4 == 0, qdata.device)
+        if plan is not None and all(part.is_contiguous() for part in parts.values()):
+            y = torch.empty(shape, dtype=dtype, device=qdata.device) if out is None else out
+            scale = parts["scale"]
+            plan(qdata, scale, parts.get("zero_point", scale), parts.get("tensor_scale", y), y)
+            return y
+    return _dequantize(parts, fmt, shape, dtype, out)
 
 
 @torch.no_grad()
-def _dequantize(parts: Parts, fmt: Format, shape: Shape, dtype: torch.dtype) -> Tensor:
+def _dequantize(parts: Parts, fmt: Format, shape: Shape, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     parts = {name: part.contiguous() for name, part in parts.items()}
-    y = empty(shape, dtype, parts["qdata"].device)
+    y = empty(shape, dtype, parts["qdata"].device) if out is None else out
     if y.numel() and y.device.type != "meta":
         if uses_triton(y):
             with _device_of(y):

@@ -204,17 +204,17 @@ def _encode_plans(
 def _both_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned: bool) -> Plan:
     from tritonq.kernels.both import both_kernel
 
-    config, tiles = tuning.both_config(m.rows, m.columns, fmt, dtype.itemsize)
-    sides = ((m.columns, config["BLOCK_N"]), (m.rows, config["BLOCK_M"]))  # along which codes are packed
-    partial = [extent * fmt.bits % 8 != 0 for extent, _ in sides]
-    geometry = [{"S": 1, "W": config["W"], "GROUPS": block // config["W"]} for _, block in sides]
-    words = [aligned and tuning.in_words(fmt, sides[i][0], geometry[i]) for i in range(2)]
+    own, tiles, other, other_tiles = tuning.both_config(m.rows, m.columns, fmt)
+    partial = [extent * fmt.bits % 8 != 0 for extent in (m.columns, m.rows)]  # along which codes are packed
+    words = [aligned and tuning.in_words(fmt, *side) for side in ((m.columns, own), (m.rows, other))]
+    counts = [m.batch * math.prod(each) for each in (tiles, other_tiles)]
+    extents = (own["S"], own["M"], own["GROUPS"], other["M"], other["GROUPS"], own["R"], own["W"], other["W"])
     return Plan(
         both_kernel,
-        m.batch * tiles[0] * tiles[1],
-        (m.rows, m.columns, fmt.row_bytes(m.columns), fmt.row_bytes(m.rows), *tiles, *m.strides),
-        (fmt, *partial, *words, *(config[k] for k in ("W", "BLOCK_M", "BLOCK_N", "RUN", "BAND"))),
-        _options(config, dtype),
+        sum(counts),
+        (m.rows, m.columns, fmt.row_bytes(m.columns), fmt.row_bytes(m.rows), *tiles, *other_tiles, *counts, *m.strides),
+        (fmt, *partial, *words, *extents),
+        _options(own, dtype),
         (1, 2, 3, 4, 5, 6),
     )
 
@@ -242,6 +242,16 @@ def _decode_plans(
     shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, aligned: bool, device: torch.device
 ) -> Plans:
     return tuple((m, _dequantize_plan(m, fmt, dtype, aligned, device)) for m in _geometry(shape, strides, fmt))
+
+
+@_cached
+def single_decode(shape: Shape, dtype: torch.dtype, fmt: Format, aligned: bool, device: torch.device) -> Plan | None:
+    """The one launch that dequantizes contiguous parts, if one is enough."""
+    if fmt.super_group or math.prod(shape) == 0:
+        return None
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    (m, plan), *others = _decode_plans(shape, strides, dtype, fmt, aligned, device)
+    return None if others or m.index else plan
 
 
 @_cached
@@ -286,7 +296,8 @@ def _tensor_scale_plan(fmt: Format) -> Plan:
 def forget() -> None:
     """Drop the plans that are kept: what they were made from (tile sizes, measured choices) has changed."""
     for kept in (
-        _encode_plans, single, _decode_plans, _keys_plans, _choose_plan, _tensor_scale_plan, _scale_plans,
+        _encode_plans, single, _decode_plans, single_decode, _keys_plans, _choose_plan, _tensor_scale_plan,
+        _scale_plans,
         _search_plans, _pick_plans, _both_plans, _swizzled_plans, _hadamard_plans,
     ):  # fmt: skip
         kept.cache_clear()

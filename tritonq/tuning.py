@@ -160,36 +160,26 @@ def group_config(
 
 
 def fits_both(fmt: Format) -> bool:
-    """Whether one tile can hold whole groups of x and of its transpose, each of whole bytes: groups of one row, or
-    squares."""
+    """Whether tiles hold whole groups of x and of its transpose, each of whole bytes."""
     rows, cols = fmt.group
-    if cols == -1 or rows not in (1, cols) or _power(cols) ** 2 > LARGEST_TILE // 2 or fmt.super_group:
+    if fmt.super_group or cols == -1 or _power(rows) * _power(cols) > LARGEST_TILE // 2:
         return False
     return cols == _power(cols) or cols % chunk(fmt.bits)[0] == 0
 
 
-def both_config(rows: int, columns: int, fmt: Format, itemsize: int) -> tuple[Config, tuple[int, int]]:
-    """Tile of `both_kernel`, and how many tiles cover [rows, columns].
+WRITTEN_COLUMNS = 64  # rows of x in a tile of its transpose, at least: bytes that 8-bit codes fill in a row there
 
-    Squares of 64 x 64 give both results 64 bytes of 8-bit codes in a row. A thread reads 16 bytes of each of RUN rows:
-    a patch of 8 x 8 elements of bf16 where scales cost little, so that maxima and packing stay inside the thread; half
-    of that elsewhere, because each row and column of a patch takes registers for its scale.
-    """
-    group = fmt.group[1]
-    padded = _power(group)
-    down, across = -(-rows // group), -(-columns // group)
-    block_n = max(padded, 8, min(1 << (math.isqrt(TILE).bit_length() - 1), _power(across) * padded))
-    block_m = max(padded, 8, min(TILE // block_n, _power(down) * padded))
-    cheap = fmt.group[0] == group or (fmt.scale.is_exponent and 8 % fmt.bits == 0)
-    per_thread = ELEMENTS_PER_THREAD * (2 if cheap and itemsize <= 4 else 1)
-    if columns % 16 or rows % 16:  # narrow loads or stores, with an address each
-        per_thread = ELEMENTS_PER_THREAD // 2
-    else:
-        per_thread = max(per_thread, block_m * block_n // 256)  # 16 warps would leave each thread 128 registers
-    run = min(per_thread * itemsize // 16, block_m)
-    warps = _warps(block_m * block_n, per_thread)
-    config = {"W": padded, "BLOCK_M": block_m, "BLOCK_N": block_n, "RUN": run, "BAND": 16, "num_warps": warps}
-    return config, (-(-down * padded // block_m), -(-across * padded // block_n))
+
+def both_config(rows: int, columns: int, fmt: Format) -> tuple[Config, tuple[int, int], Config, tuple[int, int]]:
+    """Tiles of `both_kernel` of x and of its transpose, and how many of each there are; as many warps for both."""
+    own, tiles = group_config(rows, columns, fmt, "quantize")
+    r, c = _padded_group(fmt, rows)
+    group_rows, group_columns = -(-columns // fmt.group[0]), -(-rows // fmt.group[1])
+    groups = max(min(max(1, WRITTEN_COLUMNS // c), _power(group_columns)), 8 // c)
+    elements = own["S"] * own["M"] * own["R"] * own["GROUPS"] * own["W"]
+    m = min(max(1, elements // (2 * r * c * groups)), _power(group_rows))  # turning a tile takes registers
+    other = {"S": 1, "M": m, "R": r, "GROUPS": groups, "W": c}
+    return own, tiles, other, (-(-group_rows // m), -(-group_columns // groups))
 
 
 def hadamard_config(blocks: int) -> Config:

@@ -107,7 +107,9 @@ def store(raw, bad, FMT: tl.constexpr):
         value = bits.to(tl.float32, bitcast=True)
         bits = tl.where(bad, 0x7FC00000, bits)
     else:
-        bits, value = store_minifloat(raw, bad, FMT.scale.element, FMT.scale.rule == "full_range")
+        TYPE: tl.constexpr = FMT.scale.element
+        SIGNED: tl.constexpr = FMT.scale.rule == "full_range"
+        bits, value = store_minifloat(raw, bad, TYPE, SIGNED)
     return bits, value
 
 

@@ -28,7 +28,9 @@ def _integers(
         largest = tl.where(largest >= negative, 0.0 - largest, negative) * (-1.0 / LOW)  # a power of two
     else:
         largest = scales.over_constant(largest, HIGH)
-    bits, value = scales.store_minifloat(largest, super_bad, FMT.super_scale.element, LOW < 0)
+    TYPE: tl.constexpr = FMT.super_scale.element
+    SIGNED: tl.constexpr = LOW < 0
+    bits, value = scales.store_minifloat(largest, super_bad, TYPE, SIGNED)
     value = over_groups(value, M, SUPERS, GROUPS)
     integer = tl.minimum(tl.maximum(tl.div_rn(raw, value), LOW), HIGH)
     integer = (integer + 12582912.0) - 12582912.0
@@ -69,4 +71,5 @@ def load(integer, bits, FMT: tl.constexpr):
         integer = (integer.to(tl.int32) << 24) >> 24
     else:
         integer = integer.to(tl.int32)
-    return minifloat.decode_bits(bits, FMT.super_scale.element) * integer.to(tl.float32)
+    TYPE: tl.constexpr = FMT.super_scale.element
+    return minifloat.decode_bits(bits, TYPE) * integer.to(tl.float32)

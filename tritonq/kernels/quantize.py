@@ -72,13 +72,12 @@ def _quotient(
     )
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "first_index", "N", "tiles_m"])
-def group_kernel(
-    x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
-    seed_low, seed_high, first_index, N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
+@triton.jit
+def quantize_tile(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr, seed_low, seed_high, first_index,
+    batch, tile_m, tile_n, N, K, row_bytes, stride_batch, stride_row, stride_col,
     FMT: tl.constexpr, MODE: tl.constexpr, ROUNDING: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
-    FLAT: tl.constexpr, WORDS: tl.constexpr,
-    S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+    WORDS: tl.constexpr, S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
     SWIZZLED: tl.constexpr,
 ):  # fmt: skip
     """A tile of M x GROUPS groups, each padded to R x (S * W) elements (powers of two).
@@ -93,7 +92,6 @@ def group_kernel(
     ROWS: tl.constexpr = FMT.group[0]
     COLS: tl.constexpr = FMT.group[1]
     C: tl.constexpr = S * W
-    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, FLAT)
 
     r = tl.arange(0, S * M * R)
     slice_col = tl.zeros([S * M * R], tl.int64)
@@ -175,6 +173,24 @@ def group_kernel(
                 first_byte = tile_n * (GROUPS * BYTES)
                 row_start += slice_col * FMT.bits // 8
                 tile.store_codes(q_ptr, row_start, row_mask, row_bytes, first_byte, codes, GROUPS, BYTES, WORDS, FMT)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "first_index", "N", "tiles_m"])
+def group_kernel(
+    x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
+    seed_low, seed_high, first_index, N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
+    FMT: tl.constexpr, MODE: tl.constexpr, ROUNDING: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
+    FLAT: tl.constexpr, WORDS: tl.constexpr,
+    S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+    SWIZZLED: tl.constexpr,
+):  # fmt: skip
+    """A tile a program."""
+    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, FLAT)
+    quantize_tile(
+        x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr, seed_low, seed_high, first_index,
+        batch, tile_m, tile_n, N, K, row_bytes, stride_batch, stride_row, stride_col,
+        FMT, MODE, ROUNDING, LIMIT, PARTIAL, WORDS, S, M, R, GROUPS, W, SWIZZLED,
+    )  # fmt: skip
 
 
 @triton.jit
