@@ -542,6 +542,7 @@ def _run(
     search: bool = False,
     importance: Tensor | None = None,
 ) -> None:
+    weights = _weights(importance, fmt)  # refused before anything is written
     if x.numel() == 0 or not uses_triton(x):
         if fmt.tensor_scale and not given_tensor_scale:
             parts["tensor_scale"].copy_(tiling.tensor_scale(x, fmt))
@@ -551,7 +552,7 @@ def _run(
             return
         if search:
             tiling.choose(x, fmt, parts)
-            tiling.search(x, fmt, parts, _weights(importance, fmt))
+            tiling.search(x, fmt, parts, weights)
         tiling.encode(x, fmt, parts, given or search, y)
         return
     with _device_of(x):
@@ -559,7 +560,7 @@ def _run(
             plans.tensor_scale(x, fmt, parts["tensor_scale"])
         if search:
             plans.scales(x, fmt, parts)
-            plans.best_scales(x, fmt, parts, _weights(importance, fmt))
+            plans.best_scales(x, fmt, parts, weights)
         plans.encode(x, fmt, parts, given or search, y)
 
 
