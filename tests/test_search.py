@@ -24,8 +24,11 @@ ANCHORS = 3
 # Formats of every kind of scale, element, group and zero point, for what need not run over all of them.
 FEW = ("int4_g128", "int4_g128_asym", "int3_g7", "mxfp4", "nvfp4", "int4_g32_f16", "nf4_g48_bf16", "e1m2_b3x5",
        "int4_tensor_asym", "fp8_e4m3_channel")  # fmt: skip
-MORE = ("mxfp8_e5m2", "e4m3_g32_ue5m3", "int7_b2x6_absmax", "int8_g16_asym", "int6f2_g20", "table5_channel",
-        "int2_tensor", "e3m0_g32_e8m0_even", "e2m3_g3")  # fmt: skip
+if INTERPRET:
+    FEW = ("int4_g128", "int3_g7", "mxfp4", "nvfp4", "e1m2_b3x5", "int3_g3_asym")
+MORE = ("int4_g32_f16", "nf4_g48_bf16", "int4_tensor_asym", "fp8_e4m3_channel", "mxfp8_e5m2", "e4m3_g32_ue5m3",
+        "int7_b2x6_absmax", "int8_g16_asym", "int6f2_g20", "table5_channel", "int2_tensor", "e3m0_g32_e8m0_even",
+        "e2m3_g3")  # fmt: skip
 
 every_format = pytest.mark.parametrize("name", (*FEW, *MORE) if INTERPRET else NAMES)
 SMALL_GROUPS = [n for n in NAMES if get_format(n).group[0] < 100]
@@ -394,7 +397,7 @@ def test_a_refused_importance_leaves_out_alone(device):
 # ------------------------------------------------------------------------------------------------------- every tensor
 
 
-@few_in_the_interpreter
+@pytest.mark.parametrize("name", (*(FEW if INTERPRET else SMALL_GROUPS), "e2m1_b4x8_e8m0_even", "e2m1_b3x4_e4m3"))
 def test_zeros_and_non_finite_groups(name, device):
     """Groups of zeros are those of the rule, groups with NaN or infinity are NaN, and no other group notices.
     Neighbours of a NaN scale once were finite, and rows without NaN let one of them win."""
@@ -575,7 +578,7 @@ def test_any_config(name, device, any_plan, monkeypatch):
     importance = of_weights(x.shape[-1]).to(device)
     expected = search(x, fmt), search(x, fmt, importance=importance)
     kernels = device == "cuda" or INTERPRET
-    configs = [(s, t, 1 << 16) for s, t in zip((1, 2, 4, 8), (1 << 16, 1 << 13, 1 << 12, 1 << 16), strict=True)]
+    configs = [(s, t, 1 << 16) for s, t in zip((1, 8), (1 << 16, 1 << 13), strict=True)]
     if device == "cuda":
         configs = [(s, t, 1 << 16) for s, t in itertools.product((1, 2, 4, 8), (512, 4096, 1 << 14))]
     for scales, tile, searched in configs if kernels else [(4, 4096, s) for s in (300, 1000, 1 << 20)]:
@@ -606,7 +609,7 @@ def test_qdq(name, device):
         tq.qdq(leaf, fmt, **options).backward(torch.ones_like(x))
         tq.qdq(twin, fmt, **{k: v for k, v in parts.items() if k != "qdata"}).backward(torch.ones_like(x))
         assert torch.equal(leaf.grad, twin.grad)
-        assert set(leaf.grad.unique().tolist()) <= {0.0, 1.0} and float(leaf.grad.mean()) > 0.8
+        assert set(leaf.grad.unique().tolist()) <= {0.0, 1.0} and float(leaf.grad.mean()) > 0.6
     assert (leaf.grad == 0).any() or name not in ("int4_g128", "nvfp4")  # clipped
 
 
