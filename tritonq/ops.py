@@ -642,6 +642,7 @@ def _run(
     importance: Tensor | None = None,
     seed: int | None = None,
 ) -> None:
+    weights = _weights(importance, fmt)  # refused before anything is written
     if x.numel() == 0 or not uses_triton(x):
         if fmt.tensor_scale and not given_tensor_scale:
             parts["tensor_scale"].copy_(tiling.tensor_scale(x, fmt))
@@ -651,7 +652,7 @@ def _run(
             return
         if search:
             tiling.choose(x, fmt, parts)
-            tiling.search(x, fmt, parts, _weights(importance, fmt))
+            tiling.search(x, fmt, parts, weights)
         tiling.encode(x, fmt, parts, given or search, y, seed=seed)
         return
     with _device_of(x):
@@ -659,7 +660,7 @@ def _run(
             plans.tensor_scale(x, fmt, parts["tensor_scale"])
         if search:
             plans.scales(x, fmt, parts)
-            plans.best_scales(x, fmt, parts, _weights(importance, fmt))
+            plans.best_scales(x, fmt, parts, weights)
         plans.encode(x, fmt, parts, given or search, y, seed)
 
 

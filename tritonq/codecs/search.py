@@ -15,10 +15,10 @@ Asymmetric codes try three zero points with each scale: the one that keeps the l
 puts it, the one that keeps the highest, and the one between.
 
 Errors are compared the same way on every backend, bit for bit: x and the scales are multiplied by the power of two that
-takes the scale a stage begins with into [1, 2); x / s is taken as x * (1 / s), with 1 / s rounded to 16 bits (a bf16 x
-makes that an exact product, and only numbers next to a midpoint are told apart less well); squares are summed in fp32
-over runs of 8 consecutive elements of a row, then run by run; the sums of rows become integers, which add up in any
-order.
+takes the step between the largest codes, under the scale that a stage begins with, into [1, 2); x / s is taken as
+x * (1 / s), with 1 / s rounded to 16 bits (a bf16 x makes that an exact product, and only numbers next to a midpoint
+are told apart less well); squares are summed in fp32 over runs of 8 consecutive elements of a row, then run by run; the
+sums of rows become integers, which add up in any order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tritonq.codecs.scratch import buffer
 
 RUN = 8  # elements of a row whose squares are summed one after the other
 BLOCK = 2 * RUN  # two runs; their sum joins that of the row
-CAP = 2.0**24  # the sum of a row is at most this, in units of the rule's scale squared
+CAP = 2.0**24  # the sum of a row is at most this, in units of the step between the largest codes squared
 ANCHORS = 3  # zero points tried with each scale
 
 
@@ -74,8 +74,8 @@ def stages(fmt: Any) -> tuple[Stage, ...]:
 
 
 def fraction(fmt: Any) -> int:
-    """Fractional bits of the integers that sums of rows become."""
-    return 24 if fmt.group[0] == 1 else 16
+    """Fractional bits of the integers that sums of rows become; all rows of a group fit 63 bits."""
+    return 24 if 1 <= fmt.group[0] <= 1 << 14 else 16
 
 
 def rank(k: int) -> int:
@@ -84,15 +84,16 @@ def rank(k: int) -> int:
 
 
 def candidate(scale: Tensor, k: int, stage: Stage, fmt: Any) -> Tensor:
-    """The k-th neighbour of stored scales."""
+    """The k-th neighbour of stored scales; NaN, of groups that are not finite, has none."""
     if k == 0:
         return scale
     if fmt.scale.is_exponent:
-        return (scale.view(torch.uint8).to(torch.int32) + k).clamp_(0, 254).to(torch.uint8).view(scale.dtype)
+        stored = scale.view(torch.uint8).to(torch.int32)
+        return (stored + k).clamp_(0, 254).masked_fill_(stored == 255, 255).to(torch.uint8).view(scale.dtype)
     value = scales.load(scale, fmt)
     bits = value.abs().view(torch.int32)
     moved = (bits & -stage.step).add_(k * stage.step).clamp_(1, 0x7F7FFFFF)
-    return scales.store(moved.view(torch.float32).copysign_(value), None, fmt.scale)
+    return scales.store(moved.view(torch.float32).copysign_(value), value.isnan(), fmt.scale)
 
 
 def zero_point(zero: Tensor, ratio: Tensor, anchor: int, fmt: Any) -> Tensor:
@@ -104,9 +105,12 @@ def zero_point(zero: Tensor, ratio: Tensor, anchor: int, fmt: Any) -> Tensor:
     return torch.where(moved.isnan(), zero, moved).round_().clamp_(0, levels)
 
 
-def unit(factor: Tensor) -> Tensor:
-    """The power of two that takes |factor| into [1, 2), as far as fp32 has one."""
-    exponent = (factor.abs().view(torch.int32) >> 23).neg_().add_(254).clamp_(1, 254)
+def unit(factor: Tensor, fmt: Any) -> Tensor:
+    """The power of two that takes |factor| times the step between the largest codes into [1, 2), as far as fp32 has
+    one. Errors are then of the order of 1 whatever the range of the codes."""
+    element = fmt.element
+    step = element.emax - (element.bits - 1 if element.values else element.mbits)
+    exponent = (factor.abs().view(torch.int32) >> 23).neg_().add_(254 - step).clamp_(1, 254)
     return (exponent << 23).view(torch.float32)
 
 
@@ -176,7 +180,7 @@ def best(
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[scale.dtype.itemsize]
     zero = None if zero is None else zero.to(torch.float32)
     for stage in stages(fmt):
-        power = unit(scales.load(scale, fmt, divisor))
+        power = unit(scales.load(scale, fmt, divisor), fmt)
         trials = _trials(scale, zero, stage, fmt)
         totals: list[Tensor] = []
         for x, weights in chunks():

@@ -37,11 +37,20 @@ def _exact_square(fmt, dtype):
     return _exact(fmt) and few and (stored is None or stored.mbits <= 7) and dtype == tl.bfloat16
 
 
+@triton.constexpr_function
+def _step(fmt):
+    """Exponent of the step between the largest codes."""
+    element = fmt.element
+    return element.emax - (element.bits - 1 if element.values else element.mbits)
+
+
 @triton.jit
-def _unit(factor):
-    """The power of two that takes |factor| into [1, 2), as far as fp32 has one."""
+def _unit(factor, FMT: tl.constexpr):
+    """The power of two that takes |factor| times the step between the largest codes into [1, 2), as far as fp32 has
+    one."""
+    STEP: tl.constexpr = _step(FMT)
     exponent = (factor.to(tl.int32, bitcast=True) >> 23) & 0xFF
-    return (tl.minimum(tl.maximum(254 - exponent, 1), 254) << 23).to(tl.float32, bitcast=True)
+    return (tl.minimum(tl.maximum(254 - STEP - exponent, 1), 254) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -53,9 +62,10 @@ def _inverse(factor):
 
 @triton.jit
 def _candidates(stored, k, STEP: tl.constexpr, FMT: tl.constexpr):
-    """The k-th neighbours of scales: (storage bits int32, fp32 values)."""
+    """The k-th neighbours of scales: (storage bits int32, fp32 values); NaN, of groups that are not finite, has
+    none."""
     if FMT.scale.is_exponent:
-        bits = tl.where(k == 0, stored, tl.minimum(tl.maximum(stored + k, 0), 254))
+        bits = tl.where((k == 0) | (stored == 255), stored, tl.minimum(tl.maximum(stored + k, 0), 254))
         value = scales.load(bits, 1.0, FMT)
     else:
         origin = scales.value(stored, FMT)
@@ -65,7 +75,8 @@ def _candidates(stored, k, STEP: tl.constexpr, FMT: tl.constexpr):
         if FMT.scale.rule == "full_range":
             raw = tl.where(origin < 0.0, 0.0 - raw, raw)
         bits, value = scales.store(raw, raw != raw, FMT)
-        bits, value = tl.where(k == 0, stored, bits), tl.where(k == 0, origin, value)
+        same = (k == 0) | (origin != origin)
+        bits, value = tl.where(same, stored, bits), tl.where(same, origin, value)
     return bits, value
 
 
@@ -195,7 +206,7 @@ def _trials(
     tensor_scale = 1.0
     if FMT.tensor_scale:
         tensor_scale = tl.load(tensor_scale_ptr)
-    power = _unit(scales.load(stored, tensor_scale, FMT))
+    power = _unit(scales.load(stored, tensor_scale, FMT), FMT)
     bits, value = _candidates(stored, k, STEP, FMT)
     factor = scales.over_tensor_scale(value, tensor_scale, FMT)
     zero = tl.load(zero_ptr + index, exists, other=0).to(tl.float32) if FMT.zero_point else power
