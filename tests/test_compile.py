@@ -100,8 +100,8 @@ def record(fmt, shape, dtype, **rounding):
             ops.qdq_backward(x, x, fmt)
         else:
             ops.qdq(x, fmt, **{k: v for k, v in parts.items() if k != "qdata"}, **rounding)
-            ops.quantize(x, fmt, search="mse")
-            ops.quantize(x, fmt, search="mse", importance=x.reshape(-1, shape[-1])[0].float())
+            ops.quantize(x, fmt, search="mse", **rounding)
+            ops.quantize(x, fmt, search="mse", importance=x.reshape(-1, shape[-1])[0].float(), **rounding)
     return tuple(found.values())
 
 

@@ -385,6 +385,67 @@ def test_candidates(device):
     plans.forget()
 
 
+# ------------------------------------------------------------------------------------- scale search, swizzled scales
+
+
+def scales_of(parts):
+    return {name: part for name, part in parts.items() if name != "qdata"}
+
+
+@every_format
+def test_search(name, device):
+    """The scales are those of a search without it, and rounding is that under given scales; qdq agrees."""
+    if INTERPRET and name not in ("mxfp4", "nvfp4", "int3_g7"):
+        pytest.skip("many candidates")
+    fmt = get_format(name)
+    rows, cols = fmt.group
+    k = cols + 3 if cols > 0 else 37
+    x = values((min(rows, 8) + 1 if rows > 1 else 3, k), torch.bfloat16, 9).to(device)
+    importance = torch.linspace(0.5, 2, k, device=device)
+    for weights in (None, importance)[: 1 if INTERPRET else 2]:
+        search = {"search": "mse", "importance": weights}
+        g, twin = generator(3), generator(3)
+        q = tq.quantize(x, fmt, **search, rounding="stochastic", generator=g)
+        given = scales_of(tq.quantize(x, fmt, **search).parts())
+        assert_same_parts(scales_of(q.parts()), given)
+        own = {k: v.cpu() for k, v in given.items()}
+        assert_same_parts(q.parts(), reference.quantize(x.cpu(), fmt, **own, seed=drawn(3)))
+        assert_same(tq.qdq(x, fmt, **search, rounding="stochastic", generator=twin), q.dequantize())
+        assert torch.equal(g.get_state(), twin.get_state())
+        again = tq.quantize(x, fmt, **search, rounding="stochastic", generator=generator(3), out=tq.quantize(x, fmt))
+        assert_same_parts(again.parts(), q.parts())
+
+
+def test_gradient_with_search(device):
+    """Through the scales that were found; it does not depend on the rounding."""
+    x = values((3, 64), torch.float32, 3).to(device).requires_grad_()
+    grads = []
+    for rounding in ("nearest", "stochastic"):
+        x.grad = None
+        y = tq.qdq(x, "int4_g32", search="mse", rounding=rounding, generator=generator(0))
+        (y * torch.arange(64, device=device)).sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads) and (grads[0][:, 1:] == 0).any()
+
+
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4", "mxfp6_e2m3", "int5_g24_e8m0", "int3_g3_e8m0"])
+def test_swizzled(name, device):
+    """Swizzled scales come with the codes of plain ones, in tiles and slabs of any shape."""
+    fmt = get_format(name)
+    cols = fmt.group[1]
+    for shape in ((5, 3 * cols + 1), (130, 5 * cols), (2, 3, 2, 4 * cols))[: 1 if INTERPRET else 3]:
+        x = values(shape, torch.bfloat16, 2).to(device)
+        for view in (x, x.mT.contiguous().mT, x.transpose(0, 1)):
+            for search in (None, "mse") if not INTERPRET else (None,):
+                plain, got = (
+                    ops.quantize(view, fmt, search=search, rounding="stochastic", generator=generator(5), swizzled=s)
+                    for s in (False, True)
+                )
+                assert_same_parts(got, {**plain, "scale": tq.swizzle(plain["scale"])})
+    with pytest.raises(ValueError, match="'floor'"):
+        ops.quantize(x, fmt, rounding="floor", swizzled=True)
+
+
 # --------------------------------------------------------------------------------------------------------- the calls
 
 
@@ -468,7 +529,7 @@ def test_a_seed_makes_no_plan(device):
     x = values((2, 256), torch.float32, 1).to(device)
     plans.forget()
     for seed in SEEDS:
-        ops._quantize(x, get_format("int4_g128"), None, None, None, seed)
+        ops._quantize(x, get_format("int4_g128"), None, None, None, seed=seed)
     if INTERPRET or device == "cuda":
         assert plans._encode_plans.cache_info().currsize == 1
     for seed in SEEDS:
@@ -488,12 +549,16 @@ def test_operators(name, device):
     """torch's own checks with a seed; the operator gives the bits of a call that draws it."""
     x, seed = values((4, 256), torch.float32, 1).to(device), torch.tensor(drawn(6))
     operators, given = torch.ops.tritonq, (None, None, None)
-    torch.library.opcheck(operators.quantize.default, (x, name, *given, seed))
+    torch.library.opcheck(operators.quantize.default, (x, name, *given, False, None, seed))
     torch.library.opcheck(operators.qdq.default, (x.clone().requires_grad_(), name, *given, seed))
     y = tq.qdq(x, name, rounding="stochastic", generator=generator(6))
     assert_same(operators.qdq(x, name, *given, seed), y)
     assert_same(operators.qdq(x, name, seed=seed), y)
     assert_same(operators.qdq(x, name), tq.qdq(x, name))
+    torch.library.opcheck(operators.quantize.default, (x, name), {"search": True, "seed": seed})
+    found = ops.quantize(x, name, search="mse", rounding="stochastic", generator=generator(6))
+    for part, expected in zip(operators.quantize(x, name, search=True, seed=seed), found.values(), strict=True):
+        assert torch.equal(part.view(torch.uint8), expected.view(torch.uint8))
 
 
 @traced
@@ -503,7 +568,10 @@ def test_one_graph(device):
     def step(x):
         y = tq.qdq(x, "int4_g128", rounding="stochastic")
         parts = ops.quantize(x.detach(), "mxfp4", rounding="stochastic")
-        return y, ops.dequantize(parts, "mxfp4", tuple(x.shape), x.dtype)
+        found = ops.quantize(x.detach(), "mxfp4", search="mse", rounding="stochastic")
+        tiled = ops.quantize(x.detach(), "mxfp4", swizzled=True, rounding="stochastic")
+        qdata = tiled["qdata"], found["qdata"], tq.qdq(x.detach(), "mxfp4", search="mse", rounding="stochastic")
+        return y, ops.dequantize(parts, "mxfp4", tuple(x.shape), x.dtype), *qdata
 
     compiled = torch.compile(step, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
     x = values((4, 256), torch.float32, 1).to(device).requires_grad_()
@@ -517,7 +585,7 @@ def test_one_graph(device):
         results[-1].append(x.grad)
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
-    assert not torch.equal(results[0][0], results[0][2]) and not torch.equal(results[0][1], results[0][3])
+    assert not any(torch.equal(results[0][i], results[0][5 + i]) for i in range(5))
 
 
 @traced

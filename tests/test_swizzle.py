@@ -142,7 +142,9 @@ def test_errors(device):
 @pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
 def test_operator(name, device):
     x = values((2, 34, 70), torch.float32, 6).to(device)
-    torch.library.opcheck(torch.ops.tritonq.quantize_swizzled.default, (x, name))
+    operator, seed = torch.ops.tritonq.quantize_swizzled, torch.tensor(7)
+    torch.library.opcheck(operator.default, (x, name))
+    torch.library.opcheck(operator.default, (x, name), {"seed": seed})
 
     def step(x):
         return [part.view(torch.uint8) for part in ops.quantize(x, name, swizzled=True).values()]
@@ -181,8 +183,10 @@ def test_compiles(target, tmp_path):
         patch.setattr(ops, "uses_triton", lambda x: True)
         plans.forget()
         for name, shape in (("mxfp8", (64, 4096)), ("mxfp4", (3, 100, 352)), ("nvfp4", (64, 4096))):
-            ops.quantize(torch.zeros(shape, dtype=torch.bfloat16), name, swizzled=True)
+            for rounding in ("nearest", "stochastic"):
+                ops.quantize(torch.zeros(shape, dtype=torch.bfloat16), name, swizzled=True, rounding=rounding)
     compiled = [one for one in found if one.constants.get("SWIZZLED")]
-    assert len(compiled) == 3
+    assert [one.constants["ROUNDING"] for one in compiled] == [0, 1] * 3
     for one in compiled:
-        test_compile.check(one, test_compile.TARGETS[target], tmp_path)
+        registers = 192 if one.constants["ROUNDING"] else test_compile.REGISTERS
+        test_compile.check(one, test_compile.TARGETS[target], tmp_path, registers)
