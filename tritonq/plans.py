@@ -446,9 +446,11 @@ def _search_plans(
         groups = m.batch * -(-m.rows // max(1, fmt.group[0])) * -(-m.columns // columns)
         full = columns % search.BLOCK == 0 and m.columns % columns == 0
         launches = []
-        for stage in search.stages(fmt):
+        for i, stage in enumerate(search.stages(fmt)):
             config = tuning.search_config(stage.count, groups)
-            constants = (full, weighted, search.fraction(fmt), stage.step, stage.below, *(config[k] for k in "MQL"))
+            mirror = () if whole else (i == 0 and search.tries_both_signs(fmt),)
+            extents = (config[k] for k in "MQL")
+            constants = (full, weighted, search.fraction(fmt), stage.step, stage.below, *mirror, *extents)
             launches.append(
                 Plan(
                     errors_kernel if whole else search_kernel,

@@ -160,11 +160,11 @@ def group_config(
 
 
 def fits_both(fmt: Format) -> bool:
-    """Whether tiles hold whole groups of x and of its transpose, each of whole bytes."""
+    """Whether tiles hold whole groups of x and of its transpose. Padded groups come out wrong on sm_90 with Triton 3.6,
+    though right in the interpreter and by themselves, so they take two launches."""
     rows, cols = fmt.group
-    if fmt.super_group or cols == -1 or _power(rows) * _power(cols) > LARGEST_TILE // 2:
-        return False
-    return cols == _power(cols) or cols % chunk(fmt.bits)[0] == 0
+    whole = cols > 0 and rows == _power(rows) and cols == _power(cols)
+    return whole and not fmt.super_group and rows * cols <= LARGEST_TILE // 2
 
 
 WRITTEN_COLUMNS = 64  # rows of x in a tile of its transpose, at least: bytes that 8-bit codes fill in a row there

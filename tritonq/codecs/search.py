@@ -9,7 +9,8 @@ candidates are numbers that the scale's type stores: neighbours of the rule's sc
   where the best scale of normal, Laplace and Student t(4) numbers lies; `_window` has those of other elements
 * f16, f32: as many to an octave as bf16 has, then 1024 to an octave around the best
 
-The rule's own scale is one of them and wins ties, so no group gets worse by a search.
+The rule's own scale is one of them and wins ties, so no group gets worse by a search. Where the rule gives the scale
+the sign of the largest element and both signs are as large (`tied`), the candidates of the other sign are tried, too.
 
 Asymmetric codes try three zero points with each scale: the one that keeps the lowest number of the group where the rule
 puts it, the one that keeps the highest, and the one between.
@@ -163,12 +164,50 @@ def _trials(scale: Tensor, zero: Tensor | None, stage: Stage, fmt: Any) -> list[
     return trials
 
 
+Chunks = Callable[[], Iterable[tuple[Tensor, Tensor | None]]]
+
+
+def tries_both_signs(fmt: Any) -> bool:
+    """Whether groups that are `tied` try scales of both signs. One group for a whole tensor does not."""
+    return fmt.scale.rule == "full_range" and fmt.group[0] != -1
+
+
+def tied(x: Tensor) -> Tensor:
+    """Which groups [n, R, C] have a largest and a smallest element of the same magnitude."""
+    high = x.amax((1, 2))
+    return (high == -x.amin((1, 2))) & (high > 0)
+
+
+def _integers(scale: Tensor) -> Tensor:
+    return scale.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[scale.dtype.itemsize])
+
+
+def _stage(
+    chunks: Chunks, scale: Tensor, zero: Tensor | None, divisor: Tensor | None, stage: Stage, fmt: Any
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The best scales (as integers) and zero points of a stage, and their errors."""
+    power = unit(scales.load(scale, fmt, divisor), fmt)
+    trials = _trials(scale, zero, stage, fmt)
+    totals: list[Tensor] = []
+    for x, weights in chunks():
+        x = blocks(x).mul_(power)
+        weights = None if weights is None else blocks(weights)
+        for i, (moved, z) in enumerate(trials):
+            factor = scales.load(moved, fmt, divisor) * power
+            found = errors(x, weights, factor, fmt.element.zero_code if z is None else z, fmt)
+            found = found.sum(0, keepdim=True) if fmt.group[0] == -1 else found
+            totals[i:] = [totals[i] + found if i < len(totals) else found, *totals[i + 1 :]]
+    smallest, chosen = totals[0], torch.zeros_like(totals[0])
+    for i, total in enumerate(totals):
+        better = total < smallest
+        smallest, chosen = torch.where(better, total, smallest), chosen.masked_fill(better, i)
+    pick = chosen.unsqueeze(0)
+    best_zero = None if zero is None else torch.stack([z for _, z in trials if z is not None]).gather(0, pick)[0]
+    return torch.stack([_integers(s) for s, _ in trials]).gather(0, pick)[0], best_zero, smallest
+
+
 def best(
-    chunks: Callable[[], Iterable[tuple[Tensor, Tensor | None]]],
-    scale: Tensor,
-    zero: Tensor | None,
-    divisor: Tensor | None,
-    fmt: Any,
+    chunks: Chunks, scale: Tensor, zero: Tensor | None, divisor: Tensor | None, fmt: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Scales (as stored) and zero points (uint8) [n], starting from those of the rule.
 
@@ -177,26 +216,17 @@ def best(
             chunks of any number of rows [m, 1, C] where one group (n = 1) is all there is.
         divisor: the tensor scale.
     """
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[scale.dtype.itemsize]
-    zero = None if zero is None else zero.to(torch.float32)
-    for stage in stages(fmt):
-        power = unit(scales.load(scale, fmt, divisor), fmt)
-        trials = _trials(scale, zero, stage, fmt)
-        totals: list[Tensor] = []
-        for x, weights in chunks():
-            x = blocks(x).mul_(power)
-            weights = None if weights is None else blocks(weights)
-            for i, (moved, z) in enumerate(trials):
-                factor = scales.load(moved, fmt, divisor) * power
-                found = errors(x, weights, factor, fmt.element.zero_code if z is None else z, fmt)
-                found = found.sum(0, keepdim=True) if scale.numel() == 1 else found
-                totals[i:] = [totals[i] + found if i < len(totals) else found, *totals[i + 1 :]]
-        smallest, chosen = totals[0], torch.zeros_like(totals[0])
-        for i, total in enumerate(totals):
-            better = total < smallest
-            smallest, chosen = torch.where(better, total, smallest), chosen.masked_fill(better, i)
-        pick = chosen.unsqueeze(0)
-        scale = torch.stack([s.view(integers) for s, _ in trials]).gather(0, pick)[0].view(scale.dtype)
-        if zero is not None:
-            zero = torch.stack([z for _, z in trials if z is not None]).gather(0, pick)[0]
+    dtype, zero = scale.dtype, None if zero is None else zero.to(torch.float32)
+    for i, stage in enumerate(stages(fmt)):
+        found, zero, error = _stage(chunks, scale, zero, divisor, stage, fmt)
+        if i == 0 and tries_both_signs(fmt):
+            ((x, weights),) = chunks()
+            both = tied(x).nonzero()[:, 0]
+            if both.numel():
+                own = [(x[both], None if weights is None else weights[both])]
+                sign = 1 << (8 * dtype.itemsize - 1)
+                other = (_integers(scale)[both] ^ (sign if dtype.itemsize == 1 else -sign)).view(dtype)
+                mirrored, _, mirrored_error = _stage(own.copy, other, None, divisor, stage, fmt)
+                found[both] = torch.where(mirrored_error < error[both], mirrored, found[both])
+        scale = found.view(dtype)
     return scale, None if zero is None else zero.to(torch.uint8)

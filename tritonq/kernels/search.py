@@ -248,14 +248,29 @@ def _store_best(error, k, bits, zero, scale_ptr, zero_ptr, index, exists, FMT: t
         tl.store(zero_ptr + index, _only(zero, pick).to(tl.uint8), exists)
 
 
+@triton.jit
+def _tied(x_ptr, rows, row_step, left, columns, stride_col, M: tl.constexpr, L: tl.constexpr, FMT: tl.constexpr):
+    """Which groups [1, M, 1] have a largest and a smallest element of the same magnitude; a lane takes every L-th."""
+    high, low = tl.zeros([1, M, L], tl.float32), tl.zeros([1, M, L], tl.float32)
+    for r in range(FMT.group[0]):
+        for b in range(tl.cdiv(columns, L)):
+            i = b * L + tl.arange(0, L)[None, None, :]
+            x = tile.to_float32(tl.load(x_ptr + i * stride_col, (r < rows) & (i < left), other=0.0))
+            high, low = tl.maximum(high, x), tl.minimum(low, x)
+        x_ptr += row_step
+    high = tl.max(high, 2)[:, :, None]
+    return (high == 0.0 - tl.min(low, 2)[:, :, None]) & (high > 0.0)
+
+
 @triton.jit(do_not_specialize=["N", "groups"])
 def search_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     N, K, groups, stride_batch, stride_row, stride_col,
     FMT: tl.constexpr, FULL: tl.constexpr, WEIGHTED: tl.constexpr, FRACTION: tl.constexpr, STEP: tl.constexpr,
-    BELOW: tl.constexpr, M: tl.constexpr, Q: tl.constexpr, L: tl.constexpr,
+    BELOW: tl.constexpr, MIRROR: tl.constexpr, M: tl.constexpr, Q: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """One stage: replace the scales and zero points of a rule by the best of their neighbours."""
+    """One stage: replace the scales and zero points of a rule by the best of their neighbours; with MIRROR, of those of
+    the other sign, too, where a group is tied."""
     group, exists, batch, first_row, rows, first_col, left = _position(N, K, groups, M, L, FMT)
     x_ptr += batch * stride_batch + first_row * stride_row + first_col * stride_col
     k, bits, factor, power, zero, ratio = _trials(
@@ -266,6 +281,16 @@ def search_kernel(
         x_ptr, w_ptr + first_col, rows, stride_row, left, tl.cdiv(columns, BLOCK), stride_col, power, factor, zero,
         ratio, FRACTION, FULL, WEIGHTED, FMT,
     )  # fmt: skip
+    if MIRROR:
+        tied = _tied(x_ptr, rows, stride_row, left, columns, stride_col, M, L, FMT)
+        if tl.max(tl.max(tl.max(tied.to(tl.int32), 2), 1), 0) > 0:
+            other, _ = _trial_errors(
+                x_ptr, w_ptr + first_col, rows, stride_row, left, tl.cdiv(columns, BLOCK), stride_col, power,
+                factor * -1.0, zero, ratio, FRACTION, FULL, WEIGHTED, FMT,
+            )  # fmt: skip
+            better = tied & (_smallest(other) < _smallest(error))
+            SIGN: tl.constexpr = -(1 << (FMT.scale.bits - 1))
+            error, bits = tl.where(better, other, error), tl.where(better, bits ^ SIGN, bits)
     index = tl.program_id(0).to(tl.int64) * M + tl.arange(0, M)
     _store_best(error, k, bits, zero, scale_ptr, zero_ptr, index, index < groups, FMT)
 
