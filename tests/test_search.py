@@ -745,3 +745,22 @@ def test_command_line(source, tmp_path, run):
         code, out, err = run("quantize", source, tmp_path / "no", "--scheme", scheme, "--search", "fast")
         assert code == 2 and not out and err.count("\n") == 1 and err.startswith("error: ")
         assert "--search" in err and "fast" in err and not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("name", ["int4_g128", "int3_g32_f16", "int8_b16x16", "int4_channel"])
+def test_both_signs_where_the_largest_elements_tie(name, device):
+    """Whichever of two elements of the same magnitude comes first, no group is worse than with either sign: at most the
+    error of the search for the mirrored tensor, whose rule takes the other element."""
+    fmt = get_format(name)
+    x = torch.randn((32, 256), generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    x[:, 3::32], x[:, 17::32] = 3.5, -3.5
+    x[:, 100], x[:, 200] = 4.0, -4.0
+    found = []
+    for tensor in (x, -x):
+        parts = ops.quantize(tensor.to(device), fmt, search="mse")
+        y = ops.dequantize(parts, fmt, tuple(x.shape), torch.float32).cpu()
+        groups = reference.grouped((y - tensor.float()).double().square(), fmt)
+        found.append(groups.sum((-3, -1) if fmt.group[0] > 1 else -1))
+    assert torch.allclose(found[0], found[1], rtol=1e-5, atol=0)
+    rule = ops.quantize(x, fmt)["scale"].float()
+    assert bool((parts["scale"].float().cpu().sign() * rule.sign() != 0).all())
