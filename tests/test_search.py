@@ -17,7 +17,7 @@ from oracle import assert_same, assert_same_parts
 from test_laws import NAMES, get_format, lay_out, storage_bits
 
 import tritonq as tq
-from tritonq import ops, plans, tuning
+from tritonq import ops, plans, reference, tuning
 
 F32 = np.float32
 ANCHORS = 3
