@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from conftest import INTERPRET
 from oracle import F32, assert_same, assert_same_parts
-from test_laws import NAMES, check_against_oracle, get_format, lay_out, tile_sizes, unit_parts, values
+from test_laws import NAMES, check_against_oracle, get_format, lay_out, takes_scales, tile_sizes, unit_parts, values
 
 import tritonq as tq
 from tritonq import ops, plans, reference, tiling, tuning
@@ -27,6 +27,8 @@ from tritonq.codecs import philox, philox_triton
 every_format = pytest.mark.parametrize("name", NAMES)
 FEW = ("int4_g128", "int4_g128_asym", "mxfp4", "nvfp4", "fp8_e4m3_channel", "fp8_e4m3fnuz_channel", "nf4_g64",
        "e3m0_g32_e8m0_even", "int6f2_g20", "fp8_e4m3_b128x128", "int8_tensor", "int3_g7")  # fmt: skip
+K_QUANTS = ("q4_k", "q6_k")
+with_super_groups = pytest.mark.parametrize("name", [n for n in NAMES if get_format(n).super_group])
 SEEDS = (0, 1, 0x7FFFFFFF, 0x80000000, 0x0123456789ABCDEF, (1 << 63) - 1)
 
 
@@ -97,28 +99,52 @@ def rounded(t, draw, element, zero):
     return math.copysign(upper if up else lower, t) if element.ebits else (upper if up else lower)
 
 
+def scales_by_group(parts, shape, fmt):
+    """(slices of a group, its fp32 factor, zero point, minimum) from parts of the oracle: storage bits, flat."""
+    if not fmt.super_group:
+        for index, where in oracle.regions(shape, fmt)[2]:
+            factor = oracle.load_scale(int(parts.scale[index]), fmt.scale.name)
+            if fmt.tensor_scale:
+                factor = factor / F32(parts.tensor_scale)
+            yield where, factor, int(parts.zero_point[index]), F32(0)
+        return
+    low, _ = oracle.INTEGERS[fmt.scale.name]
+    for index, _, groups in oracle.super_groups(shape, fmt)[3]:
+        d, e = (
+            oracle.load_scale(int(parts.supers[name][index]), "f16") if name in parts.supers else F32(0)
+            for name in ("super_scale", "super_minimum")
+        )
+        for group, where in groups:
+            k = int(parts.scale[group])
+            j = int(parts.supers["group_minimum"][group]) if "group_minimum" in parts.supers else 0
+            yield where, d * F32(k - 256 if low and k > 127 else k), 0, e * F32(j)
+
+
+def middle_code(fmt, zero_point=0):
+    """The code of 0, or, with minima, of the minimum."""
+    return zero_point if oracle.asymmetric(fmt) else 2 ** (fmt.element.bits - 1)
+
+
 def quantize(x, fmt, seed):
-    """As `oracle.quantize`, rounding stochastically."""
+    """As `oracle.quantize`, rounding stochastically: scales and minima do not depend on it."""
     expected = oracle.quantize(x, fmt)
     flat = oracle.to_float32(np.asarray(x, np.float64))
-    view, _, groups = oracle.regions(flat.shape, fmt)
+    view, *_ = oracle.regions(flat.shape, fmt)
     flat = flat.reshape(view)
     draw = np.array(draws(seed, range(flat.size)), object).reshape(view)
     codes, result = np.zeros(view, np.int64), np.zeros(view, np.float32)
-    for index, where in groups:
-        factor = oracle.load_scale(int(expected.scale[index]), fmt.scale.name)
-        if fmt.tensor_scale:
-            factor = factor / F32(expected.tensor_scale)
-        zero = int(expected.zero_point[index])
+    for where, factor, zero, minimum in scales_by_group(expected, x.shape, fmt):
         with np.errstate(all="ignore"):
-            t = np.nan_to_num((flat[where] / factor).astype(np.float32), nan=0.0, posinf=np.inf, neginf=-np.inf)
-        middle = zero if fmt.zero_point else 2 ** (fmt.element.bits - 1)
+            t = flat[where] + minimum if fmt.minimum else flat[where]
+            t = np.nan_to_num((t / factor).astype(np.float32), nan=0.0, posinf=np.inf, neginf=-np.inf)
+        middle = middle_code(fmt, zero)
         whole = [rounded(a, b, fmt.element, middle) for a, b in zip(t.ravel(), draw[where].ravel(), strict=True)]
         whole = np.array(whole, np.float32).reshape(t.shape)
         codes[where] = oracle.encode(whole, fmt, F32(1), zero)
         result[where] = oracle.decode(codes[where], fmt, factor, zero)
-    return SimpleNamespace(codes=codes.reshape(x.shape), scale=expected.scale, zero_point=expected.zero_point,
-                           tensor_scale=expected.tensor_scale, values=result.reshape(x.shape))  # fmt: skip
+        if fmt.minimum:
+            result[where] -= minimum
+    return SimpleNamespace(**{**vars(expected), "codes": codes.reshape(x.shape), "values": result.reshape(x.shape)})
 
 
 # ---------------------------------------------------------------------------------------------------- random numbers
@@ -211,7 +237,7 @@ def test_oracle(name, device):
         check_against_oracle(parts, y, expected, fmt, x.dtype)
 
 
-@every_format
+@takes_scales  # those of super-groups: test_neighbours_in_super_groups
 def test_neighbours(name, device):
     """With scale 1: numbers of the type stay, others become one of their two neighbours, both come up, and what lies
     beyond the range saturates."""
@@ -240,6 +266,67 @@ def test_neighbours(name, device):
     assert 100 < (got == upper).sum() < 300
     if element.ebits and element.special != "fnuz":
         np.testing.assert_array_equal(np.signbit(got), np.signbit(between))
+
+
+def quotients(x, parts, fmt):
+    """(x + minimum) / factor, and the factors and minima, all fp32 numpy [N, K], from the parts of a CPU tensor."""
+    g, width = fmt.group[1], x.shape[1]
+
+    def product(integers, supers):
+        d = parts[supers].float().repeat_interleave(fmt.super_group // g, 1)[:, : parts[integers].shape[1]]
+        return (d * parts[integers].float()).repeat_interleave(g, 1)[:, :width].numpy()
+
+    factor = product("scale", "super_scale")
+    minimum = product("group_minimum", "super_minimum") if fmt.minimum else np.zeros_like(factor)
+    return (x.numpy() + minimum) / factor, factor, minimum
+
+
+@with_super_groups
+def test_neighbours_in_super_groups(name, device):
+    """With the scales and minima of rounding to nearest: quotients that are numbers of the type stay, others become one
+    of their two neighbours, both come up, and what lies beyond the range saturates."""
+    fmt = get_format(name)
+    numbers = table(fmt.element, middle_code(fmt)).astype(np.float32)
+    x = values((2, 2 * fmt.super_group + fmt.group[1] + 1), torch.float32, 11)
+    x[:, ::5] = ops.qdq(x, fmt)[:, ::5]  # some numbers of the type among them, or next to it
+    nearest = {k: v.cpu() for k, v in ops.quantize(x.to(device), fmt).items()}
+    t, factor, minimum = quotients(x, nearest, fmt)
+    t = np.clip(t, numbers[0], numbers[-1])
+    at = np.searchsorted(numbers, t, side="right") - 1
+    exact, last = numbers[at] == t, np.minimum(at + 1, len(numbers) - 1)
+    lower, upper = (n * factor - minimum for n in (numbers[at], np.where(exact, numbers[at], numbers[last])))
+    ups = downs = 0
+    for seed in range(2 if INTERPRET else 8):
+        parts = ops.quantize(x.to(device), fmt, rounding="stochastic", generator=generator(seed))
+        y = ops.qdq(x.to(device), fmt, rounding="stochastic", generator=generator(seed))
+        assert_same(ops.dequantize(parts, fmt, tuple(x.shape), x.dtype), y)
+        assert_same_parts({k: v.cpu() for k, v in parts.items() if k != "qdata"}, scales_of(nearest))
+        y = y.cpu().numpy()
+        assert ((y == lower) | (y == upper)).all()
+        ups, downs = ups + (y == upper)[~exact].sum(), downs + (y == lower)[~exact].sum()
+    assert exact.any() and min(ups, downs) > 0.3 * (ups + downs) > 0
+
+
+@with_super_groups
+def test_unbiased_in_super_groups(name, device):
+    """The mean over seeds is x, or the end of the range: of every element within what its own deviation allows, and of
+    their sum."""
+    if INTERPRET:
+        pytest.skip("many programs; the numbers are those of the CPU path")
+    fmt, draws = get_format(name), 256
+    numbers = table(fmt.element, middle_code(fmt)).astype(np.float64)
+    x = values((2, fmt.super_group + fmt.group[1] + 1), torch.float32, 12)
+    parts = {k: v.cpu() for k, v in ops.quantize(x.to(device), fmt).items()}
+    t, factor, minimum = (a.astype(np.float64) for a in quotients(x, parts, fmt))
+    t = np.clip(t, numbers[0], numbers[-1])
+    y = [ops.qdq(x.to(device), fmt, rounding="stochastic", generator=generator(s)).double() for s in range(draws)]
+    error = (torch.stack(y).mean(0).cpu().numpy() + minimum) / factor - t
+    at = np.minimum(np.searchsorted(numbers, t, side="right") - 1, len(numbers) - 2)
+    gap = numbers[at + 1] - numbers[at]
+    p = (t - numbers[at]) / gap
+    deviation = gap * np.sqrt(p * (1 - p) / draws)
+    assert (np.abs(error) <= 5 * deviation + 5 * gap / draws).all()
+    assert abs((error / gap).sum()) <= 4 * np.sqrt((p * (1 - p) / draws).sum())
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -289,7 +376,7 @@ def test_unbiased(name, device):
 def test_reference(name, device):
     """Laws 1 and 2, with scales of its own and given, contiguous and transposed."""
     fmt = get_format(name)
-    rows, cols = fmt.group
+    rows, cols = fmt.group[0], fmt.super_group or fmt.group[1]
     for k, layout in ((3 * cols + 5 if cols > 0 else 77, "transposed"), (2 * cols if cols > 0 else 80, "contiguous")):
         x = lay_out(values((min(rows, 16) + 2 if rows > 1 else 3, k), torch.bfloat16, k), layout)
         x[0, 0] = math.nan
@@ -300,6 +387,8 @@ def test_reference(name, device):
         y = ops.dequantize(parts, fmt, shape, x.dtype)
         assert_same(y.cpu(), reference.qdq(x, fmt, seed=seed))
         assert_same(ops.qdq(x.to(device), fmt, rounding="stochastic", generator=generator(k)), y)
+        if fmt.super_group:  # takes no given scales
+            continue
         given = {k: v for k, v in parts.items() if k != "qdata"}
         x[0, 0] = 0.0  # a given scale says nothing about x
         again = ops.qdq(x.to(device), fmt, **given, rounding="stochastic", generator=generator(k))
@@ -312,7 +401,8 @@ def test_any_strides(name, device):
     """Law 8: the index of an element is that in the logical tensor, in slabs of four dimensions, too."""
     fmt = get_format(name)
     rows, cols = fmt.group
-    for last in (2 * cols + 1, 4 * cols) if 0 < cols < 100 else (50,):
+    ragged = (fmt.super_group + cols + 1, 2 * fmt.super_group) if fmt.super_group else (2 * cols + 1, 4 * cols)
+    for last in ragged if 0 < cols < 100 else (50,):
         x = values((2, 2, 3 if rows <= 1 else min(rows, 4) + 1, last), torch.float32, 4)
         expected = reference.quantize(x, fmt, seed=drawn(1))
         layouts = ("swapped", "permuted", "step") if not INTERPRET else ("step" if last % 4 else "swapped",)
@@ -331,11 +421,11 @@ def any_plan():
     plans.forget()
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", (*FEW, *K_QUANTS))
 def test_any_tile(name, device, any_plan, monkeypatch):
     """Law 8: the same bits whatever the tile, and for groups larger than one."""
     fmt = get_format(name)
-    rows, cols = fmt.group
+    rows, cols = fmt.group[0], fmt.super_group or fmt.group[1]
     for k in (3 * cols + 5, 2 * cols) if cols > 0 else (515, 520):
         x = values((rows + 1 if rows > 1 else 5, k), torch.bfloat16, 5)
         expected = reference.quantize(x, fmt, seed=drawn(2))
@@ -373,7 +463,7 @@ def test_candidates(device):
     """Law 8 for tile sizes and slices that the tuner may pick."""
     if device == "cpu" and not INTERPRET:
         pytest.skip("the CPU path has no kernels")
-    for name in ("int4_g128", "e3m4_g48"):
+    for name in ("int4_g128", "e3m4_g48", "q4_k"):
         fmt, shape = get_format(name), (2, 384)
         x = values(shape, torch.bfloat16, 1)
         expected = reference.quantize(x, fmt, seed=drawn(1))
@@ -392,7 +482,7 @@ def scales_of(parts):
     return {name: part for name, part in parts.items() if name != "qdata"}
 
 
-@every_format
+@takes_scales  # as every search; super-groups refuse both
 def test_search(name, device):
     """The scales are those of a search without it, and rounding is that under given scales; qdq agrees."""
     if INTERPRET and name not in ("mxfp4", "nvfp4", "int3_g7"):
@@ -480,7 +570,7 @@ def test_seeds(device):
     assert torch.equal(g.get_state(), twin.get_state())
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", (*FEW, *K_QUANTS))
 def test_public_calls(name, device):
     """qdq is dequantize of quantize for the same state of the generator."""
     x = values((130, 256), torch.bfloat16, 2).to(device)
@@ -502,7 +592,7 @@ def test_bad_arguments(device):
 
 
 def test_no_elements(device):
-    for name in ("int4_g128_asym", "nvfp4", "mxfp4", "fp8_e4m3_tensor", "nf4_g64"):
+    for name in ("int4_g128_asym", "nvfp4", "mxfp4", "fp8_e4m3_tensor", "nf4_g64", *K_QUANTS):
         for shape in ((0,), (0, 64), (3, 0)):
             x = torch.zeros(shape, device=device)
             q = tq.quantize(x, name, rounding="stochastic")
@@ -544,7 +634,7 @@ traced = pytest.mark.skipif(INTERPRET, reason="kernels in the interpreter cannot
 
 
 @traced
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", (*FEW, *K_QUANTS))
 def test_operators(name, device):
     """torch's own checks with a seed; the operator gives the bits of a call that draws it."""
     x, seed = values((4, 256), torch.float32, 1).to(device), torch.tensor(drawn(6))
@@ -555,6 +645,8 @@ def test_operators(name, device):
     assert_same(operators.qdq(x, name, *given, seed), y)
     assert_same(operators.qdq(x, name, seed=seed), y)
     assert_same(operators.qdq(x, name), tq.qdq(x, name))
+    if get_format(name).super_group:  # which refuse a search
+        return
     torch.library.opcheck(operators.quantize.default, (x, name), {"search": True, "seed": seed})
     found = ops.quantize(x, name, search="mse", rounding="stochastic", generator=generator(6))
     for part, expected in zip(operators.quantize(x, name, search=True, seed=seed), found.values(), strict=True):
@@ -589,7 +681,7 @@ def test_one_graph(device):
 
 
 @traced
-@pytest.mark.parametrize("name", ("int4_g128", "mxfp4", "nvfp4", "fp8_e4m3_channel", "nf4_g64"))
+@pytest.mark.parametrize("name", ("int4_g128", "mxfp4", "nvfp4", "fp8_e4m3_channel", "nf4_g64", *K_QUANTS))
 @pytest.mark.parametrize("target", ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"))
 def test_compiles(target, name, tmp_path):
     """Every kernel, without spills; rows of 4094 elements begin between counters."""

@@ -1,12 +1,12 @@
 """Scales that are quantized again: k-quants decode as GGUF's own reader decodes them, err little, and keep the laws.
 
-Parts are packed into GGUF blocks here, by the comments of ggml-common.h, and read by the `gguf` package.
+Parts are packed into GGUF blocks here, by the comments of ggml-common.h, and read by the `gguf` package where there is
+one.
 """
 
 import math
 from dataclasses import replace
 
-import gguf
 import numpy as np
 import oracle
 import pytest
@@ -72,6 +72,7 @@ def blocks(parts, fmt):
 
 
 def read_by_gguf(parts, fmt, shape):
+    gguf = pytest.importorskip("gguf")
     kind = gguf.GGMLQuantizationType[fmt.name.upper()]
     data = blocks({k: v.cpu().reshape(-1, v.shape[-1]) for k, v in parts.items()}, fmt)
     assert data.shape[1] == gguf.GGML_QUANT_SIZES[kind][1]
@@ -338,5 +339,6 @@ def test_size_in_memory():
     """Integers of 4 and 6 bits take a byte; those of 8 bits lose nothing to a GGUF file."""
     held = {name: get_format(name).nbytes((1, 256)) for name in K_QUANTS}
     assert held == {"q2_k": 100, "q3_k": 114, "q4_k": 148, "q5_k": 180, "q6_k": 210}
+    gguf = pytest.importorskip("gguf")
     sizes = {name: gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name.upper()]][1] for name in K_QUANTS}
     assert sizes == {"q2_k": 84, "q3_k": 110, "q4_k": 144, "q5_k": 176, "q6_k": 210}

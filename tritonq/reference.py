@@ -259,14 +259,14 @@ def quantize(
 ) -> Parts:
     """Parts of x, as `fmt.storage(x.shape)` names and shapes them; with a seed, rounding is stochastic."""
     x = to_float32(x)
+    u = None if seed is None else philox.uniform(seed, 0, 1, x.numel(), x.numel(), x.device).view(x.shape)
     if fmt.super_group:
         chosen = super_scale.choose(*group_range(x, fmt), fmt)
-        return {"qdata": encode(x, *super_scale.load(chosen, fmt), None, fmt, given=False), **chosen}
+        return {"qdata": encode(x, *super_scale.load(chosen, fmt), None, fmt, given=False, u=u), **chosen}
     if fmt.tensor_scale and tensor_scale is None:
         tensor_scale = scales.choose_tensor_scale(finite_amax(x), fmt)
     if scale is None:
         scale, zero_point = choose(x, fmt, tensor_scale)
-    u = None if seed is None else philox.uniform(seed, 0, 1, x.numel(), x.numel(), x.device).view(x.shape)
     parts = {"qdata": encode(x, scale, zero_point, tensor_scale, fmt, u=u), "scale": scale}
     if fmt.zero_point:
         assert zero_point is not None
