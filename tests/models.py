@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tritonq import reference
+from tritonq import ops, reference
 from tritonq.nn.schemes import get_scheme
 from tritonq.nn.select import Selection, sharing_key
 
@@ -93,8 +93,12 @@ def is_linear(name: str, tensor: torch.Tensor) -> bool:
     return not Selection().ignores(module)
 
 
-def expected(source: dict[str, torch.Tensor], scheme: str, group_size: int | None = None) -> dict[str, torch.Tensor]:
-    """Dequantized weights by checkpoint name, from the torch reference; tensor-wide scales over all that share them."""
+def expected(
+    source: dict[str, torch.Tensor], scheme: str, group_size: int | None = None, search: str | bool | None = None
+) -> dict[str, torch.Tensor]:
+    """Dequantized weights by checkpoint name, from the torch reference; tensor-wide scales over all that share them.
+    Where `search` (None: the scheme's default) asks for it, under the scales that a search of each weight finds."""
+    search = get_scheme(scheme).search(search)
     members: dict[str, list[torch.Tensor]] = collections.defaultdict(list)
     formats = {}
     for name, tensor in source.items():
@@ -112,6 +116,9 @@ def expected(source: dict[str, torch.Tensor], scheme: str, group_size: int | Non
                 kept = ("tensor_scale",) if fmt.tensor_scale else ("scale",)
                 shared[key] = {part: whole[part] for part in kept}
             given = shared[key]
+        if search and "scale" not in given:
+            found = ops.quantize(source[name], fmt, **given, search=search)
+            given = {part: tensor for part, tensor in found.items() if part != "qdata"}
         parts = reference.quantize(source[name], fmt, **given)
         result[name] = reference.dequantize(parts, fmt, tuple(source[name].shape), source[name].dtype)
     return result

@@ -59,6 +59,14 @@ def test_weights_load_exactly(scheme, kind, source, tmp_path):
             assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
 
 
+@pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W2A16", "MXFP4", "NVFP4"])
+def test_scales_of_the_rule_load_exactly(scheme, source, tmp_path):
+    """Without the search that these schemes have by default."""
+    wanted = models.expected(models.tensors(source("llama")), scheme, search=False)
+    quantize_checkpoint(source("llama"), tmp_path / "out", scheme, search=False, progress=False)
+    assert models.worst(models.decompressed(tmp_path / "out"), wanted) == 0.0
+
+
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8", "FP8_BLOCK", "MXFP4", "W4A16_ASYM"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_other_dtypes_load_exactly(scheme, dtype, source, tmp_path):

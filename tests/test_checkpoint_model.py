@@ -55,7 +55,8 @@ def quantize_in_memory(model, scheme, ignore=()):
         x = getattr(module, parameter).detach()
         fmt = scheme.weight_format(x.dtype)
         key = sharing_key(name, fmt) if x.ndim == 2 else None
-        module._parameters[parameter] = Quantized(x, fmt, **({"tensor_scale": shared[key]} if key in shared else {}))
+        given = {"tensor_scale": shared[key]} if key in shared else {}
+        module._parameters[parameter] = Quantized(x, fmt, **given, search=scheme.search(None))
     model.tritonq_scheme = scheme
     return model
 

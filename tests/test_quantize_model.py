@@ -74,7 +74,8 @@ def test_every_scheme(kind, scheme, built, device):
         if isinstance(p, QTensor):
             assert p.format == scheme.weight_format(torch.float32) and not p.requires_grad
             given = {"tensor_scale": p.tensor_scale} if p.format.tensor_scale else {}
-            assert torch.equal(p.dequantize(), tq.quantize(source[name], p.format, **given).dequantize())
+            alone = tq.quantize(source[name], p.format, **given, search=scheme.search(None))
+            assert torch.equal(p.dequantize(), alone.dequantize())
         else:
             assert torch.equal(p, source[name])
     for name, module in model.named_modules():
