@@ -18,7 +18,8 @@ if INTERPRET:
 
     interpreter.apply()
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Several processes with threads of their own wait for each other more than they compute.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 def pytest_configure(config):
