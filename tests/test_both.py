@@ -243,8 +243,8 @@ def test_registry_compiles(name, tmp_path):
 @pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")
 @pytest.mark.parametrize(
     "name,shape,dtype",
-    [("int3_g64_asym", (64, 100), torch.float16), ("e3m4_g48", (70, 333), torch.float32),
-     ("mxfp6_e3m2", (128, 512), torch.float64), ("int8_g3", (40, 50), torch.bfloat16),
+    [("int3_g64_asym", (64, 100), torch.float16), ("e3m4_g64", (70, 333), torch.float32),
+     ("mxfp6_e3m2", (128, 512), torch.float64), ("int8_g4", (40, 50), torch.bfloat16),
      ("nf4_g64", (3, 64, 128), torch.bfloat16)],
 )  # fmt: skip
 def test_odd_shapes_and_types_compile(name, shape, dtype, tmp_path):

@@ -37,6 +37,9 @@ REPRESENTATIVE = ("int4_g128", "int4_g128_asym", "int3_g128", "fp8_e4m3_channel"
                   "nvfp4", "fp8_e4m3fnuz_channel", "e3m4_g48", "nf4_g64", "mxint8", "q4_k", "q6_k")  # fmt: skip
 WIDE_LOADS = ("int4_g128", "int8_channel", "fp8_e4m3_channel", "mxfp8", "mxfp4", "nvfp4", "nf4_g64", "mxint8",
               "q4_k", "q6_k")  # fmt: skip
+FRAMES = {
+    "search_kernel": 8
+}  # a value that waits through the search for its end, saved once beside calls of a division
 REGISTERS = 160  # of aligned input; odd shapes keep more offsets and masks alive
 
 
@@ -128,7 +131,8 @@ def check(one, target, folder, registers=REGISTERS):
     compiled = one.compile(target)
     if target.backend == "cuda":
         usage = resources(compiled.asm["cubin"], folder)
-        assert usage["LOCAL"] == 0 and usage["STACK"] == 0, f"{one.name}: local memory {usage}"
+        frame = FRAMES.get(one.name, 0)
+        assert usage["LOCAL"] == 0 and usage["STACK"] <= frame, f"{one.name}: local memory {usage}"
         assert usage["REG"] <= registers, f"{one.name}: {usage['REG']} registers"
         assert not re.search(r"\b(ld|st)\.local", compiled.asm["ptx"]), one.name
         assert "div.full" not in compiled.asm["ptx"] and "div.approx" not in compiled.asm["ptx"], (
