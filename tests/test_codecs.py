@@ -89,7 +89,7 @@ def scale_kernel(x_ptr, code_ptr, value_ptr, zero, n, ELEM: tl.constexpr, BLOCK:
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, i < n, other=0.0)
     bad = x - x != 0.0
-    bits, value = device_scales._store(tl.where(bad, 0.0, x), bad, ELEM)
+    bits, value = device_scales.store(tl.where(bad, 0.0, x), bad, ELEM)
     tl.store(code_ptr + i, bits, i < n)
     tl.store(value_ptr + i, tl.where(bad, float("nan"), value), i < n)
 

@@ -37,6 +37,7 @@ REPRESENTATIVE = ("int4_g128", "int4_g128_asym", "int3_g128", "fp8_e4m3_channel"
                   "nvfp4", "fp8_e4m3fnuz_channel", "e3m4_g48", "nf4_g64", "mxint8", "q4_k", "q6_k")  # fmt: skip
 WIDE_LOADS = ("int4_g128", "int8_channel", "fp8_e4m3_channel", "mxfp8", "mxfp4", "nvfp4", "nf4_g64", "mxint8",
               "q4_k", "q6_k")  # fmt: skip
+SEARCHED = ("int4_g128", "int4_g128_asym", "mxfp4", "nvfp4", "nf4_g64", "fp8_e4m3_tensor", "fp8_e4m3_b128x128")
 FRAMES = {
     "search_kernel": 8
 }  # a value that waits through the search for its end, saved once beside calls of a division
@@ -103,6 +104,7 @@ def record(fmt, shape, dtype, **rounding):
             ops.qdq_backward(x, x, fmt)
         else:
             ops.qdq(x, fmt, **{k: v for k, v in parts.items() if k != "qdata"}, **rounding)
+        if fmt.name in SEARCHED:
             ops.quantize(x, fmt, search="mse", **rounding)
             ops.quantize(x, fmt, search="mse", importance=x.reshape(-1, shape[-1])[0].float(), **rounding)
     return tuple(found.values())
