@@ -403,7 +403,7 @@ def _quantize_both(
         with _device_of(x):
             plans.encode_both(x, fmt, *out, given)
         return out
-    # Groups that fit no tile in both directions, or share bytes with their neighbours: two single quantizations.
+    # Groups that fit no tile in both directions, or only a padded one: two single quantizations.
     _run(x, fmt, out[0], False, given, None)
     if fmt.tensor_scale:
         out[1]["tensor_scale"].copy_(out[0]["tensor_scale"])

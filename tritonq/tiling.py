@@ -318,7 +318,9 @@ def _rows_of_groups(x: Tensor, fmt: Format) -> Tensor:
     return groups.transpose(1, 2).reshape(-1, *fmt.group)
 
 
-SEARCHED = 1 << 15  # elements of a tile, per thread: every candidate passes over it, so it has to stay in the cache
+# Elements of a tile of `search`, per thread and at most: every candidate passes over it with a scale a group, and inner
+# loops run over neighbouring groups, which have to be many.
+SEARCHED, MOST_SEARCHED = 1 << 19, 1 << 21
 
 
 @reuse()
@@ -327,7 +329,7 @@ def search(x: Tensor, fmt: Format, parts: reference.Parts, importance: Tensor | 
     divisor = parts.get("tensor_scale")
     slabs = list(_slabs(x, None, parts["scale"], parts.get("zero_point"), fmt))
     whole = fmt.group[0] == -1
-    budget = SEARCHED * max(2, torch.get_num_threads())
+    budget = min(SEARCHED * torch.get_num_threads(), MOST_SEARCHED)
 
     def load(slab: _Slab, rows: slice, cols: slice) -> tuple[Tensor, Tensor | None]:
         values = reference.to_float32(slab.x[rows, cols])  # copied again by the search before it is reused
