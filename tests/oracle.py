@@ -431,3 +431,17 @@ def assert_same_parts(got: dict, expected: dict, what: str = "") -> None:
     assert got.keys() == expected.keys()
     for name in expected:
         assert_same(got[name], expected[name], f"{what} {name}")
+
+
+def check_replay(x, step):
+    """A CUDA graph holds all of step(), which reads x on a GPU and returns tensors: a replay on new data gives what an
+    eager call gives."""
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.copy_(torch.randn(x.shape).to(x.dtype) * 3)
+    graph.replay()
+    for got, expected in zip(captured, step(), strict=True):
+        assert torch.equal(got, expected)

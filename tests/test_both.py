@@ -8,7 +8,7 @@ import torch
 from conftest import INTERPRET
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import assert_same_parts
+from oracle import assert_same_parts, check_replay
 from test_laws import DTYPES, KINDS, LAYOUTS, NAMES, examples, get_format, lay_out, values
 
 import tritonq as tq
@@ -180,34 +180,17 @@ def test_cuda_graph(name):
     def step():
         return [part.view(torch.uint8) for side in ops.quantize_both(x, name) for part in side.values()]
 
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    x.copy_(torch.randn(256, 1024).bfloat16() * 3)
-    graph.replay()
-    for got, expected in zip(captured, step(), strict=True):
-        assert torch.equal(got, expected)
+    check_replay(x, step)
 
 
 # --------------------------------------------------------------------------------------------------- compilation
 
 
 def launches(name, shape, dtype=torch.bfloat16, transposed=False):
-    import test_compile
-    from triton.runtime.jit import JITFunction
+    from test_compile import launched
 
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            JITFunction, "run",
-            lambda self, *args, grid=None, warmup=False, **kw: found.append(test_compile.Launch(self, args, kw)),
-        )  # fmt: skip
-        patch.setattr(ops, "uses_triton", lambda x: True)
-        plans.forget()
-        x = torch.zeros(shape, dtype=dtype)
-        ops.quantize_both(x.mT if transposed else x, name)
+    x = torch.zeros(shape, dtype=dtype)
+    found = launched(lambda: ops.quantize_both(x.mT if transposed else x, name))
     return [one for one in found if one.name == "both_kernel"]
 
 

@@ -176,18 +176,6 @@ def test_compiles(target, tmp_path):
 
 
 def launches(shape, dtype=torch.bfloat16):
-    import test_compile
-    from triton.runtime.jit import JITFunction
+    from test_compile import launched
 
-    from tritonq import ops
-
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            JITFunction, "run",
-            lambda self, *args, grid=None, warmup=False, **kw: found.append(test_compile.Launch(self, args, kw)),
-        )  # fmt: skip
-        patch.setattr(ops, "uses_triton", lambda x: True)
-        plans.forget()
-        tq.hadamard(torch.zeros(shape, dtype=dtype), seed=1)
-    return found
+    return launched(lambda: tq.hadamard(torch.zeros(shape, dtype=dtype), seed=1))

@@ -11,7 +11,7 @@ PACKAGE = Path(tritonq.formats.__file__).parent
 LAYERS = (
     ("formats", "codecs"), ("reference", "kernels", "scale_tiles", "rotation"),
     ("tuning", "tuning_cache", "tuning_files", "tiling", "launch", "memory", "plans"),
-    ("ops",), ("autograd", "ste", "tune"), ("tensor",),
+    ("ops", "operators"), ("autograd", "ste", "tune"), ("tensor",),
     ("offload", "nn"), ("calibrate", "io"), ("integrations", "bench", "cli", "demo", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -172,19 +172,13 @@ def test_one_launch(device, monkeypatch):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950"])
 def test_compiles(target, tmp_path):
     import test_compile
-    from triton.runtime.jit import JITFunction
 
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            JITFunction, "run",
-            lambda self, *args, grid=None, warmup=False, **kw: found.append(test_compile.Launch(self, args, kw)),
-        )  # fmt: skip
-        patch.setattr(ops, "uses_triton", lambda x: True)
-        plans.forget()
+    def call():
         for name, shape in (("mxfp8", (64, 4096)), ("mxfp4", (3, 100, 352)), ("nvfp4", (64, 4096))):
             for rounding in ("nearest", "stochastic"):
                 ops.quantize(torch.zeros(shape, dtype=torch.bfloat16), name, swizzled=True, rounding=rounding)
+
+    found = test_compile.launched(call)
     compiled = [one for one in found if one.constants.get("SWIZZLED")]
     assert [one.constants["ROUNDING"] for one in compiled] == [0, 1] * 3
     for one in compiled:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonq import ops
+from tritonq import operators, ops
 from tritonq.formats import Format, Shape, get_format
 from tritonq.reference import Parts
 
@@ -43,7 +43,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.tritonq.qdq_backward(x, dy, ctx.fmt.name, *given), None, None, None, None, None
 
 
-torch.library.register_autograd("tritonq::qdq", _backward, setup_context=_setup_context, lib=ops.library)
+torch.library.register_autograd("tritonq::qdq", _backward, setup_context=_setup_context, lib=operators.library)
 
 
 def _setup_hadamard(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -55,7 +55,9 @@ def _hadamard_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 # The transform is orthogonal: its transpose is its inverse.
-torch.library.register_autograd("tritonq::hadamard", _hadamard_backward, setup_context=_setup_hadamard, lib=ops.library)
+torch.library.register_autograd(
+    "tritonq::hadamard", _hadamard_backward, setup_context=_setup_hadamard, lib=operators.library
+)
 
 
 def qdq(

@@ -2,8 +2,8 @@
 
 GPU tensors go to the Triton kernels, CPU tensors to the tiled torch path (`tritonq.tiling`); both give the same bits.
 
-The same functions are operators of torch, `torch.ops.tritonq.*`, with shapes for tracing. Whoever traces (compile and
-export, fake tensors, dispatch modes, function transforms) is sent there; eager calls save themselves the dispatcher.
+The same functions are operators of torch (`tritonq.operators`). Whoever traces (compile and export, fake tensors,
+dispatch modes, function transforms) is sent there; eager calls save themselves the dispatcher.
 """
 
 from __future__ import annotations
@@ -167,6 +167,17 @@ def _name(fmt: Format) -> str:
     if not torch.compiler.is_compiling() and get_format(fmt.name) != fmt:
         raise ValueError(f"{fmt.name!r} names another format in the registry; register yours under a name of its own")
     return fmt.name
+
+
+def _bits(part: Tensor) -> Tensor:
+    """8-bit floats pass through operators as bytes: torch can do little more with them than cast."""
+    return part.view(torch.uint8) if part.dtype.itemsize == 1 and part.dtype.is_floating_point else part
+
+
+def _typed(values: Sequence[Tensor | None], fmt: Format, shape: Shape) -> Parts:
+    """Parts by name, in their own dtypes again."""
+    storage = fmt.storage(shape).items()
+    return {name: v.view(dtype) for (name, (_, dtype)), v in zip(storage, values, strict=True) if v is not None}
 
 
 def _only_launch(x: Tensor, fmt: Format, mode: str) -> Plan | None:
@@ -513,11 +524,7 @@ def _qdq_backward(
     if fmt.tensor_scale and tensor_scale is None:
         parts["tensor_scale"].copy_(_tensor_scale(x, fmt))
     if not given:
-        if uses_triton(x):
-            with _device_of(x):
-                plans.scales(x, fmt, parts)
-        else:
-            tiling.choose(x, fmt, parts)
+        _choose_scales(x, fmt, parts)
     tiling.clip_gradient(x, dy.contiguous(), fmt, parts, dx)
     return dx
 
@@ -618,7 +625,7 @@ def hadamard(
     return torch.ops.tritonq.hadamard(x, rotation.sign_bits(seed, signs), inverse)
 
 
-def _hadamard_operator(x: Tensor, signs: int, inverse: bool) -> Tensor:
+def _hadamard(x: Tensor, signs: int, inverse: bool) -> Tensor:
     x = x.resolve_neg()
     y = empty(x.shape, x.dtype, x.device)
     if x.numel():
@@ -643,25 +650,30 @@ def _run(
     seed: int | None = None,
 ) -> None:
     weights = _weights(importance, fmt)  # refused before anything is written
-    if x.numel() == 0 or not uses_triton(x):
+    triton = uses_triton(x) and x.numel() > 0
+    with _device_of(x):
         if fmt.tensor_scale and not given_tensor_scale:
-            parts["tensor_scale"].copy_(tiling.tensor_scale(x, fmt))
+            if triton:
+                plans.tensor_scale(x, fmt, parts["tensor_scale"])
+            else:
+                parts["tensor_scale"].copy_(tiling.tensor_scale(x, fmt))
         if x.numel() == 0:
             if not given and "scale" in parts:
                 _empty_scales(x, fmt, parts)
             return
         if search:
-            tiling.choose(x, fmt, parts)
-            tiling.search(x, fmt, parts, weights)
-        tiling.encode(x, fmt, parts, given or search, y, seed=seed)
-        return
+            _choose_scales(x, fmt, parts, True, weights)
+        encode = plans.encode if triton else tiling.encode
+        encode(x, fmt, parts, given or search, y, seed=seed)
+
+
+def _choose_scales(x: Tensor, fmt: Format, parts: Parts, search: bool = False, weights: Tensor | None = None) -> None:
+    """Scales (and zero points) alone, by the rule or by a search; the tensor scale is there."""
+    triton = uses_triton(x)
     with _device_of(x):
-        if fmt.tensor_scale and not given_tensor_scale:
-            plans.tensor_scale(x, fmt, parts["tensor_scale"])
+        (plans.scales if triton else tiling.choose)(x, fmt, parts)
         if search:
-            plans.scales(x, fmt, parts)
-            plans.best_scales(x, fmt, parts, weights)
-        plans.encode(x, fmt, parts, given or search, y, seed)
+            (plans.best_scales if triton else tiling.search)(x, fmt, parts, weights)
 
 
 def _empty_scales(x: Tensor, fmt: Format, parts: Parts) -> None:
@@ -684,163 +696,3 @@ def _device_of(x: Tensor) -> Any:
 
 
 _NO_CONTEXT = contextlib.nullcontext()
-
-
-# --------------------------------------------------------------------------------------------- operators of torch
-
-library = torch.library.Library("tritonq", "DEF")
-_GIVEN = "Tensor? scale=None, Tensor? zero_point=None, Tensor? tensor_scale=None"
-_SEED = "Tensor? seed=None"  # one int64 on the CPU; with it, rounding is stochastic
-
-
-def _bits(part: Tensor) -> Tensor:
-    """8-bit floats pass through operators as bytes: torch can do little more with them than cast."""
-    return part.view(torch.uint8) if part.dtype.itemsize == 1 and part.dtype.is_floating_point else part
-
-
-def _typed(values: Sequence[Tensor | None], fmt: Format, shape: Shape) -> Parts:
-    """Parts by name, in their own dtypes again."""
-    storage = fmt.storage(shape).items()
-    return {name: v.view(dtype) for (name, (_, dtype)), v in zip(storage, values, strict=True) if v is not None}
-
-
-def _scales(fmt: Format, given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Scale, zero point and tensor scale; an operator's arguments that keep their default are not passed on."""
-    scale, zero_point, tensor_scale = (*given, None, None, None)[:3]
-    return None if scale is None else scale.view(fmt.scale.dtype), zero_point, tensor_scale
-
-
-def _quantize_operator(
-    x: Tensor,
-    name: str,
-    scale: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    tensor_scale: Tensor | None = None,
-    search: bool = False,
-    importance: Tensor | None = None,
-    seed: Tensor | None = None,
-) -> list[Tensor]:
-    fmt = get_format(name)
-    check_input(x, fmt)
-    given = _scales(fmt, (scale, zero_point, tensor_scale))
-    parts = _quantize(x, fmt, *given, search=search, importance=importance, seed=_value(seed))
-    return [_bits(part) for part in parts.values()]
-
-
-def _quantize_fake(x: Tensor, name: str, *given: Any) -> list[Tensor]:
-    storage = get_format(name).storage(tuple(x.shape)).values()
-    return [_bits(x.new_empty(shape, dtype=dtype)) for shape, dtype in storage]
-
-
-def _quantize_swizzled_operator(
-    x: Tensor, name: str, tensor_scale: Tensor | None = None, seed: Tensor | None = None
-) -> list[Tensor]:
-    fmt = get_format(name)
-    check_input(x, fmt)
-    scale_tiles.check_format(fmt)
-    return [_bits(part) for part in _quantize_swizzled(x, fmt, tensor_scale, seed=_value(seed)).values()]
-
-
-def _quantize_swizzled_fake(x: Tensor, name: str, *given: Any) -> list[Tensor]:
-    qdata, scale, *rest = _quantize_fake(x, name)
-    return [qdata, scale.new_empty(scale_tiles.swizzled_shape(tuple(scale.shape))), *rest]
-
-
-def _quantize_both_operator(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
-    fmt = get_format(name)
-    check_both(x, fmt)
-    return [_bits(part) for side in _quantize_both(x, fmt, tensor_scale) for part in side.values()]
-
-
-def _quantize_both_fake(x: Tensor, name: str, tensor_scale: Tensor | None = None) -> list[Tensor]:
-    return [*_quantize_fake(x, name), *_quantize_fake(x.mT, name)]
-
-
-def _qdq_operator(
-    x: Tensor,
-    name: str,
-    scale: Tensor | None = None,
-    zero_point: Tensor | None = None,
-    tensor_scale: Tensor | None = None,
-    seed: Tensor | None = None,
-) -> Tensor:
-    fmt = get_format(name)
-    check_input(x, fmt)
-    return _qdq(x, fmt, *_scales(fmt, (scale, zero_point, tensor_scale)), seed=_value(seed))
-
-
-def _qdq_backward_operator(x: Tensor, dy: Tensor, name: str, *given: Tensor | None) -> Tensor:
-    fmt = get_format(name)
-    return _qdq_backward(x, dy, fmt, *_scales(fmt, given))
-
-
-def _dequantize_operator(
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    tensor_scale: Tensor | None,
-    name: str,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-    **supers: Tensor | None,
-) -> Tensor:
-    fmt = get_format(name)
-    parts = {"qdata": qdata, "scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale, **supers}
-    values = [parts[part] for part in fmt.storage(tuple(shape))]
-    return _dequantize(_typed(values, fmt, tuple(shape)), fmt, tuple(shape), dtype)
-
-
-def _operator(schema: str, function: Any, fake: Any, *tags: torch.Tag) -> None:
-    name = schema.partition("(")[0]
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tritonq::{name}", fake, lib=library)
-
-
-_operator(
-    f"quantize(Tensor x, str format, {_GIVEN}, bool search=False, Tensor? importance=None, {_SEED}) -> Tensor[]",
-    _quantize_operator,
-    _quantize_fake,
-)
-_operator(
-    "hadamard(Tensor x, int signs, bool inverse) -> Tensor",
-    _hadamard_operator,
-    lambda x, signs, inverse: x.new_empty(x.shape),
-)
-_operator(
-    f"quantize_swizzled(Tensor x, str format, Tensor? tensor_scale=None, {_SEED}) -> Tensor[]",
-    _quantize_swizzled_operator,
-    _quantize_swizzled_fake,
-)
-_operator(
-    "quantize_both(Tensor x, str format, Tensor? tensor_scale=None) -> Tensor[]",
-    _quantize_both_operator,
-    _quantize_both_fake,
-)
-_operator(
-    f"qdq(Tensor x, str format, {_GIVEN}, {_SEED}) -> Tensor", _qdq_operator, lambda x, *_, **__: x.new_empty(x.shape)
-)
-_operator(
-    f"qdq_backward(Tensor x, Tensor dy, str format, {_GIVEN}) -> Tensor",
-    _qdq_backward_operator,
-    lambda x, dy, *_, **__: dy.new_empty(x.shape),
-)
-_operator(
-    "dequantize(Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? tensor_scale, str format, SymInt[] shape, "
-    f"ScalarType dtype, *, {', '.join(f'Tensor? {part}=None' for part in SUPER_PARTS)}) -> Tensor",
-    _dequantize_operator,
-    lambda qdata, scale, zero_point, tensor_scale, format, shape, dtype, **_: qdata.new_empty(shape, dtype=dtype),
-)
-_operator(
-    "tensor_scale(Tensor x, str format) -> Tensor",
-    lambda x, name: _tensor_scale(x, get_format(name)),
-    lambda x, name: x.new_empty(1, dtype=torch.float32),
-)
-# Inductor would replace torch.randint by numbers of its own; this draws what an eager call draws. Graphs merge calls of
-# an operator with the same arguments, although it is tagged as random, but no two empty tensors: each seed takes one.
-_operator(
-    "seed(Tensor fresh) -> Tensor",
-    lambda fresh: _draw(),
-    lambda fresh: torch.empty((), dtype=torch.int64),
-    torch.Tag.nondeterministic_seeded,
-)

@@ -83,6 +83,12 @@ def _stochastic(m: tiling.Matrix, fmt: Format, shape: Shape) -> _Rounding:
     return (1 if whole_tiles and whole_rows and first % 4 == 0 else 2), (first,)
 
 
+def _packing(m: tiling.Matrix, fmt: Format, config: tuning.Config, mode: str, aligned: bool) -> tuple[bool, bool]:
+    """PARTIAL and WORDS of a kernel: whether the last byte of a row is not full, whether codes move as 32-bit words."""
+    words = aligned and mode == "quantize" and tuning.in_words(fmt, m.columns, config)
+    return m.columns * fmt.bits % 8 != 0, words
+
+
 def _group_plan(
     m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device,
     rounding: _Rounding = _NEAREST, swizzled: bool = False,
@@ -93,8 +99,7 @@ def _group_plan(
     if swizzled:
         rows, columns = scale_tiles.padded(m.rows, -(-m.columns // fmt.group[1]))
         tiles = -(-rows // config["M"]), -(-columns // config["GROUPS"])
-    partial, flat = m.columns * fmt.bits % 8 != 0, m.batch * tiles[0] == 1
-    words = aligned and mode == "quantize" and tuning.in_words(fmt, m.columns, config)
+    (partial, words), flat = _packing(m, fmt, config, mode, aligned), m.batch * tiles[0] == 1
     extents = (config[k] for k in ("S", "M", "R", "GROUPS", "W"))
     return Plan(
         group_kernel,
@@ -113,8 +118,7 @@ def _super_group_plan(
     from tritonq.kernels.super_groups import super_group_kernel
 
     config, tiles = tuning.group_config(m.rows, m.columns, fmt, mode, _choice(mode, m, fmt, dtype, device))
-    partial, flat = m.columns * fmt.bits % 8 != 0, m.batch * tiles[0] == 1
-    words = aligned and mode == "quantize" and tuning.in_words(fmt, m.columns, config)
+    (partial, words), flat = _packing(m, fmt, config, mode, aligned), m.batch * tiles[0] == 1
     return Plan(
         super_group_kernel,
         m.batch * tiles[0] * tiles[1],
@@ -132,12 +136,12 @@ def _row_plan(
     from tritonq.kernels.quantize import row_kernel
 
     config = tuning.row_config(_choice(f"row_{mode}", m, fmt, dtype, device))
-    words = aligned and mode == "quantize" and tuning.in_words(fmt, m.columns, config)
+    partial, words = _packing(m, fmt, config, mode, aligned)
     return Plan(
         row_kernel,
         m.batch * m.rows,
         (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *m.strides),
-        (fmt, mode, rounding[0], _limit(dtype), m.columns * fmt.bits % 8 != 0, words, config["BLOCK_N"]),
+        (fmt, mode, rounding[0], _limit(dtype), partial, words, config["BLOCK_N"]),
         _options(config, dtype, rounding[0]),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
@@ -152,8 +156,7 @@ def _apply_plan(
     op = "apply" if mode == "quantize" else "apply_qdq"
     config = tuning.flat_config(m.rows, m.columns, fmt, _choice(op, m, fmt, dtype, device))
     tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
-    partial, flat = m.columns * fmt.bits % 8 != 0, m.batch * tiles[0] == 1
-    words = aligned and mode == "quantize" and tuning.in_words(fmt, m.columns, config)
+    (partial, words), flat = _packing(m, fmt, config, mode, aligned), m.batch * tiles[0] == 1
     return Plan(
         apply_kernel,
         m.batch * tiles[0] * tiles[1],
