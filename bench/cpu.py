@@ -88,14 +88,17 @@ def run(shape: tuple[int, int], threads: int, repeats: int) -> dict[str, Any]:
     for against, (name, naive) in NAIVE.items():
         if not torch.equal(ops.qdq(x, name), naive(x)):
             raise SystemExit(f"{name}: the CPU path and the naive definition differ")
-        ours, theirs = seconds(lambda name=name: ops.qdq(x, name), repeats), seconds(lambda fn=naive: fn(x), 5)
-        row = {
-            "format": name, "op": "qdq", "against": against, "ms": round(ours * 1e3, 1),
-            "naive_ms": round(theirs * 1e3, 1), "speedup": round(theirs / ours, 2), "of_copy": round(copy / ours, 4),
-        }  # fmt: skip
-        result["rows"].append(row)
-        times = f"{row['ms']} ms, naive {row['naive_ms']} ms: {row['speedup']}x"
-        print(f"{against:33} {times}; {100 * row['of_copy']:.0f}% of copy")
+        theirs = seconds(lambda fn=naive: fn(x), 5)
+        for out in (None, y):
+            ours = seconds(lambda name=name, out=out: ops.qdq(x, name, out=out), repeats)
+            row = {
+                "format": name, "op": "qdq", "against": against, "out": "fresh" if out is None else "given",
+                "ms": round(ours * 1e3, 1), "naive_ms": round(theirs * 1e3, 1), "speedup": round(theirs / ours, 2),
+                "of_copy": round(copy / ours, 4),
+            }  # fmt: skip
+            result["rows"].append(row)
+            times = f"{row['ms']} ms ({row['out']} output), naive {row['naive_ms']} ms: {row['speedup']}x"
+            print(f"{against:33} {times}; {100 * row['of_copy']:.0f}% of copy")
     return result
 
 

@@ -10,6 +10,7 @@ minima of groups, if they have any, as `zero_point`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -76,16 +77,23 @@ def spread(per_group: Tensor, fmt: Format) -> Tensor:
 
 
 def group_range(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """Largest and smallest element of each group (NaN where one is NaN); rules that only look at |x| get (a, -a)."""
+    """Largest and smallest element of each group (NaN where one is NaN); rules that only look at |x| get (a, -a). They
+    lie in buffers: those of the next tile overwrite them."""
     groups = grouped(x, fmt)
     axes = (-3, -1) if fmt.group[0] > 1 else (-1,)
     if groups.shape[-1] == 0:
         zero = x.new_zeros(fmt.scale_shape(tuple(x.shape)))
         return zero, zero
     if fmt.scale.signed_range:
-        return groups.amax(axes), groups.amin(axes)
-    largest = torch.abs(groups, out=buffer("work", groups)).amax(axes)
-    return largest, -largest
+        return _extreme(torch.amax, "high", groups, axes), _extreme(torch.amin, "low", groups, axes)
+    largest = _extreme(torch.amax, "high", torch.abs(groups, out=buffer("work", groups)), axes)
+    return largest, torch.neg(largest, out=buffer("low", largest))
+
+
+def _extreme(reduction: Callable[..., Tensor], name: str, groups: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """A reduction of groups along their axes, in the buffer of that name."""
+    like = groups[..., 0, :, 0] if len(axes) == 2 else groups[..., 0]
+    return reduction(groups, axes, out=buffer(name, like))
 
 
 def tensor_scale(x: Tensor, fmt: Format) -> Tensor:

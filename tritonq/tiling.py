@@ -1,6 +1,6 @@
 """Tiles: how a tensor of any rank and strides becomes matrices for a kernel, and the CPU path.
 
-The CPU path runs the torch reference on tiles whose fp32 intermediates take 2 MiB a thread, in buffers that it reuses:
+The CPU path runs the torch reference on tiles whose fp32 intermediates take 3 MiB a thread, in buffers that it reuses:
 naive eager code spends most of its time in page faults of fresh intermediates.
 """
 
@@ -21,7 +21,7 @@ from tritonq.codecs import search as search_codec
 from tritonq.codecs.scratch import reuse
 from tritonq.formats import SUPER_PARTS, Format, Shape
 
-SCRATCH = 2 << 20  # bytes of fp32 intermediates of a CPU tile, per thread
+SCRATCH = 3 << 20  # bytes of fp32 intermediates of a CPU tile, per thread
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ _RANDOM = 7  # fp32 tensors' worth of scratch of stochastic rounding: counters, 
 def _budget(device: torch.device, fmt: Format, stochastic: bool = False) -> int:
     """Elements of a tile."""
     keeps = max(fmt.element.codec.scratch, 1 if fmt.scale.signed_range else 2)  # |x| beside x
-    keeps += _RANDOM * stochastic
+    keeps += _RANDOM * stochastic + bool(fmt.super_group)
     return SCRATCH // (4 * keeps) * (torch.get_num_threads() if device.type == "cpu" else 64)
 
 
@@ -251,6 +251,8 @@ def _choose(tiles: _Shared, fmt: Format, divisor: Tensor | None) -> Tensor | Non
     elements where it is one tile, so that they are not loaded twice."""
     x = _load(*tiles[0])
     hi, lo = reference.group_range(x, tiles[0][1].fmt)
+    if len(tiles) > 1:
+        hi, lo = hi.clone(), lo.clone()
     for slab, tile in tiles[1:]:  # a list of results would pin the heap between the tiles
         high, low = reference.group_range(_load(slab, tile), tile.fmt)
         hi, lo = torch.maximum(hi, high), torch.minimum(lo, low)

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from tritonq.codecs import minifloat
+from tritonq.codecs.scratch import buffer
 
 _INF = 0x7F800000
 
@@ -78,7 +79,7 @@ def store(raw: Tensor, bad: Tensor | None, scale: Any) -> Tensor:
 
 def non_finite(hi: Tensor, lo: Tensor) -> Tensor | None:
     """Which groups have a non-finite element; None where none has."""
-    if math.isfinite(float((hi - lo).sum())):  # differences are not negative, so infinity and NaN reach the sum
+    if math.isfinite(float(torch.sub(hi, lo, out=buffer("range", hi)).sum())):  # differences are not negative, so infinity and NaN reach the sum
         return None
     return ~(torch.isfinite(hi) & torch.isfinite(lo))
 
@@ -108,14 +109,15 @@ def raw(hi: Tensor, lo: Tensor, fmt: Any, tensor_scale: Tensor | None = None) ->
     levels = 1 << element.bits
     if rule == "minmax":
         return hi.clamp(min=0.0).sub_(lo.clamp(max=0.0)).div_(levels - 1)
+    largest = torch.maximum(hi, torch.neg(lo, out=buffer("largest", lo)), out=buffer("largest", lo))
     if rule == "full_range":
         # The sign of -(hi + lo), which is -0 on a tie. torch.where takes ten times as long.
-        return torch.maximum(hi, -lo).copysign_((hi + lo).neg_()).div_(levels // 2)
+        return largest.copysign_(torch.add(hi, lo, out=buffer("range", hi)).neg_()).div_(levels // 2)
     if rule == "half_range":
-        return torch.maximum(hi, -lo).div_((levels - 1) / 2)
+        return largest.div_((levels - 1) / 2)
     if tensor_scale is not None:
-        return torch.maximum(hi, -lo).mul_(tensor_scale).div_(element.max)
-    return torch.maximum(hi, -lo).div_(element.max)
+        largest = largest.mul_(tensor_scale)
+    return largest.div_(element.max)
 
 
 def load(scale: Tensor, fmt: Any, tensor_scale: Tensor | None = None) -> Tensor:
