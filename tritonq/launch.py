@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,9 +27,12 @@ class Plan:
 
     The first call on a device with tensors of some alignment compiles; later ones go to the driver at once. Types and
     sizes of the tensors have to be those of the first call.
+
+    `ready`, by device index, holds what launches on the current stream, given the addresses of tensors that all begin
+    at multiples of 16, once it is compiled. It is there for calls whose host time counts.
     """
 
-    __slots__ = ("_aligned", "_others", "bits", "constants", "integers", "kernel", "options", "programs")
+    __slots__ = ("_others", "bits", "constants", "integers", "kernel", "options", "programs", "ready")
 
     def __init__(
         self,
@@ -41,8 +45,8 @@ class Plan:
     ) -> None:
         self.kernel, self.programs, self.integers, self.constants = kernel, programs, integers, constants
         self.options, self.bits = options, bits
-        self._aligned: dict[int | None, Any] = {}  # by device index
-        self._others: dict[tuple[Any, ...], Any] = {}  # by device index, and which tensors begin at multiples of 16
+        self.ready: dict[int, Callable[..., None]] = {}
+        self._others: dict[tuple[Any, ...], Callable[..., None]] = {}  # by device, and which tensors are aligned
 
     def __call__(self, *tensors: Tensor, seed: tuple[int, ...] = ()) -> None:
         addresses = [t.data_ptr() for t in tensors]
@@ -50,29 +54,20 @@ class Plan:
         for address in addresses:
             bits |= address
         device = tensors[0].get_device()
-        if bits & 15 == 0:
-            found = self._aligned.get(device)
-            if found is None:
-                self._aligned[device] = self._first(tensors, seed)
-                return
-        else:
-            key = (device, *[address & 15 == 0 for address in addresses])
-            found = self._others.get(key)
-            if found is None:
-                self._others[key] = self._first(tensors, seed)
-                return
-        compiled, run, function, metadata, hooks = found
-        if hooks.calls:  # a profiler listens
-            compiled[(self.programs, 1, 1)](*tensors, *seed, *self.integers, *self.constants)
+        aligned = bits & 15 == 0
+        key = () if aligned else (device, *[address & 15 == 0 for address in addresses])
+        run = self.ready.get(device) if aligned else self._others.get(key)
+        if run is not None:
+            run(*addresses, *seed)
             return
-        # Addresses instead of tensors: the launcher would ask the driver about each tensor.
-        run(
-            self.programs, 1, 1, torch._C._cuda_getCurrentRawStream(device), function, metadata, None, None, None,
-            *addresses, *seed, *self.integers, *self.constants,
-        )  # fmt: skip
+        run = self._first(tensors, seed)
+        if run is not None and aligned:
+            self.ready[device] = run
+        elif run is not None:
+            self._others[key] = run
 
-    def _first(self, tensors: tuple[Tensor, ...], seed: tuple[int, ...]) -> Any:
-        """Launch through Triton; what later launches need, or None where they have to come here again."""
+    def _first(self, tensors: tuple[Tensor, ...], seed: tuple[int, ...]) -> Callable[..., None] | None:
+        """Launch through Triton; what later launches call, or None where they have to come here again."""
         seen = [as_integers(t) if i in self.bits else t for i, t in enumerate(tensors)]
         # A fused multiply-add would round differently from torch.
         compiled = self.kernel[(self.programs,)](
@@ -80,7 +75,48 @@ class Plan:
         )
         if not tensors[0].is_cuda or compiled is None:
             return None
-        from triton import knobs
+        return _launcher(compiled, self.programs, (*self.integers, *self.constants), tensors[0].get_device())
 
-        hooks = knobs.runtime.launch_enter_hook
-        return compiled, compiled.run, compiled.function, compiled.packed_metadata, hooks
+
+def _launcher(compiled: Any, programs: int, rest: tuple[Any, ...], device: int) -> Callable[..., None]:
+    """What launches a compiled kernel on the current stream, given addresses: its launcher would ask the driver about
+    each tensor."""
+    from triton import knobs
+
+    stream, hooks = torch._C._cuda_getCurrentRawStream, knobs.runtime.launch_enter_hook
+    driver, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    into_driver = _into_driver(driver)
+
+    def launch(*arguments: int) -> None:
+        if hooks.calls:  # a profiler listens
+            compiled[(programs, 1, 1)](*arguments, *rest)
+        elif into_driver is None:
+            driver(programs, 1, 1, stream(device), function, metadata, None, None, None, *arguments, *rest)
+        else:
+            into_driver(programs, stream(device), function, metadata, (*arguments, *rest))
+
+    return launch
+
+
+def _into_driver(launcher: Any) -> Callable[[int, int, Any, Any, tuple[Any, ...]], None] | None:
+    """The C function below Triton's launcher, where this version of Triton is known and the kernel takes no scratch
+    memory, which is what the launcher looks after."""
+    import triton
+
+    version = tuple(triton.__version__.split(".")[:2])
+    try:
+        if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
+            return None
+        start, options = launcher.launch, (launcher.launch_cooperative_grid, launcher.launch_pdl)
+        if version == ("3", "6"):
+            return lambda programs, stream, function, metadata, arguments: start(
+                programs, 1, 1, stream, function, *options, None, None, metadata, None, None, None, *arguments
+            )
+        if version == ("3", "9"):
+            types = launcher.arg_annotations, launcher.kernel_signature
+            return lambda programs, stream, function, metadata, arguments: start(
+                programs, 1, 1, stream, function, *options, metadata, None, None, None, None, None, *types, arguments
+            )
+    except AttributeError:
+        pass
+    return None

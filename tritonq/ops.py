@@ -182,7 +182,7 @@ def _typed(values: Sequence[Tensor | None], fmt: Format, shape: Shape) -> Parts:
 
 def _only_launch(x: Tensor, fmt: Format, mode: str) -> Plan | None:
     """The plan of an eager call on the current GPU that is a single launch with nothing to check first."""
-    if not isinstance(x, Tensor) or not x.is_cuda or traced(x) or x.is_neg() or not _triton_installed():
+    if traced(x) or not x.is_cuda or x.is_neg() or not _triton_installed():
         return None
     if x.get_device() != torch._C._cuda_getDevice():
         return None
@@ -216,8 +216,9 @@ def _value(seed: Tensor | None) -> int | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _storage(fmt: Format, shape: Shape) -> tuple[tuple[str, Shape, torch.dtype], ...]:
-    return tuple((name, s, d) for name, (s, d) in fmt.storage(shape).items())
+def _storage(fmt: Format, shape: Shape) -> tuple[tuple[str, Shape, Shape, torch.dtype], ...]:
+    """Name, shape, strides and dtype of the parts."""
+    return tuple((name, s, tiling.contiguous_strides(s), d) for name, (s, d) in fmt.storage(shape).items())
 
 
 def quantize(
@@ -266,7 +267,11 @@ def quantize(
     ):
         plan = _only_launch(x, fmt, "quantize")
         if plan is not None:
-            parts = {name: torch.empty(s, dtype=d, device=x.device) for name, s, d in _storage(fmt, x.shape)}
+            device = x.device
+            parts = {
+                name: torch.empty_strided(s, strides, dtype=d, device=device)
+                for name, s, strides, d in _storage(fmt, x.shape)
+            }
             chosen = parts["scale"]
             plan(x, parts["qdata"], chosen, parts.get("zero_point", chosen), x)
             return parts
@@ -439,11 +444,18 @@ def qdq(
     if scale is None and zero_point is None and tensor_scale is None and rounding == "nearest":
         plan = _only_launch(x, fmt, "qdq")
         if plan is not None:
-            if out is None:
-                y = torch.empty_like(x, memory_format=torch.contiguous_format)
-            else:
+            if out is not None:
                 y = _checked_values(out, x.shape, x.dtype, x.device)
-            plan(x, y, y, y, x)
+            elif x.is_contiguous():
+                y = torch.empty_like(x)
+            else:
+                y = torch.empty_like(x, memory_format=torch.contiguous_format)
+            of_x, of_y = x.data_ptr(), y.data_ptr()
+            run = plan.ready.get(x.get_device()) if (of_x | of_y) & 15 == 0 else None
+            if run is None:
+                plan(x, y, y, y, x)
+            else:
+                run(of_x, of_y, of_y, of_y, of_x)
             return y
     check_input(x, fmt)
     seed = _seed(rounding, generator, x)
@@ -548,8 +560,9 @@ def dequantize(
     if out is not None:
         _checked_values(out, shape, dtype, qdata.device)
     if qdata.is_cuda and _triton_installed() and qdata.get_device() == torch._C._cuda_getDevice():
-        plan = plans.single_decode(tuple(shape), dtype, fmt, qdata.data_ptr() % 4 == 0, qdata.device)
-        if plan is not None and all(part.is_contiguous() for part in parts.values()):
+        shape = tuple(shape)
+        plan = plans.single_decode(shape, dtype, fmt, qdata.data_ptr() % 4 == 0, qdata.device)
+        if plan is not None and all(map(Tensor.is_contiguous, parts.values())):
             y = torch.empty(shape, dtype=dtype, device=qdata.device) if out is None else out
             scale = parts["scale"]
             plan(qdata, scale, parts.get("zero_point", scale), parts.get("tensor_scale", y), y)

@@ -252,8 +252,7 @@ def single_decode(shape: Shape, dtype: torch.dtype, fmt: Format, aligned: bool, 
     """The one launch that dequantizes contiguous parts, if one is enough."""
     if fmt.super_group or math.prod(shape) == 0:
         return None
-    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    (m, plan), *others = _decode_plans(shape, strides, dtype, fmt, aligned, device)
+    (m, plan), *others = _decode_plans(shape, tiling.contiguous_strides(shape), dtype, fmt, aligned, device)
     return None if others or m.index else plan
 
 

@@ -68,6 +68,11 @@ def is_contiguous(shape: Shape, strides: Shape) -> bool:
     return True
 
 
+def contiguous_strides(shape: Shape) -> Shape:
+    """Strides of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
 def matrices(of_shape: Shape, of_strides: Shape, fmt: Format) -> list[Matrix]:
     """The fewest [batch, N, K] slabs that need no copy. Rows of a block format stay whole matrices."""
     shape, strides = list(of_shape), list(of_strides)

@@ -79,7 +79,8 @@ def store(raw: Tensor, bad: Tensor | None, scale: Any) -> Tensor:
 
 def non_finite(hi: Tensor, lo: Tensor) -> Tensor | None:
     """Which groups have a non-finite element; None where none has."""
-    if math.isfinite(float(torch.sub(hi, lo, out=buffer("range", hi)).sum())):  # differences are not negative, so infinity and NaN reach the sum
+    differences = torch.sub(hi, lo, out=buffer("range", hi))  # none is negative: infinity and NaN reach the sum
+    if math.isfinite(float(differences.sum())):
         return None
     return ~(torch.isfinite(hi) & torch.isfinite(lo))
 

@@ -38,8 +38,10 @@ def keys(x, FMT: tl.constexpr):
 def magnitudes(high, low, FMT: tl.constexpr):
     """Maximal keys to the bits of max(x, 0) and max(-x, 0) over the group; or of max |x|, twice."""
     if FMT.scale.signed_range:
-        low = low.to(tl.int32, bitcast=True)
-        return tl.maximum(high, 0), tl.where(low < 0, low & 0x7FFFFFFF, 0)
+        # In unsigned numbers: ptxas 12.8 takes a signed minimum of 0 and max.u32(x, 0), which all but one element of a
+        # group known to be 0 leave, to be 0.
+        smallest = tl.maximum(low, 0x80000000) - 0x80000000
+        return tl.maximum(high, 0), smallest.to(tl.int32, bitcast=True)
     else:
         largest = (high >> 1).to(tl.int32, bitcast=True)
         return largest, largest

@@ -24,7 +24,9 @@ def _max_per_group(keys, S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROU
         return tl.max(tl.max(keys.reshape([S, M, GROUPS, W]), 0), 2)
     elif R == 1:
         return tl.max(keys.reshape([M, GROUPS, W]), 2)
-    elif GROUPS == 1:  # over both axes at once: fewer exchanges between threads
+    elif GROUPS == 1 and M == 1:
+        # Over both axes at once: fewer exchanges between threads. With several groups above each other Triton 3.6 mixes
+        # them up where the lanes of a group are not neighbours.
         return tl.max(keys.reshape([M, R * W]), 1)[:, None]
     else:
         return tl.max(tl.max(keys.reshape([M, R, GROUPS, W]), 3), 1)
