@@ -418,6 +418,14 @@ def test_padded_group_fills_its_tile(name, device):
 
 
 @every_format
+def test_one_column_of_neighbours(name, device):
+    """Neighbours that are groups of one element each: a compiler knows that the others are missing."""
+    fmt = get_format(name)
+    x = values((1, 23), torch.bfloat16, 7).to(device).mT
+    assert_same_parts(ops.quantize(x, fmt), reference.quantize(x.cpu(), fmt), name)
+
+
+@every_format
 def test_any_strides(name, device):
     """Law 8: strides do not matter; the result is contiguous and the input left alone."""
     fmt = get_format(name)
