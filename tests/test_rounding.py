@@ -406,6 +406,8 @@ def test_any_strides(name, device):
         x = values((2, 2, 3 if rows <= 1 else min(rows, 4) + 1, last), torch.float32, 4)
         expected = reference.quantize(x, fmt, seed=drawn(1))
         layouts = ("swapped", "permuted", "step") if not INTERPRET else ("step" if last % 4 else "swapped",)
+        if device == "cuda" and name not in (*FEW, *K_QUANTS):  # each is compiled anew there
+            layouts = ("permuted",)
         for layout in layouts:
             strided = lay_out(x, layout).to(device)
             strided = strided if device == "cpu" else lay_out(x.to(device), layout)

@@ -27,12 +27,9 @@ class Plan:
 
     The first call on a device with tensors of some alignment compiles; later ones go to the driver at once. Types and
     sizes of the tensors have to be those of the first call.
-
-    `ready`, by device index, holds what launches on the current stream, given the addresses of tensors that all begin
-    at multiples of 16, once it is compiled. It is there for calls whose host time counts.
     """
 
-    __slots__ = ("_others", "bits", "constants", "integers", "kernel", "options", "programs", "ready")
+    __slots__ = ("_others", "_ready", "bits", "constants", "integers", "kernel", "options", "programs")
 
     def __init__(
         self,
@@ -45,7 +42,7 @@ class Plan:
     ) -> None:
         self.kernel, self.programs, self.integers, self.constants = kernel, programs, integers, constants
         self.options, self.bits = options, bits
-        self.ready: dict[int, Callable[..., None]] = {}
+        self._ready: dict[int, Callable[..., None]] = {}  # by device: what launches tensors at multiples of 16 bytes
         self._others: dict[tuple[Any, ...], Callable[..., None]] = {}  # by device, and which tensors are aligned
 
     def __call__(self, *tensors: Tensor, seed: tuple[int, ...] = ()) -> None:
@@ -56,15 +53,25 @@ class Plan:
         device = tensors[0].get_device()
         aligned = bits & 15 == 0
         key = () if aligned else (device, *[address & 15 == 0 for address in addresses])
-        run = self.ready.get(device) if aligned else self._others.get(key)
+        run = self._ready.get(device) if aligned else self._others.get(key)
         if run is not None:
             run(*addresses, *seed)
             return
         run = self._first(tensors, seed)
         if run is not None and aligned:
-            self.ready[device] = run
+            self._ready[device] = run
         elif run is not None:
             self._others[key] = run
+
+    def five(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor) -> None:
+        """As a call with these tensors, in less host time."""
+        of_a, of_b, of_c, of_d, of_e = a.data_ptr(), b.data_ptr(), c.data_ptr(), d.data_ptr(), e.data_ptr()
+        if (of_a | of_b | of_c | of_d | of_e) & 15 == 0:
+            run = self._ready.get(a.get_device())
+            if run is not None:
+                run(of_a, of_b, of_c, of_d, of_e)
+                return
+        self(a, b, c, d, e)
 
     def _first(self, tensors: tuple[Tensor, ...], seed: tuple[int, ...]) -> Callable[..., None] | None:
         """Launch through Triton; what later launches call, or None where they have to come here again."""

@@ -30,6 +30,18 @@ def empty(shape: tuple[int, ...] | int, dtype: torch.dtype, device: torch.device
     return y
 
 
+# What code that torch.compile generates allocates with: half the host time of torch.empty_strided.
+_on_gpu = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
+
+
+def empty_on_gpu(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor to fill on the current GPU, where no dispatch mode looks on."""
+    if _on_gpu is not None:
+        found: Tensor = _on_gpu(shape, strides, dtype)
+        return found
+    return torch.empty_strided(shape, strides, dtype=dtype, device="cuda")
+
+
 @functools.cache
 def _madvise() -> Callable[[int, int, int], int] | None:
     if not hasattr(mmap, "MADV_HUGEPAGE"):  # Linux only

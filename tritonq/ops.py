@@ -21,8 +21,7 @@ from torch.nn import Parameter
 
 from tritonq import plans, rotation, scale_tiles, tiling, tuning
 from tritonq.formats import SUPER_PARTS, Format, Shape, get_format
-from tritonq.launch import Plan
-from tritonq.memory import empty
+from tritonq.memory import empty, empty_on_gpu
 from tritonq.reference import Parts
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -180,8 +179,8 @@ def _typed(values: Sequence[Tensor | None], fmt: Format, shape: Shape) -> Parts:
     return {name: v.view(dtype) for (name, (_, dtype)), v in zip(storage, values, strict=True) if v is not None}
 
 
-def _only_launch(x: Tensor, fmt: Format, mode: str) -> Plan | None:
-    """The plan of an eager call on the current GPU that is a single launch with nothing to check first."""
+def _only_launch(x: Tensor, fmt: Format, mode: str) -> plans.Single | None:
+    """What to do for an eager call on the current GPU that is a single launch with nothing to check first."""
     if traced(x) or not x.is_cuda or x.is_neg() or not _triton_installed():
         return None
     if x.get_device() != torch._C._cuda_getDevice():
@@ -213,12 +212,6 @@ def _seed(rounding: str, generator: torch.Generator | None, x: Tensor) -> Tensor
 
 def _value(seed: Tensor | None) -> int | None:
     return None if seed is None else int(seed)
-
-
-@functools.lru_cache(maxsize=4096)
-def _storage(fmt: Format, shape: Shape) -> tuple[tuple[str, Shape, Shape, torch.dtype], ...]:
-    """Name, shape, strides and dtype of the parts."""
-    return tuple((name, s, tiling.contiguous_strides(s), d) for name, (s, d) in fmt.storage(shape).items())
 
 
 def quantize(
@@ -265,15 +258,11 @@ def quantize(
         and zero_point is None
         and tensor_scale is None
     ):
-        plan = _only_launch(x, fmt, "quantize")
-        if plan is not None:
-            device = x.device
-            parts = {
-                name: torch.empty_strided(s, strides, dtype=d, device=device)
-                for name, s, strides, d in _storage(fmt, x.shape)
-            }
+        single = _only_launch(x, fmt, "quantize")
+        if single is not None:
+            parts = {name: empty_on_gpu(*storage) for name, storage in single.outputs}
             chosen = parts["scale"]
-            plan(x, parts["qdata"], chosen, parts.get("zero_point", chosen), x)
+            single.launch.five(x, parts["qdata"], chosen, parts.get("zero_point", chosen), x)
             return parts
     check_input(x, fmt)
     searched = check_search(search, importance, x, scale is not None)
@@ -442,20 +431,10 @@ def qdq(
     `out`, contiguous, receives it where it is given."""
     fmt = get_format(fmt)
     if scale is None and zero_point is None and tensor_scale is None and rounding == "nearest":
-        plan = _only_launch(x, fmt, "qdq")
-        if plan is not None:
-            if out is not None:
-                y = _checked_values(out, x.shape, x.dtype, x.device)
-            elif x.is_contiguous():
-                y = torch.empty_like(x)
-            else:
-                y = torch.empty_like(x, memory_format=torch.contiguous_format)
-            of_x, of_y = x.data_ptr(), y.data_ptr()
-            run = plan.ready.get(x.get_device()) if (of_x | of_y) & 15 == 0 else None
-            if run is None:
-                plan(x, y, y, y, x)
-            else:
-                run(of_x, of_y, of_y, of_y, of_x)
+        single = _only_launch(x, fmt, "qdq")
+        if single is not None:
+            y = empty_on_gpu(*single.outputs[0][1]) if out is None else _checked_values(out, x.shape, x.dtype, x.device)
+            single.launch.five(x, y, y, y, x)
             return y
     check_input(x, fmt)
     seed = _seed(rounding, generator, x)
@@ -561,11 +540,11 @@ def dequantize(
         _checked_values(out, shape, dtype, qdata.device)
     if qdata.is_cuda and _triton_installed() and qdata.get_device() == torch._C._cuda_getDevice():
         shape = tuple(shape)
-        plan = plans.single_decode(shape, dtype, fmt, qdata.data_ptr() % 4 == 0, qdata.device)
-        if plan is not None and all(map(Tensor.is_contiguous, parts.values())):
-            y = torch.empty(shape, dtype=dtype, device=qdata.device) if out is None else out
+        single = plans.single_decode(shape, dtype, fmt, qdata.data_ptr() % 4 == 0, qdata.device)
+        if single is not None and all(map(Tensor.is_contiguous, parts.values())):
+            y = empty_on_gpu(*single.outputs[0][1]) if out is None else out
             scale = parts["scale"]
-            plan(qdata, scale, parts.get("zero_point", scale), parts.get("tensor_scale", y), y)
+            single.launch.five(qdata, scale, parts.get("zero_point", scale), parts.get("tensor_scale", y), y)
             return y
     return _dequantize(parts, fmt, shape, dtype, out)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -227,17 +228,36 @@ def _both_plans(shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, a
     return tuple((m, _both_plan(m, fmt, dtype, aligned)) for m in tiling.matrices(shape, strides, _MATRICES))
 
 
+Storage = tuple[Shape, Shape, torch.dtype]  # shape, strides and dtype of a tensor
+
+
+@dataclass(frozen=True)
+class Single:
+    """An op that is a single launch: it, and the tensors it fills, by name."""
+
+    launch: Plan
+    outputs: tuple[tuple[str, Storage], ...]
+
+
+def _contiguous(shape: Shape, dtype: torch.dtype) -> Storage:
+    return tuple(shape), tiling.contiguous_strides(shape), dtype
+
+
 @_cached
 def single(
     shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, mode: str, device: torch.device
-) -> Plan | None:
+) -> Single | None:
     """The one launch that quantizes a tensor of floats ("quantize", "qdq") with nothing given, if one is enough."""
     fmt.scale_shape(shape)  # raises where the format cannot share scales over this shape
     floats = dtype.is_floating_point and dtype.itemsize > 1
     if not floats or fmt.tensor_scale or fmt.super_group or math.prod(shape) == 0 or not tuning.fits(fmt, shape[-1]):
         return None
     (m, plan), *others = _encode_plans(shape, strides, dtype, fmt, mode, False, True, device, False)
-    return None if others or m.index or m.offset else plan
+    if others or m.index or m.offset:
+        return None
+    if mode == "qdq":
+        return Single(plan, (("y", _contiguous(shape, dtype)),))
+    return Single(plan, tuple((name, _contiguous(*storage)) for name, storage in fmt.storage(tuple(shape)).items()))
 
 
 @_cached
@@ -248,12 +268,12 @@ def _decode_plans(
 
 
 @_cached
-def single_decode(shape: Shape, dtype: torch.dtype, fmt: Format, aligned: bool, device: torch.device) -> Plan | None:
+def single_decode(shape: Shape, dtype: torch.dtype, fmt: Format, aligned: bool, device: torch.device) -> Single | None:
     """The one launch that dequantizes contiguous parts, if one is enough."""
     if fmt.super_group or math.prod(shape) == 0:
         return None
     (m, plan), *others = _decode_plans(shape, tiling.contiguous_strides(shape), dtype, fmt, aligned, device)
-    return None if others or m.index else plan
+    return None if others or m.index else Single(plan, (("y", _contiguous(shape, dtype)),))
 
 
 @_cached
