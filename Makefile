@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-search bench-check bench-cpu lint tables clean
+.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-search bench-check bench-cpu instructions lint tables clean
 
 demo: $(STAMP)
 	$(BIN)/tritonq demo
@@ -43,12 +43,16 @@ bench-check:
 bench-cpu: $(STAMP)
 	PYTHONPATH=. $(BIN)/python -m bench.cpu
 
+# Instructions of every kernel as compiled for sm_90; needs no GPU. Counts of the table in docs/speed.md are of Triton 3.6.
+instructions: $(STAMP)
+	PYTHONPATH=. $(BIN)/python -m bench.instructions
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The tables of README.md, which a test compares.
+# The tables of README.md and docs/speed.md, which a test compares.
 tables: $(STAMP)
 	$(BIN)/python -m tests.test_readme
 

@@ -5,8 +5,6 @@ Launches are recorded instead of run, so signatures, specialisation and tuning a
 
 import importlib.util
 import re
-import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
@@ -14,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
 from conftest import INTERPRET
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
-from tritonq import ops, plans
+from bench import sass
+from bench.launches import launched
+from tritonq import ops
 from tritonq.formats import FORMATS, get_format
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled; run without TRITON_INTERPRET")
@@ -30,9 +27,6 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32), "gfx942": GPUTarget("hip", "gfx942", 64), "gfx950": GPUTarget("hip",
     "gfx950", 64),
 }  # fmt: skip
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
-         torch.uint8: "*u8",
-         torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
 REPRESENTATIVE = ("int4_g128", "int4_g128_asym", "int3_g128", "fp8_e4m3_channel", "fp8_e4m3_b128x128", "mxfp4",
                   "nvfp4", "fp8_e4m3fnuz_channel", "e3m4_g48", "nf4_g64", "mxint8", "q4_k", "q6_k")  # fmt: skip
 WIDE_LOADS = ("int4_g128", "int8_channel", "fp8_e4m3_channel", "mxfp8", "mxfp4", "nvfp4", "nf4_g64", "mxint8",
@@ -44,61 +38,10 @@ FRAMES = {
 REGISTERS = 160  # of aligned input; odd shapes keep more offsets and masks alive
 
 
-class Launch:
-    """A kernel with one set of arguments."""
-
-    def __init__(self, kernel, args, kwargs):
-        self.kernel, names = kernel, kernel.arg_names
-        bound = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
-        self.options = {
-            k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
-        }
-        self.signature, self.constants, self.attributes = {}, {}, {}
-        constexprs = {p.name for p in kernel.params if p.is_constexpr}
-        plain = {p.name for p in kernel.params if p.do_not_specialize}
-        for i, name in enumerate(names):
-            value = bound[name]
-            if isinstance(value, torch.Tensor):
-                self.signature[name] = TYPES[value.dtype]
-                aligned = value.data_ptr() % 16 == 0
-            elif name in constexprs or value is None or (value == 1 and name not in plain):
-                self.signature[name], self.constants[name], aligned = "constexpr", value, False
-            else:
-                self.signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                aligned = value % 16 == 0 and name not in plain
-            if aligned:
-                self.attributes[(i,)] = [["tt.divisibility", 16]]
-        shown = [self.constants[k] for k in ("MODE", "FINITE") if k in self.constants]
-        self.name = "-".join(map(str, (kernel.__name__, *shown)))
-        self.key = (self.name, repr(self.signature), repr(self.constants), repr(self.attributes), repr(self.options))
-
-    def source(self):
-        return ASTSource(self.kernel, self.signature, constexprs=self.constants, attrs=self.attributes)
-
-    def compile(self, target):
-        options = {k: v for k, v in self.options.items() if k != "maxnreg" or target.backend == "cuda"}
-        return triton.compile(self.source(), target=target, options=options)
-
-
 @cache
 def launches(name, shape=(64, 4096), dtype=torch.bfloat16):
     """Distinct launches of quantize, qdq, dequantize, and qdq with given scales, of a contiguous tensor."""
     return record(get_format(name), shape, dtype)
-
-
-def launched(call):
-    """What call() launches on CPU tensors, as on a GPU; nothing runs."""
-    found = []
-
-    def run(self, *args, grid=None, warmup=False, **kwargs):
-        found.append(Launch(self, args, kwargs))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", run)
-        patch.setattr(ops, "uses_triton", lambda x: True)
-        plans.forget()
-        call()
-    return found
 
 
 def record(fmt, shape, dtype, **rounding):
@@ -118,29 +61,12 @@ def record(fmt, shape, dtype, **rounding):
     return tuple({one.key: one for one in launched(call)}.values())
 
 
-@cache
-def cuobjdump():
-    path = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    assert path.is_file() or shutil.which("cuobjdump"), f"Triton ships cuobjdump, but {path} is missing"
-    return str(path) if path.is_file() else shutil.which("cuobjdump")
-
-
-def resources(cubin, folder):
-    """{"REG": ..., "STACK": ..., "LOCAL": ...} of a compiled kernel."""
-    file = folder / "kernel.cubin"
-    file.write_bytes(cubin)
-    text = subprocess.run(
-        [cuobjdump(), "--dump-resource-usage", file], capture_output=True, text=True, check=True
-    ).stdout
-    usage = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    assert usage.keys() == {"REG", "STACK", "LOCAL"}, text
-    return usage
-
-
 def check(one, target, folder, registers=REGISTERS):
     compiled = one.compile(target)
     if target.backend == "cuda":
-        usage = resources(compiled.asm["cubin"], folder)
+        cubin = folder / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = sass.resources(cubin)
         frame = FRAMES.get(one.name, 0)
         assert usage["LOCAL"] == 0 and usage["STACK"] <= frame, f"{one.name}: local memory {usage}"
         assert usage["REG"] <= registers, f"{one.name}: {usage['REG']} registers"

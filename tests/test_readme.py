@@ -1,4 +1,5 @@
-"""The tables of README.md are those of the code and of the committed results. `make tables` writes them."""
+"""The tables of README.md and docs/speed.md are those of the code and of the committed results. `make tables` writes
+them."""
 
 import json
 import re
@@ -8,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+SPEED = ROOT / "docs" / "speed.md"
 KERNELS = ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3" / "kernels.json"
 
 
@@ -24,21 +26,37 @@ def speed_rows():
     ]
 
 
-def tables():
+def limit_rows():
+    """What was measured below 95% of a copy, with what its instructions allow."""
+    from bench import instructions
+
+    counted = json.loads(instructions.INSTRUCTIONS.read_text(encoding="utf-8"))
+    return instructions.document_rows(counted, json.loads(KERNELS.read_text(encoding="utf-8")))
+
+
+def tables(path):
     from tritonq.integrations.tables import format_rows, markdown, scheme_rows
 
-    return {"schemes": markdown(scheme_rows()), "formats": markdown(format_rows()), "speed": markdown(speed_rows())}
+    rows = {
+        README: {"schemes": scheme_rows, "formats": format_rows, "speed": speed_rows},
+        SPEED: {"limits": limit_rows},
+    }
+    return {name: markdown(of()) for name, of in rows[path].items()}
 
 
 def marked(name):
     return re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)", re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["schemes", "formats", "speed"])
-def test_table_is_current(name):
-    found = marked(name).search(README.read_text(encoding="utf-8"))
-    assert found, f"README.md has no {name} table"
-    assert tables()[name] in found[0], "run `make tables`"
+@pytest.mark.parametrize(
+    "path,name",
+    [(README, "schemes"), (README, "formats"), (README, "speed"), (SPEED, "limits")],
+    ids=["schemes", "formats", "speed", "limits"],
+)
+def test_table_is_current(path, name):
+    found = marked(name).search(path.read_text(encoding="utf-8"))
+    assert found, f"{path.name} has no {name} table"
+    assert tables(path)[name] in found[0], "run `make tables`"
 
 
 def test_python_example_runs(tmp_path):
@@ -53,7 +71,8 @@ def test_python_example_runs(tmp_path):
 
 
 if __name__ == "__main__":
-    text = README.read_text(encoding="utf-8")
-    for key, table in tables().items():
-        text = marked(key).sub(lambda match, table=table: match[1] + table + match[2], text)
-    README.write_text(text, encoding="utf-8")
+    for document in (README, SPEED):
+        text = document.read_text(encoding="utf-8")
+        for key, table in tables(document).items():
+            text = marked(key).sub(lambda match, table=table: match[1] + table + match[2], text)
+        document.write_text(text, encoding="utf-8")
