@@ -425,7 +425,7 @@ def test_one_column_of_neighbours(name, device):
     assert_same_parts(ops.quantize(x, fmt), reference.quantize(x.cpu(), fmt), name)
 
 
-# Formats that take every path through the kernels. On a GPU each layout is compiled anew, so the others see two of them.
+# Formats that take every path through the kernels. On a GPU layouts are compiled anew, so the others see two of them.
 EVERY_PATH = (
     "int4_g128", "int4_g128_asym", "int3_g64_asym", "int8_channel", "int6_channel", "int4_tensor_asym", "mxfp4",
     "mxfp6_e2m3", "nvfp4", "fp8_e4m3_tensor", "fp8_e4m3_b128x128", "e1m2_b3x5", "e3m4_g48", "int5_g20", "int3_g7",

@@ -150,7 +150,7 @@ def _row_plan(
 
 def _apply_plan(
     m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device,
-    rounding: _Rounding,
+    rounding: _Rounding, own: bool,
 ) -> Plan:  # fmt: skip
     from tritonq.kernels.quantize import apply_kernel
 
@@ -162,7 +162,7 @@ def _apply_plan(
         apply_kernel,
         m.batch * tiles[0] * tiles[1],
         (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
-        (fmt, mode, rounding[0], _limit(dtype), partial, flat, words, config["BLOCK_M"], config["BLOCK_N"]),
+        (fmt, mode, rounding[0], _limit(dtype), partial, flat, words, config["BLOCK_M"], config["BLOCK_N"], own),
         _options(config, dtype, rounding[0]),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
@@ -190,14 +190,16 @@ def _dequantize_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned:
 @_cached
 def _encode_plans(
     shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, mode: str, given: bool, aligned: bool,
-    device: torch.device, stochastic: bool = False,
+    device: torch.device, stochastic: bool = False, own: bool = False,
 ) -> Plans:  # fmt: skip
+    """`given`: scales are only read; `own`: they are what the rule gives."""
+
     def plan(m: tiling.Matrix) -> Plan:
         rounding = _stochastic(m, fmt, shape) if stochastic else _NEAREST
         if fmt.super_group:
             return _super_group_plan(m, fmt, mode, dtype, aligned, device, rounding)
         if given:
-            return _apply_plan(m, fmt, mode, dtype, aligned, device, rounding)
+            return _apply_plan(m, fmt, mode, dtype, aligned, device, rounding, own)
         if tuning.loops_over_rows(fmt, m.columns, stochastic):
             return _row_plan(m, fmt, mode, dtype, aligned, device, rounding)
         return _group_plan(m, fmt, mode, dtype, aligned, device, rounding)
@@ -276,6 +278,10 @@ def single_decode(shape: Shape, dtype: torch.dtype, fmt: Format, aligned: bool, 
     return None if others or m.index else Single(plan, (("y", _contiguous(shape, dtype)),))
 
 
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
 @_cached
 def _keys_plans(
     shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, finite: bool, device: torch.device
@@ -294,9 +300,9 @@ def _keys_plans(
             per_column, per_row = -(-m.rows // rows), 1 if cols == -1 else -(-m.columns // cols)
             groups = m.batch * per_column * per_row
         config = tuning.keys_config(extents[0], extents[1], _choice("keys", m, fmt, dtype, device))
-        splits = tuning.splits(groups, extents[0], extents[1], config)
+        splits = tuning.splits(groups, extents[0], extents[1], config, _multiprocessors(device))
         integers = (m.rows, m.columns, *extents, per_column, per_row, splits, *m.strides)
-        constants = (fmt, finite, config["BLOCK_M"], config["BLOCK_N"])
+        constants = (fmt, finite, groups == 1 and extents[0] == 1, config["BLOCK_M"], config["BLOCK_N"])
         result.append((m, Plan(keys_kernel, groups * splits, integers, constants, _options(config, torch.float32))))
     return tuple(result)
 
@@ -331,15 +337,18 @@ def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None, 
     mode = "quantize" if y is None else "qdq"
     if fmt.super_group:
         return _encode_super_groups(x, fmt, parts, mode, parts["qdata"] if y is None else y, seed)
-    if not given and not tuning.fits(fmt, x.shape[-1], seed is not None):
+    own = not given and not tuning.fits(fmt, x.shape[-1], seed is not None)
+    if own:
         scales(x, fmt, parts)
-        given = True
     target = parts["qdata"] if y is None else y
     scale = parts.get("scale", target)
     zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", x)
     aligned = target.data_ptr() % 4 == 0  # to 32-bit words
     words = () if seed is None else philox.halves(seed)
-    for m, plan in _encode_plans(x.shape, x.stride(), x.dtype, fmt, mode, given, aligned, x.device, seed is not None):
+    found = _encode_plans(
+        x.shape, x.stride(), x.dtype, fmt, mode, given or own, aligned, x.device, seed is not None, own
+    )
+    for m, plan in found:
         if m.index or m.offset:
             plan(_view(x, m), _own(target, m), _own(scale, m), _own(zero, m), divisor, seed=words)
         else:

@@ -226,10 +226,10 @@ def keys_config(rows: int, columns: int, choice: Choice | None = None) -> Config
     return _block_config(rows, columns, _chosen("keys", choice))
 
 
-def splits(groups: int, rows: int, columns: int, config: Config) -> int:
-    """Programs that share one group: enough of them in all to fill a GPU, each with work to do."""
+def splits(groups: int, rows: int, columns: int, config: Config, processors: int) -> int:
+    """Programs that share one group: as many in all as so many multiprocessors run at once, each with work to do."""
     tiles = -(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"])
-    return max(1, min(tiles, 2048 // max(1, groups)))
+    return max(1, min(tiles, 8 * processors // max(1, groups)))
 
 
 # ------------------------------------------------------------------------------------------------------ for the tuner

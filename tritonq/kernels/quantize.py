@@ -266,14 +266,21 @@ def row_kernel(
             tile.store_codes(q_ptr, index * row_bytes, row_mask, row_bytes, t * BYTES, codes, 1, 0, WORDS, FMT)
 
 
+@triton.jit
+def _lost(x, factor):
+    """What a scale that was passed in, and says nothing about x, leaves to be NaN in element types that have one."""
+    return (x - x != 0.0) & (factor == factor)
+
+
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "first_index", "N", "tiles_m"])
 def apply_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     seed_low, seed_high, first_index, N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
     FMT: tl.constexpr, MODE: tl.constexpr, ROUNDING: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
-    FLAT: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FLAT: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
-    """Codes ("quantize") or values ("qdq") for scales and zero points that are given."""
+    """Codes ("quantize") or values ("qdq") for scales and zero points that are given. OWN: they are what `choose` found
+    for x, so that one reciprocal can serve a whole row."""
     ELEM: tl.constexpr = FMT.element
     batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, FLAT)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -287,23 +294,27 @@ def apply_kernel(
     if FMT.tensor_scale:
         tensor_scale = tl.load(tensor_scale_ptr)
     factor, zero = tile.load_factors(scale_ptr, zero_ptr, tensor_scale, batch, row, row_mask, first, N, K, BLOCK_N, FMT)
-    scaled = scales.divide(x, factor)
-    # A scale that was passed in says nothing about x, so element types that have a NaN keep a non-finite x as NaN.
-    lost = (x - x != 0.0) & (factor == factor)
+    if OWN and FMT.group[1] == -1:
+        finite = factor == factor
+        shift, divisor, inverse, below, correction = scales.reciprocal(tl.where(finite, factor, 1.0), False, FMT)
+        scaled = scales.quotient(x, shift, divisor, inverse, below, correction, False, FMT)
+    else:
+        finite = None
+        scaled = scales.divide(x, factor)
     if ROUNDING != 0:
         fourth = first + tl.arange(0, BLOCK_N // 4) * 4
         u = philox.uniform(seed_low, seed_high, first_index + (batch * N + row) * K, fourth, ROUNDING)
         scaled = ELEM.codec.stochastic(scaled, u, zero, ELEM)
     if MODE == "qdq":
         y = tile.saturate(ELEM.codec.round(scaled, zero, ELEM) * factor, LIMIT)
-        if ELEM.nan_code >= 0:
-            y = tl.where(lost, float("nan"), y)
+        if ELEM.nan_code >= 0 and not OWN:
+            y = tl.where(_lost(x, factor), float("nan"), y)
         offsets = (batch * N + row)[:, None] * K + col[None, :]
         tl.store(q_ptr + offsets, y.to(q_ptr.dtype.element_ty), mask)
     else:
-        codes = ELEM.codec.encode(scaled, zero, None, ELEM)
-        if ELEM.nan_code >= 0:
-            codes = tl.where(lost, ELEM.nan_code, codes)
+        codes = ELEM.codec.encode(scaled, zero, finite, ELEM)
+        if ELEM.nan_code >= 0 and not OWN:
+            codes = tl.where(_lost(x, factor), ELEM.nan_code, codes)
         if PARTIAL:
             codes = tl.where(mask, codes, 0)
         BYTES: tl.constexpr = BLOCK_N * FMT.bits // 8

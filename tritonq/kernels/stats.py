@@ -12,11 +12,12 @@ from tritonq.kernels import tile
 def keys_kernel(
     x_ptr, keys_ptr, N, K, rows, cols, all_rows, groups_per_column, groups_per_row, splits,
     stride_batch, stride_row, stride_col,
-    FMT: tl.constexpr, FINITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FMT: tl.constexpr, FINITE: tl.constexpr, FLAT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """keys [groups, 2] (int32, zero-filled) of groups of rows x cols elements; `splits` programs share a group.
 
     all_rows is N, or batch * N where one group spans the tensor. FINITE leaves non-finite elements out (tensor scales).
+    FLAT: there is one row, and one group.
     """
     pid = tl.program_id(0).to(tl.int64)
     group, split = pid // splits, pid % splits
@@ -31,10 +32,15 @@ def keys_kernel(
     high = tl.zeros([BLOCK_M, BLOCK_N], scales.key_type(FMT))
     low = tl.zeros([BLOCK_M, BLOCK_N], tl.uint32)
     for t in range(split, tiles, splits):
-        row = first_row + (t // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-        col = first_col + (t % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask = (row < last_row)[:, None] & (col < last_col)[None, :]
-        row_offset = (batch + row // N) * stride_batch + (row % N) * stride_row
+        if FLAT:
+            col = t * BLOCK_N + tl.arange(0, BLOCK_N)
+            row_offset = tl.zeros([BLOCK_M], tl.int64)
+            mask = (tl.arange(0, BLOCK_M) < 1)[:, None] & (col < K)[None, :]
+        else:
+            row = first_row + (t // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+            col = first_col + (t % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+            mask = (row < last_row)[:, None] & (col < last_col)[None, :]
+            row_offset = (batch + row // N) * stride_batch + (row % N) * stride_row
         x = tile.to_float32(tl.load(x_ptr + row_offset[:, None] + col[None, :] * stride_col, mask, other=0.0))
         if FINITE:
             x = tl.where(x - x == 0.0, x, 0.0)
