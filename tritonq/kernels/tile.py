@@ -167,14 +167,14 @@ def load_factors(
         factor, zero = _load_factors(scale_ptr, zero_ptr, scale_row, row_mask, tensor_scale, FMT)
         factor, zero = factor[:, None], zero[:, None]
     else:
-        # Pointers are per group where groups tile the columns evenly, per element elsewhere.
-        EVEN: tl.constexpr = (COLS % C == 0 or C % COLS == 0) and (C & (C - 1)) == 0
-        GROUPS: tl.constexpr = COLS if not EVEN else (COLS // C if COLS > C else 1)
+        # Pointers are per run of columns that surely share a group: the largest power of two that divides both.
+        RUN: tl.constexpr = min(C & -C, COLS)
+        RUNS_OF_GROUP: tl.constexpr = C // RUN
+        GROUPS: tl.constexpr = COLS // RUN
         in_row = (K + C - 1) // C
-        if EVEN:
-            column = first_col // C + tl.arange(0, GROUPS)
-        else:
-            column = (first_col + tl.arange(0, GROUPS)) // C
+        first_run = first_col // RUN
+        within = (first_run % RUNS_OF_GROUP).to(tl.int32)  # of its group
+        column = first_run // RUNS_OF_GROUP + (within + tl.arange(0, GROUPS)) // RUNS_OF_GROUP
         mask = row_mask[:, None] & (column < in_row)[None, :]
         index = scale_row[:, None] * in_row + column[None, :]
         factor, zero = _load_factors(scale_ptr, zero_ptr, index, mask, tensor_scale, FMT)
