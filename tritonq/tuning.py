@@ -117,8 +117,7 @@ def _slices(columns: int, fmt: Format, mode: str, wanted: int | None = None) -> 
     # What a thread reads side by side: 8 elements, or 16 where it then writes 16 codes of 8 bits. Slices of values have
     # to be whole sectors, because values are written as they lie; codes are brought into the order of memory first.
     width = 16 if fmt.bits == 8 and mode != "qdq" else 8
-    slice_columns = WRITTEN_SLICE if mode == "qdq" else width if 8 % fmt.bits == 0 else _codes_of_words(fmt.bits)
-    return max(1, min(ELEMENTS_PER_THREAD // width, cols // slice_columns))
+    return max(1, min(ELEMENTS_PER_THREAD // width, cols // (WRITTEN_SLICE if mode == "qdq" else width)))
 
 
 def _codes_of_words(bits: int) -> int:
@@ -133,9 +132,10 @@ def in_words(fmt: Format, columns: int, config: Config) -> bool:
     run, cols = _codes_of_words(fmt.bits), fmt.group[1]
     if "BLOCK_N" in config:
         return bool(config["BLOCK_N"] % run == 0)
-    if config["S"] > 1 or cols not in (-1, config["W"]):  # slices or padded groups lie apart
-        return config["W"] % run == 0 and cols % run == 0
-    return bool(config["GROUPS"] * config["W"] % run == 0)
+    group = config["S"] * config["W"]
+    if cols not in (-1, group):  # padded groups lie apart
+        return bool(group % run == 0 and cols % run == 0)
+    return bool(config["GROUPS"] * group % run == 0)
 
 
 def group_config(
