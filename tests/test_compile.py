@@ -108,6 +108,8 @@ def test_registry_compiles(name, tmp_path):
         ("mxfp8_rceil", (4, 4096), torch.float64),
         ("e4m3_g32_ue5m3", (8, 96), torch.float32),
         ("int6_channel", (8, 5000), torch.bfloat16),
+        ("int5_g96", (8, 5000), torch.bfloat16),
+        ("int6_g80_asym", (9, 333), torch.float32),
         ("q3_k", (7, 1000), torch.float32),
         ("e2m1_g16_u8_s64", (5, 333), torch.float64),
     ],

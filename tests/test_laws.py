@@ -26,6 +26,7 @@ UNLISTED = (
     "int4_g3", "int2_g3_asym", "e2m3_g3", "int8_g3", "int4_g1", "nf4_channel", "nf4_b16x16", "nf4_g48_bf16", "af4_g64",
     "mxint8_rceil", "int6f2_g20", "nf4_g32_e8m0_even", "e2m1_g16_u8_s64", "int8_g8_asym_u4_s32", "int3_g4_i6_s8",
     "fp8_e4m3_g64_u6_s64", "int8_g32_i8_s128", "nf4_g16_u4_s128", "int4_g16_u6_s32_half_range",
+    "int5_g96", "int6_g80_asym", "int3_g96_f16", "int2_g56",
 )  # fmt: skip
 # Tables of a user: 3 bits, subnormal values among them; 3 bits of which 3 codes are not used; 8 bits.
 TABLES = {fmt.name: fmt for fmt in (

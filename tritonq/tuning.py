@@ -23,6 +23,7 @@ ROW_TILE = 4096
 ROW_WARPS = 16
 ELEMENTS_PER_THREAD = 32
 WRITTEN_SLICE = 32  # 64 bytes of bf16
+PADDED_SLICES = 8  # of a group that is no power of two
 ROW_REGISTERS = 80  # of a thread with 64 elements of a row: fewer than the compiler takes, so that more threads fit
 
 Config = dict[str, Any]
@@ -108,17 +109,24 @@ def row_config(choice: Choice | None = None) -> Config:
 
 def _slices(columns: int, fmt: Format, mode: str, wanted: int | None = None) -> int:
     """Into how many slices a group is cut that lie above each other in a tile of `group_kernel`: as many as one thread
-    holds, which then works out the scales of fewer groups."""
+    holds, which then works out the scales of fewer groups. An odd multiple of a power of two has slices of that length,
+    of which those that are padding cost nothing: 96 elements are three of four slices of 32."""
     rows, cols = fmt.group
-    if rows != 1 or cols != _power(cols) or columns % cols:
+    if rows != 1 or cols == -1:
+        return 1
+    if cols != _power(cols):
+        length = cols & -cols
+        slices = _power(cols // length)
+        fitting = length >= (WRITTEN_SLICE // 2 if mode == "qdq" else 8) and slices <= PADDED_SLICES
+        return slices if fitting and wanted != 1 else 1
+    if columns % cols:
         return 1
     if wanted is not None:
         return max(1, min(wanted, cols // 8))  # packing works on runs of eight codes
     # What a thread reads side by side: 8 elements, or 16 where it then writes 16 codes of 8 bits. Slices of values have
     # to be whole sectors, because values are written as they lie; codes are brought into the order of memory first.
     width = 16 if fmt.bits == 8 and mode != "qdq" else 8
-    slice_columns = WRITTEN_SLICE if mode == "qdq" else width if 8 % fmt.bits == 0 else _codes_of_words(fmt.bits)
-    return max(1, min(ELEMENTS_PER_THREAD // width, cols // slice_columns))
+    return max(1, min(ELEMENTS_PER_THREAD // width, cols // (WRITTEN_SLICE if mode == "qdq" else width)))
 
 
 def _codes_of_words(bits: int) -> int:
@@ -133,9 +141,10 @@ def in_words(fmt: Format, columns: int, config: Config) -> bool:
     run, cols = _codes_of_words(fmt.bits), fmt.group[1]
     if "BLOCK_N" in config:
         return bool(config["BLOCK_N"] % run == 0)
-    if config["S"] > 1 or cols not in (-1, config["W"]):  # slices or padded groups lie apart
-        return config["W"] % run == 0 and cols % run == 0
-    return bool(config["GROUPS"] * config["W"] % run == 0)
+    group = config["S"] * config["W"]
+    if cols not in (-1, group):  # padded groups lie apart
+        return bool(group % run == 0 and cols % run == 0)
+    return bool(config["GROUPS"] * group % run == 0)
 
 
 def group_config(
@@ -152,9 +161,10 @@ def group_config(
     if c * groups < 8:  # packing works on runs of eight codes
         groups = 8 // c
     slices = _slices(columns, fmt, mode, choice.get("SLICES"))
-    warps = _warps(m * r * groups * c, choice.get("PER_THREAD"))
+    per_thread = 8 * slices if slices > PADDED_SLICES // 2 else None  # slices are for threads, not for warps
+    warps = _warps(m * r * groups * c, choice.get("PER_THREAD", per_thread))
     config = {"S": slices, "M": m, "R": r, "GROUPS": groups, "W": c // slices, "num_warps": warps}
-    if r == 1 and m * groups * c // warps > 32 * ELEMENTS_PER_THREAD:
+    if r == 1 and per_thread is None and m * groups * c // warps > 32 * ELEMENTS_PER_THREAD:
         config["maxnreg"] = ROW_REGISTERS
     return config, (-(-group_rows // m), -(-group_columns // groups))
 

@@ -1,8 +1,8 @@
 """Device functions of `lookup`; see `tritonq.codecs` for what each one does.
 
 A binary search without branches: the bits of the code, most significant first, are comparisons of x with a threshold
-that the bits before it select; and a value is what the bits of its code select out of the table. Both are trees of
-selects between constants.
+that the bits before it select, by a tree of selects between constants. Such a tree also makes each table, once a
+program; elements then look their values up in it (`tl.gather`, from shared memory).
 """
 
 import triton
@@ -103,5 +103,12 @@ def _bits(code, bits, LEFT: tl.constexpr):
 
 
 @triton.jit
+def _values_by_code(ELEM: tl.constexpr):
+    """The table itself, fp32."""
+    return _select(_bits(tl.arange(0, 1 << ELEM.bits), (), ELEM.bits), 0, 0, 1 << ELEM.bits, 1, "values", ELEM)
+
+
+@triton.jit
 def decode(code, zero, ELEM: tl.constexpr):
-    return _select(_bits(code, (), ELEM.bits), 0, 0, 1 << ELEM.bits, 1, "values", ELEM)
+    flat = code.to(tl.int32).reshape([code.numel])
+    return tl.gather(_values_by_code(ELEM), flat, 0).reshape(code.shape)

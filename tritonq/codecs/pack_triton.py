@@ -31,6 +31,17 @@ def pack(codes, BITS: tl.constexpr):
 
 
 @triton.jit
+def in_order(x, S: tl.constexpr, GROUPS: tl.constexpr):
+    """[S * M, GROUPS * W], the slices of groups above each other, to [M, GROUPS * S * W], whole groups."""
+    if S == 1:
+        return x
+    else:
+        M: tl.constexpr = x.shape[0] // S
+        W: tl.constexpr = x.shape[1] // GROUPS
+        return x.reshape([S, M, GROUPS, W]).permute(1, 2, 0, 3).reshape([M, GROUPS * S * W])
+
+
+@triton.jit
 def _halves(codes, WIDTH: tl.constexpr):
     """Inverse of `_pairs`."""
     both = tl.join(codes & ((1 << WIDTH) - 1), codes >> WIDTH)
@@ -117,15 +128,23 @@ def _gather(parts, WIDTH: tl.constexpr, COUNT: tl.constexpr, FIRST: tl.constexpr
 
 
 @triton.jit
-def pack_words(codes, BITS: tl.constexpr):
-    """int32 codes [M, COLS] to words [M, COLS / run, 4 or 8] (uint32), the last ones of each run unused."""
+def pieces(codes, BITS: tl.constexpr):
+    """int32 codes [M, COLS] to pieces (uint32)."""
+    piece = _pairs(_pairs(codes, BITS), 2 * BITS)
+    if words_of(BITS)[0] == 8:
+        piece = _pairs(piece, 4 * BITS)
+    return piece.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def pack_words(pieces, BITS: tl.constexpr):
+    """Pieces [M, N] to words [M, runs, 4 or 8] (uint32), the last ones of each run unused."""
     PIECE: tl.constexpr = words_of(BITS)[0]
     COUNT: tl.constexpr = words_of(BITS)[1]
     WORDS: tl.constexpr = words_of(BITS)[2]
-    piece = _pairs(_pairs(codes, BITS), 2 * BITS)
-    if PIECE == 8:
-        piece = _pairs(piece, 4 * BITS)
-    pieces = _eighths(piece.to(tl.uint32, bitcast=True), COUNT)
+    M: tl.constexpr = pieces.shape[0]
+    RUNS: tl.constexpr = pieces.shape[1] // COUNT
+    pieces = _eighths(pieces, COUNT)
     WIDTH: tl.constexpr = PIECE * BITS
     unused = pieces[0] * 0
     if COUNT == 4:
@@ -147,12 +166,12 @@ def pack_words(codes, BITS: tl.constexpr):
             unused,
         )
     PADDED: tl.constexpr = 4 if WORDS == 3 else 8
-    return _joined(words, PADDED).reshape([codes.shape[0], codes.shape[1] // (PIECE * COUNT), PADDED])
+    return _joined(words, PADDED).reshape([M, RUNS, PADDED])
 
 
 @triton.jit
 def unpack_words(words, BITS: tl.constexpr):
-    """Inverse of `pack_words`."""
+    """Inverse of `pieces` and `pack_words`: codes."""
     PIECE: tl.constexpr = words_of(BITS)[0]
     COUNT: tl.constexpr = words_of(BITS)[1]
     WORDS: tl.constexpr = words_of(BITS)[2]

@@ -48,7 +48,7 @@ def _column(first, c, S: tl.constexpr, W: tl.constexpr, COLS: tl.constexpr):
     """Columns of the lanes c of a tile whose first column is `first`."""
     C: tl.constexpr = S * W
     if S > 1:
-        return first + (c // W) * C + c % W
+        return first + (c // W) * COLS + c % W
     elif COLS == C or COLS == -1:
         return first + c
     else:
@@ -84,8 +84,9 @@ def quantize_tile(
 ):  # fmt: skip
     """A tile of M x GROUPS groups, each padded to R x (S * W) elements (powers of two).
 
-    The S slices of a group (more than one only where groups fill rows exactly, R = 1) lie above each other in the tile,
-    so that a thread holds more elements of fewer groups, and works out fewer scales.
+    The S slices of a group (more than one only where R = 1, and whole groups fill rows exactly) lie above each other in
+    the tile, so that a thread holds more elements of fewer groups, and works out fewer scales. Of padded groups in
+    slices whole slices are padding.
     PARTIAL: a row's last byte is not full, so codes beyond the row have to be 0.
     MODE "quantize" writes codes to q_ptr, and scales; "qdq" writes values to q_ptr and no scales; "scale" only scales.
     SWIZZLED: scales go to tiles of 128 x 4, whose padding the tiles of this kernel cover and fill with zeros.
@@ -108,11 +109,12 @@ def quantize_tile(
     PADDED: tl.constexpr = COLS != C and COLS != -1
     first = tile_n * (GROUPS * (COLS if PADDED else C))
     col = _column(first, c, S, W, COLS)
-    if PADDED:
-        col_mask = (col < K) & (c % C < COLS)
+    if PADDED and S > 1:  # by whole slices; rows may end within a group
+        mask = (row_mask & (slice_col < COLS))[:, None] & (slice_col[:, None] + col[None, :] < K)
+    elif PADDED:
+        mask = row_mask[:, None] & ((col < K) & (c % C < COLS))[None, :]
     else:
-        col_mask = col < K
-    mask = row_mask[:, None] & col_mask[None, :]
+        mask = row_mask[:, None] & (col < K)[None, :]
     offsets = (row * stride_row + slice_col * stride_col)[:, None] + col[None, :] * stride_col
     x = tile.to_float32(tl.load(x_ptr + batch * stride_batch + offsets, mask, other=0.0))
 
@@ -166,15 +168,24 @@ def quantize_tile(
             codes = ELEM.codec.encode(x, zero, _spread(~bad, S, M, R, GROUPS, W), ELEM)
             if PARTIAL:
                 codes = tl.where(mask, codes, 0)
+            LIE: tl.constexpr = S > 1 and FMT.bits == 8 and not PADDED  # codes are stored as they lie
+            if S > 1 and not LIE:
+                if PADDED:  # which the compiler then knows to be 0, and leaves out what led to it
+                    codes = tl.where((slice_col < COLS)[:, None], codes, 0)
+                row, slice_col = tile_m * M + tl.arange(0, M), 0
+                row_mask = row < N
             row_start = (batch * N + row) * row_bytes  # an argument: the compiler knows whether 16 divides it
-            if S == 1 and (COLS == C or COLS == -1):
-                BYTES: tl.constexpr = GROUPS * C * FMT.bits // 8
-                tile.store_codes(q_ptr, row_start, row_mask, row_bytes, tile_n * BYTES, codes, 1, 0, WORDS, FMT)
-            else:
+            if PADDED or LIE:
                 BYTES: tl.constexpr = (COLS * FMT.bits + 7) // 8  # whole, or the only group of its row
+                ORDER: tl.constexpr = 1 if LIE else S
                 first_byte = tile_n * (GROUPS * BYTES)
-                row_start += slice_col * FMT.bits // 8
-                tile.store_codes(q_ptr, row_start, row_mask, row_bytes, first_byte, codes, GROUPS, BYTES, WORDS, FMT)
+                row_start += slice_col
+                tile.store_codes(
+                    q_ptr, row_start, row_mask, row_bytes, first_byte, codes, ORDER, GROUPS, BYTES, WORDS, FMT
+                )
+            else:
+                first_byte = tile_n * (GROUPS * C * FMT.bits // 8)
+                tile.store_codes(q_ptr, row_start, row_mask, row_bytes, first_byte, codes, S, GROUPS, 0, WORDS, FMT)
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "first_index", "N", "tiles_m"])
@@ -263,7 +274,7 @@ def row_kernel(
             if PARTIAL:
                 codes = tl.where(mask, codes, 0)
             BYTES: tl.constexpr = BLOCK_N * FMT.bits // 8
-            tile.store_codes(q_ptr, index * row_bytes, row_mask, row_bytes, t * BYTES, codes, 1, 0, WORDS, FMT)
+            tile.store_codes(q_ptr, index * row_bytes, row_mask, row_bytes, t * BYTES, codes, 1, 1, 0, WORDS, FMT)
 
 
 @triton.jit
@@ -319,4 +330,4 @@ def apply_kernel(
             codes = tl.where(mask, codes, 0)
         BYTES: tl.constexpr = BLOCK_N * FMT.bits // 8
         row_start = (batch * N + row) * row_bytes
-        tile.store_codes(q_ptr, row_start, row_mask, row_bytes, tile_n * BYTES, codes, 1, 0, WORDS, FMT)
+        tile.store_codes(q_ptr, row_start, row_mask, row_bytes, tile_n * BYTES, codes, 1, 1, 0, WORDS, FMT)

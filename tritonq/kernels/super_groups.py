@@ -116,15 +116,10 @@ def super_group_kernel(
             codes = ELEM.codec.encode(x, ZERO, _spread(~bad, S, M, GROUPS, W), ELEM)
             if PARTIAL:
                 codes = tl.where(mask, codes, 0)
+            BYTES: tl.constexpr = GROUPS * C * FMT.bits // 8
+            row = tile_m * M + tl.arange(0, M)
             row_start = (batch * N + row) * row_bytes
-            if S == 1:
-                BYTES: tl.constexpr = GROUPS * C * FMT.bits // 8
-                tile.store_codes(q_ptr, row_start, row_mask, row_bytes, tile_n * BYTES, codes, 1, 0, WORDS, FMT)
-            else:
-                BYTES: tl.constexpr = C * FMT.bits // 8
-                row_start += slice_col * FMT.bits // 8
-                first_byte = tile_n * (GROUPS * BYTES)
-                tile.store_codes(q_ptr, row_start, row_mask, row_bytes, first_byte, codes, GROUPS, BYTES, WORDS, FMT)
+            tile.store_codes(q_ptr, row_start, row < N, row_bytes, tile_n * BYTES, codes, S, GROUPS, 0, WORDS, FMT)
 
 
 @triton.jit(do_not_specialize=["N", "tiles_m"])

@@ -49,34 +49,40 @@ def store_codes(
     row_bytes,
     first_byte,
     codes,
+    S: tl.constexpr,
     GROUPS: tl.constexpr,
     GROUP_BYTES: tl.constexpr,
     WORDS: tl.constexpr,
     FMT: tl.constexpr,
 ):
-    """Pack int32 codes [M, COLS] and store them from `first_byte` of each row on; rows begin at `row_start` [M].
+    """Pack int32 codes [S * M, COLS] and store them from `first_byte` of each row on; rows begin at `row_start` [M].
 
-    With GROUP_BYTES the columns are that many padded groups, of which the first GROUP_BYTES are kept; with 0 they are
-    consecutive. Bytes past the end of a row are not written. WORDS: rows and runs of codes are whole 32-bit words.
+    The columns are GROUPS groups, whose S slices lie above each other. With GROUP_BYTES the groups are padded, and the
+    first GROUP_BYTES of each are kept; with 0 they are whole. Bytes past the end of a row are not written. WORDS: rows
+    and runs of codes are whole 32-bit words.
     """
-    M: tl.constexpr = codes.shape[0]
+    M: tl.constexpr = codes.shape[0] // S
     if FMT.sign_flip != 0:
         codes = codes ^ FMT.sign_flip
     if WORDS:
-        data = bits.pack_words(codes, FMT.bits)
+        data = bits.pack_words(bits.in_order(bits.pieces(codes, FMT.bits), S, GROUPS), FMT.bits)
         q_ptr = q_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
         UNIT: tl.constexpr = 4  # bytes of what is stored
         WIDTH: tl.constexpr = 4 * bits.words_of(FMT.bits)[2]  # bytes of a run
-    else:
-        data = bits.pack(codes, FMT.bits).to(tl.uint8)
+    elif 8 % FMT.bits == 0:
+        data = bits.in_order(bits.pack(codes, FMT.bits).to(tl.uint8), S, GROUPS)
         UNIT: tl.constexpr = 1
-        WIDTH: tl.constexpr = 1 if 8 % FMT.bits == 0 else (3 if FMT.bits == 6 else FMT.bits)
-    RUNS: tl.constexpr = data.shape[1] // GROUPS
+        WIDTH: tl.constexpr = 1
+    else:
+        data = bits.pack(bits.in_order(codes, S, GROUPS), FMT.bits).to(tl.uint8)
+        UNIT: tl.constexpr = 1
+        WIDTH: tl.constexpr = 3 if FMT.bits == 6 else FMT.bits
     run = tl.arange(0, data.shape[1])
     if GROUP_BYTES == 0:
         byte = first_byte + run * WIDTH
         keep = byte < row_bytes
     else:
+        RUNS: tl.constexpr = data.shape[1] // GROUPS
         byte = first_byte + (run // RUNS) * GROUP_BYTES + (run % RUNS) * WIDTH
         keep = (byte < row_bytes) & ((run % RUNS) * WIDTH < GROUP_BYTES)
     if WIDTH == 1:
@@ -167,14 +173,14 @@ def load_factors(
         factor, zero = _load_factors(scale_ptr, zero_ptr, scale_row, row_mask, tensor_scale, FMT)
         factor, zero = factor[:, None], zero[:, None]
     else:
-        # Pointers are per group where groups tile the columns evenly, per element elsewhere.
-        EVEN: tl.constexpr = (COLS % C == 0 or C % COLS == 0) and (C & (C - 1)) == 0
-        GROUPS: tl.constexpr = COLS if not EVEN else (COLS // C if COLS > C else 1)
+        # Pointers are per run of columns that surely share a group: the largest power of two that divides both.
+        RUN: tl.constexpr = min(C & -C, COLS)
+        RUNS_OF_GROUP: tl.constexpr = C // RUN
+        GROUPS: tl.constexpr = COLS // RUN
         in_row = (K + C - 1) // C
-        if EVEN:
-            column = first_col // C + tl.arange(0, GROUPS)
-        else:
-            column = (first_col + tl.arange(0, GROUPS)) // C
+        first_run = first_col // RUN
+        within = (first_run % RUNS_OF_GROUP).to(tl.int32)  # of its group
+        column = first_run // RUNS_OF_GROUP + (within + tl.arange(0, GROUPS)) // RUNS_OF_GROUP
         mask = row_mask[:, None] & (column < in_row)[None, :]
         index = scale_row[:, None] * in_row + column[None, :]
         factor, zero = _load_factors(scale_ptr, zero_ptr, index, mask, tensor_scale, FMT)
