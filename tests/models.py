@@ -11,9 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tritonq import ops, reference
-from tritonq.nn.schemes import get_scheme
+from tritonq.io import compressed_tensors
+from tritonq.nn.schemes import SCHEMES, get_scheme
 from tritonq.nn.select import Selection, sharing_key
 
+EXPORTED = [name for name, scheme in SCHEMES.items() if compressed_tensors.holds(scheme)]  # those that files hold
 SHAPE = {
     "vocab_size": 128,
     "hidden_size": 256,

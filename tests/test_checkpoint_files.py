@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tritonq.formats import get_format
 from tritonq.io import compressed_tensors, writer
 from tritonq.io.checkpoint import quantize_checkpoint
-from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
+from tritonq.nn.schemes import Scheme, get_scheme
 
 pytest.importorskip("transformers")
 
@@ -63,7 +63,7 @@ def test_packed_integers_are_what_compressed_tensors_packs(name, shape):
         assert torch.equal(zero.int(), parts["zero_point"].int() - offset)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", models.EXPORTED)
 @pytest.mark.parametrize("shape", [(256, 384), (130, 256)])
 def test_specs_describe_what_encode_makes(scheme, shape):
     scheme = get_scheme(scheme)
@@ -446,7 +446,7 @@ def test_hub_id(llama, tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", models.EXPORTED)
 def test_bytes_do_not_depend_on_the_device(scheme, tmp_path):
     folder = models.save("qwen3moe", tmp_path / "in")
     for device in ("cpu", "cuda"):

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")
 
 from tritonq.io.checkpoint import quantize_checkpoint
-from tritonq.nn.schemes import SCHEMES, get_scheme
+from tritonq.nn.schemes import get_scheme
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def loads(fmt, inputs, experts, dequantize):
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama_tied", "qwen3moe"])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", models.EXPORTED)
 def test_weights_load_exactly(scheme, kind, source, tmp_path):
     dense = models.tensors(source(kind))
     wanted = models.expected(dense, scheme)

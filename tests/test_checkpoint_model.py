@@ -9,7 +9,7 @@ import torch
 from tritonq import ops
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.model import save_pretrained
-from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
+from tritonq.nn.schemes import Scheme, get_scheme
 from tritonq.nn.select import Selection, sharing_key
 
 pytest.importorskip("transformers")
@@ -74,7 +74,7 @@ def same(one, other):
     assert quantization[0] == quantization[1]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", models.EXPORTED)
 @pytest.mark.parametrize("kind", ["llama_tied", "qwen3moe"])
 def test_memory_and_file_give_the_same_bytes(kind, scheme, tmp_path):
     source = models.save(kind, tmp_path / "in")
@@ -126,7 +126,7 @@ def test_errors(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", models.EXPORTED)
 @pytest.mark.parametrize("kind", ["llama_tied", "qwen3moe"])
 def test_quantize_in_place_then_save(kind, scheme, tmp_path):
     quantize = pytest.importorskip("tritonq.nn.quantize")

@@ -52,7 +52,9 @@ def scheme_rows() -> list[dict[str, str]]:
                 "scheme": scheme.name,
                 "weights": fmt.name,
                 "inputs": scheme.inputs or "as they are",
-                "checkpoint layout": compressed_tensors.layout(fmt, scheme.input_format),
+                "checkpoint layout": (
+                    compressed_tensors.layout(fmt, scheme.input_format) if compressed_tensors.holds(scheme) else "none"
+                ),
                 "bits": f"{storage_bits(fmt, _SHAPE):.2f}",
             }
         )

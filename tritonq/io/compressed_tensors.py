@@ -70,8 +70,18 @@ def layout(fmt: Format, inputs: Format | None = None) -> str:
         return _NVFP4
     raise ValueError(
         f"compressed-tensors has no layout for {fmt.name}; it holds integers with floating scales a row or a group, "
-        "fp8_e4m3 with one scale a tensor, row or block, mxfp8, mxfp4 and nvfp4"
+        "fp8_e4m3 with one scale a tensor, row or block, mxfp8, mxfp4 and nvfp4; take a scheme with one of them, or "
+        "quantize the model in memory (quantize_) and keep its state_dict"
     )
+
+
+def holds(scheme: Scheme) -> bool:
+    """Whether there is a layout for the weights of a bf16 model in this scheme."""
+    try:
+        layout(scheme.weight_format(torch.bfloat16), scheme.input_format)
+    except ValueError:
+        return False
+    return True
 
 
 def specs(fmt: Format, inputs: Format | None, shape: Shape) -> dict[str, Spec]:

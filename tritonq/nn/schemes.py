@@ -39,7 +39,7 @@ class Scheme:
         if group_size is not None and group_size != fmt.group_size:
             if not self.takes_group_size:
                 raise ValueError(
-                    f"{self.name} fixes its groups ({self.weights}); leave the size out, or take an integer scheme"
+                    f"{self.name} fixes its groups ({self.weights}); leave the size out, or take a scheme of integers"
                 )
             if group_size < 1:
                 raise ValueError(f"the group size is a number of elements >= 1, got {group_size}")
@@ -51,9 +51,10 @@ class Scheme:
 
     @property
     def takes_group_size(self) -> bool:
-        """Integer groups may have any size; MX, NVFP4 and formats with super-groups define theirs."""
+        """Groups of integers and of tables may have any size; MX, NVFP4 and formats with super-groups define theirs."""
         fmt = get_format(self.weights)
-        return fmt.group[0] == 1 and fmt.group_size > 0 and fmt.element.codec.offset_binary and not fmt.super_group
+        fixed = fmt.scale.is_exponent or fmt.tensor_scale or fmt.super_group
+        return fmt.group[0] == 1 and fmt.group_size > 0 and not fixed
 
     def search(self, wanted: str | bool | None) -> str | bool:
         """The scale search of weights: what is wanted, by default "mse" for codes of 4 bits and less, where it lowers
@@ -101,6 +102,7 @@ SCHEMES: dict[str, Scheme] = {
         _scheme("MXFP4A16", "mxfp4_even"),
         _scheme("NVFP4", "nvfp4", "nvfp4"),
         _scheme("NVFP4A16", "nvfp4"),
+        _scheme("NF4A16", "nf4_g64"),
     )
 }
 
