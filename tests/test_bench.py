@@ -11,7 +11,8 @@ import torch
 
 from tritonq import ops
 from tritonq.bench import cases, command, measure, peers, plot, report, timing, verify
-from tritonq.bench.eager import eager, pack, raw, typed, unpack
+from tritonq.bench.eager import eager, lanes, pack, raw, typed, unpack
+from tritonq.codecs import pack as bitstream
 from tritonq.formats import FORMATS, get_format
 
 ROOT = Path(__file__).parent.parent
@@ -68,13 +69,17 @@ def test_formats_without_a_definition(name):
     assert eager(get_format(name), (8, 256), torch.bfloat16) is None
 
 
+def test_rows_that_end_within_a_chunk_have_no_definition():
+    assert eager(get_format("int3_g128"), (8, 260), torch.bfloat16) is None
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("n", [64, 13])
-def test_packing_of_peers(bits, n):
-    codes = torch.randint(0, 1 << bits, (3, n), dtype=torch.int32)
-    packed = pack(codes, bits)
-    assert packed.shape == (3, math.ceil(n * bits / 8))
-    assert torch.equal(unpack(packed, bits, n), codes)
+def test_packing_of_peers(bits):
+    codes = torch.randint(0, 1 << bits, (3, 64), dtype=torch.int32)
+    packed = pack(lanes(codes, bits), bits)
+    assert packed.shape == (3, 8 * bits)
+    assert torch.equal(packed, bitstream.pack(codes.to(torch.uint8), bits))
+    assert torch.equal(unpack(packed, bits), codes)
 
 
 # ------------------------------------------------------------------------------------------------------------- bytes
