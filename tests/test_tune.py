@@ -9,7 +9,7 @@ import torch
 from conftest import INTERPRET
 from rich.console import Console
 
-from tritonq import cli, ops, plans, tune, tuning, tuning_cache
+from tritonq import cli, ops, plans, timing, tune, tuning, tuning_cache
 from tritonq.formats import FORMATS, get_format
 from tritonq.tuning_files import OPS, Gpu, parse_file
 
@@ -391,7 +391,7 @@ def test_on_a_gpu(command, own_folder):
     """Times are those of a device: a copy takes as long as its bytes, and an entry is found again by its GPU."""
     x = torch.randn(1 << 26, device="cuda", dtype=torch.bfloat16)
     outs = [{"y": torch.empty_like(x)} for _ in range(2)]
-    us = tune.device_time([lambda out=out: {"y": out["y"].copy_(x)} for out in outs])
+    us = timing.device_us([lambda out=out: {"y": out["y"].copy_(x)} for out in outs])
     assert 20 < us < 5000
     arguments = ("--formats", "int4_g128", "--ops", "quantize,dequantize", "--shapes", "1024x4096", "--quick", "--json")
     code, out, err = command(*arguments)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
-import statistics
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tritonq import ops as engine
-from tritonq import plans, tiling, tuning, tuning_cache
+from tritonq import plans, tiling, timing, tuning, tuning_cache
 from tritonq.formats import FORMATS, Format, Shape, get_format
 from tritonq.launch import as_integers
 from tritonq.reference import Parts
@@ -107,32 +106,6 @@ def cases(
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
-
-
-def device_time(calls: Sequence[Call], samples: int = 21, least: int = 10) -> float:
-    """Median microseconds of one call on the device: launches captured in a CUDA graph, timed by events, so that no
-    host time counts. The calls take turns, and so do their results, which keeps them out of the L2 cache."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    count = -(-least // len(calls)) * len(calls)
-    graph, kept = torch.cuda.CUDAGraph(), deque[Parts](maxlen=len(calls))
-    with torch.cuda.graph(graph):
-        for call in itertools.islice(itertools.cycle(calls), count):
-            kept.append(call())
-    times = []
-    for _ in range(2 + samples):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / count)
-    return statistics.median(times[2:])
-
-
-def _quick_time(calls: Sequence[Call]) -> float:
-    return device_time(calls, samples=7)
 
 
 def _copies(case: Case, device: torch.device) -> int:
@@ -301,7 +274,7 @@ def tune(
         ops, formats, shapes, dtypes: what to tune; default: every op and format, four shapes, bfloat16.
         quick: fewer candidates, formats and shapes.
         folder: where entries go instead of the user's folder.
-        timer, gpu: instead of `device_time` and the GPU of `device`; the device may then be the CPU.
+        timer, gpu: instead of `timing.device_us` and the GPU of `device`; the device may then be the CPU.
 
     Raises:
         ValueError: nothing to tune, an unknown name, or no GPU. OSError: the folder cannot be written.
@@ -310,7 +283,7 @@ def tune(
     if not todo:
         raise ValueError(f"no kernel of {', '.join(ops or OPS)} serves these formats and shapes; choose others")
     where = require_gpu(device) if timer is None or gpu is None else torch.device(device or "cpu")
-    clock = timer or (_quick_time if quick else device_time)
+    clock = timer or functools.partial(timing.device_us, samples=(7, 7) if quick else timing.SAMPLES)
     ranks = _Ranks()
 
     def begin() -> Gpu:
