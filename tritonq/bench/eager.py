@@ -99,7 +99,7 @@ def eager(fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device | 
     if not supported(fmt) or any(n % chunk(fmt.bits)[0] for n in (shape[-1], max(0, fmt.group[1]))):
         return None
     element, rule, rows = fmt.element, fmt.scale.rule, fmt.group[0]
-    bits, m, bias, largest = element.bits, element.mbits, element.bias, element.max
+    bits, m, bias, largest, emax = element.bits, element.mbits, element.bias, element.max, element.emax
     levels, is_integer = 1 << bits, element.codec.offset_binary
     float_type = element.dtype if element.dtype in HARDWARE else None
     axes = (-3, -1) if rows > 1 else (-1,)
@@ -124,7 +124,7 @@ def eager(fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device | 
         else:
             amax = groups.abs().amax(axes, keepdim=True)
             if rule == "floor":
-                exponent = ((amax.view(torch.int32) >> 23) - element.emax).clamp(0, 254)
+                exponent = ((amax.view(torch.int32) >> 23) - emax).clamp(0, 254)
                 factor = torch.where(exponent == 0, 0x400000, exponent << 23).view(torch.float32)
                 return exponent.to(torch.uint8), factor, middle
             if divisor is not None:
