@@ -8,6 +8,7 @@ the same tensors; how far their values are from ours stands beside their times.
 
     python -m bench.kernels                                    every format, 4096 x 14336 bf16, with peers
     python -m bench.kernels --sizes                            64 KiB to 2 GiB, some formats, without peers
+    python -m bench.kernels --sizes 2M 16M 64M 256M --peers torch.compile --workers 16 --budget 300
     python -m bench.kernels --results SWEEP.json --plot roofline.svg     draw what was measured; no GPU needed
     python -m bench.kernels --peers none --check bench/results/GPU/kernels.json      exit code 1 if slower
 """
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--dtypes", nargs="*", help="bfloat16 (default), float16, float32")
     parser.add_argument("--peers", nargs="*", help="torch.compile, torchao, bitsandbytes, or none")
     parser.add_argument("--budget", type=float, help="seconds; what would not fit is left out, and the JSON says so")
+    parser.add_argument("--workers", type=int, default=0, help="processes that compile everything before it is timed")
     parser.add_argument("--out", type=Path, help="JSON file; default bench/results/<gpu>/kernels.json or sweep.json")
     parser.add_argument("--results", type=Path, help="use this file instead of measuring")
     parser.add_argument("--check", type=Path, help="committed results to compare with; writes nothing unless --out")
@@ -41,7 +43,7 @@ def main() -> int:
     try:
         wanted = command.options(
             args.formats, args.shape, args.sizes, args.dtypes, args.peers, args.budget,
-            " ".join(["python -m bench.kernels", *sys.argv[1:]]),
+            " ".join(["python -m bench.kernels", *sys.argv[1:]]), args.workers,
         )  # fmt: skip
         return command.execute(
             wanted, out=args.out, folder=RESULTS, results=args.results, check=args.check, tolerance=args.tolerance,

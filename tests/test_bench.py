@@ -4,15 +4,18 @@ import json
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from tritonq import ops
-from tritonq.bench import cases, command, measure, peers, plot, report, timing, verify
-from tritonq.bench.eager import eager, pack, raw, typed, unpack
+from tritonq.bench import cases, command, measure, peers, plot, precompile, report, timing, verify
+from tritonq.bench.eager import eager, lanes, pack, raw, typed, unpack
+from tritonq.codecs import pack as bitstream
 from tritonq.formats import FORMATS, get_format
+from tritonq.timing import median_us, take_turns
 
 ROOT = Path(__file__).parent.parent
 UNLISTED = (*cases.UNLISTED, "int7_g64_asym", "int8_g64_asym", "int4_g32_half_range", "fp8_e4m3_b64x96")
@@ -68,13 +71,17 @@ def test_formats_without_a_definition(name):
     assert eager(get_format(name), (8, 256), torch.bfloat16) is None
 
 
+def test_rows_that_end_within_a_chunk_have_no_definition():
+    assert eager(get_format("int3_g128"), (8, 260), torch.bfloat16) is None
+
+
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("n", [64, 13])
-def test_packing_of_peers(bits, n):
-    codes = torch.randint(0, 1 << bits, (3, n), dtype=torch.int32)
-    packed = pack(codes, bits)
-    assert packed.shape == (3, math.ceil(n * bits / 8))
-    assert torch.equal(unpack(packed, bits, n), codes)
+def test_packing_of_peers(bits):
+    codes = torch.randint(0, 1 << bits, (3, 64), dtype=torch.int32)
+    packed = pack(lanes(codes, bits), bits)
+    assert packed.shape == (3, 8 * bits)
+    assert torch.equal(packed, bitstream.pack(codes.to(torch.uint8), bits))
+    assert torch.equal(unpack(packed, bits), codes)
 
 
 # ------------------------------------------------------------------------------------------------------------- bytes
@@ -107,6 +114,7 @@ def test_sizes():
     for name, (rows, columns) in cases.SIZES.items():
         assert 2 * rows * columns == int(name[:-1]) << units[name[-1]]
     assert cases.parse_shape("8x4096") == (8, 4096)
+    assert cases.parse_shape("16M") == (2048, 4096)
     with pytest.raises(ValueError, match="got '12'"):
         cases.parse_shape("12")
 
@@ -116,6 +124,29 @@ def test_inputs_exceed_the_cache():
         assert timing.copies(nbytes) * nbytes >= timing.CACHE
     assert timing.copies(112 << 20) == 1
     assert timing.copies(112 << 20, l2=128 << 20) == 3
+
+
+def test_calls_take_turns():
+    made: list[int] = []
+    held = take_turns([lambda i=i: made.append(i) or i for i in range(3)], 7)
+    assert made == [0, 1, 2, 0, 1, 2, 0] and list(held) == [1, 2, 0]  # one result a buffer stays alive
+
+
+@pytest.mark.parametrize("ms,replays", [(1.0, 50), (5.0, 20), (200.0, 5)])
+def test_long_calls_are_repeated_less(ms, replays, monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        record = synchronize = lambda self: None
+
+        def elapsed_time(self, end):
+            return ms
+
+    runs: list[None] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert median_us(lambda: runs.append(None), 10) == ms * 100
+    assert len(runs) == 3 + replays
 
 
 # ------------------------------------------------------------------------------------------------------ verification
@@ -183,6 +214,61 @@ def test_budget_and_mismatch(monkeypatch):
         and found["budget_s"] == 22
     )
     assert found["left_out"] == [["nvfp4", [8, 256], "bfloat16"], ["int4_g128", [8, 256], "bfloat16"]]
+
+
+def test_what_is_left_out_is_said_from_the_start(monkeypatch):
+    """A run that is killed leaves a file that says so."""
+    for name in ("require_gpu", "_host_times"):
+        monkeypatch.setattr(measure, name, dict)
+    monkeypatch.setattr(timing, "warm_up", lambda: None)
+    monkeypatch.setattr(measure, "environment", lambda command: {"gpu": "none", "torch": "2", "triton": "3"})
+    monkeypatch.setattr(measure, "_random", lambda shape, dtype: torch.randn(shape))
+    monkeypatch.setattr(measure, "_copy", lambda x: {"shape": list(x.shape), "us": 1.0, "gb_per_s": 3000.0})
+    monkeypatch.setattr(
+        measure, "bench_format", lambda fmt, x, *_: [{"op": "qdq", "us": 1.0, "of_copy": 1.0, "peers": {}}]
+    )
+    monkeypatch.setattr(measure, "compile_all", lambda *arguments: (6, 6, 1.0))
+    saved = []
+    options = measure.Options(formats=("mxfp8", "mxfp4"), shapes=((8, 256), (16, 256)), workers=2)
+    found = measure.run(options, lambda line: None, lambda partial: saved.append(list(partial["left_out"])))
+    second = [[name, [16, 256], "bfloat16"] for name in ("mxfp8", "mxfp4")]
+    assert saved == [[["mxfp4", [8, 256], "bfloat16"], *second], second, second[1:], []]
+    assert found["complete"] and [copy["shape"] for copy in found["copies"]] == [[8, 256], [16, 256]]
+    assert found["compiled"] == {"done": 6, "of": 6, "seconds": 1.0}
+
+
+def test_compiling_ahead(monkeypatch):
+    """Every operation once, in processes that are threads here; what fails is not counted."""
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, workers, context, begin, arguments):
+            super().__init__(workers)
+
+    def compile_case(name, op, shape, dtype, labels):
+        seen.append((name, op, shape, dtype, labels))
+        if name == "mxfp4":
+            raise RuntimeError
+
+    seen: list[tuple] = []
+    monkeypatch.setattr(precompile, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(precompile, "compile_case", compile_case)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    done, of, seconds = precompile.compile_all(["nvfp4", "mxfp4"], [(8, 256)], [torch.float16], ["torch.compile"], 2)
+    assert (done, of) == (5, 8) and seconds >= 0 and len(set(seen)) == 8
+    assert ("nvfp4", "qdq, tensor scale given", (8, 256), torch.float16, ("torch.compile",)) in seen
+
+
+def test_a_case_calls_every_contender(monkeypatch):
+    called = []
+
+    def compiled(fn):
+        called.append(fn.__name__)
+        return fn
+
+    monkeypatch.setattr(peers, "_compile", compiled)
+    for op in cases.operations(get_format("nvfp4")):
+        precompile.compile_case("nvfp4", op, (8, 256), torch.float32, ["torch.compile"], device="cpu")
+    assert called == ["quantize", "dequantize", "qdq", "quantize", "qdq"]
 
 
 def test_difference():
@@ -270,6 +356,8 @@ def test_options():
         options(shape="16x32", sizes=["2M"])
     with pytest.raises(ValueError, match="unknown peer 'x'"):
         options(peers=["x"])
+    with pytest.raises(ValueError, match="0 or more"):
+        command.options(None, None, None, None, None, None, "test", workers=-1)
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])

@@ -10,7 +10,7 @@ import tritonq.formats
 PACKAGE = Path(tritonq.formats.__file__).parent
 LAYERS = (
     ("formats", "codecs"), ("reference", "kernels", "scale_tiles", "rotation"),
-    ("tuning", "tuning_cache", "tuning_files", "tiling", "launch", "memory", "plans"),
+    ("tuning", "tuning_cache", "tuning_files", "tiling", "timing", "launch", "memory", "plans"),
     ("ops", "operators"), ("autograd", "ste", "tune"), ("tensor",),
     ("offload", "nn"), ("calibrate", "io"), ("integrations", "bench", "cli", "demo", "__main__"),
 )  # fmt: skip

@@ -1,18 +1,24 @@
 """The tuner with a clock that the test sets, its command, several ranks; on a GPU the real thing."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import INTERPRET
 from rich.console import Console
 
-from tritonq import cli, ops, plans, tune, tuning, tuning_cache
+from tritonq import cli, ops, plans, timing, tune, tuning, tuning_cache
 from tritonq.formats import FORMATS, get_format
 from tritonq.tuning_files import OPS, Gpu, parse_file
 
+ROOT = Path(__file__).parent.parent
 GPU = Gpu("sm_90", "some-gpu", "Some GPU", 100)
 SHAPE = (4, 512)
 REACHES = {
@@ -265,6 +271,97 @@ def test_plans_ask_the_cache(op, monkeypatch):
     assert extents in windows, (extents, windows)
 
 
+# ----------------------------------------------------------------------------------------------------- on first use
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def first_use(monkeypatch):
+    """Calls on a GPU that is the CPU: what is looked up for it tunes, by the clock that is returned."""
+    clock, measure = Clock(**{"2048x32x2": 80.0}), tune.tune_case
+    monkeypatch.setattr(tuning_cache, "on_missing", None)
+    monkeypatch.setattr(tuning_cache, "gpu_of", lambda device: GPU)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(
+        tune, "tune_case", lambda case, device, timer, quick: measure(case, torch.device("cpu"), clock, quick)
+    )
+    tune._tried.clear()
+    tune.tune_on_first_use()
+    return clock
+
+
+def look_up(op="quantize", name="int4_g128", rows=1, columns=2048, column_stride=1):
+    return tuning_cache.lookup(op, get_format(name), torch.bfloat16, rows, columns, column_stride, CUDA)
+
+
+BEST = {"TILE": 2048, "PER_THREAD": 32, "SLICES": 2}
+
+
+def test_nothing_is_tuned_unasked(first_use, monkeypatch, own_folder):
+    monkeypatch.setattr(tuning_cache, "on_missing", None)
+    assert look_up() is None and not first_use.seen and not own_folder.exists()
+
+
+def test_the_first_call_tunes(first_use, own_folder):
+    """Once a size, also in a process that starts later; sizes beside it do not count."""
+    assert look_up() == BEST and stored(own_folder)[0].config == BEST
+    measured = len(first_use.seen)
+    assert measured > 2 and look_up() == BEST and len(first_use.seen) == measured
+    tuning_cache.forget()
+    tune._tried.clear()
+    assert look_up() == BEST and len(first_use.seen) == measured
+    assert look_up(columns=4096) == BEST and len(first_use.seen) > measured
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_tunes_on_first_use(op, first_use, own_folder):
+    """An entry has the key that was looked up."""
+    name, (rows, columns) = REACHES.get(op, ("int8_channel", SHAPE))
+    if op == "keys":
+        rows, columns = 1, rows * columns
+    assert look_up(op, name, rows, columns) is not None and len(stored(own_folder, op)) == 1
+
+
+def test_no_tuning_where_it_would_be_in_the_way(first_use, monkeypatch):
+    assert look_up(column_stride=7) is None
+    tuning_cache.forget()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert look_up() is None
+    tuning_cache.forget()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert look_up() is None
+    tuning_cache.forget()
+    with monkeypatch.context() as patch:
+        patch.setattr(tune._Ranks, "__init__", lambda self: setattr(self, "first", False))
+        assert look_up() is None
+    tuning_cache.forget()
+    with tune._busy:
+        assert look_up() is None
+    tuning_cache.forget()
+    assert not first_use.seen and look_up() == BEST
+
+
+def test_a_call_survives_what_cannot_be_tuned(first_use, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITONQ_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="TRITONQ_AUTOTUNE: not tuned.*quantize int4_g128"):
+        assert look_up() is None
+    tuning_cache.forget()
+    assert look_up() is None and not first_use.seen  # and says so once
+
+
+@pytest.mark.parametrize("value", ["1", "0"])
+def test_the_variable(value):
+    code = "import tritonq; from tritonq import tuning_cache; print(tuning_cache.on_missing is not None)"
+    env = {**os.environ, "TRITONQ_AUTOTUNE": value}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(value == "1")
+
+
 # ------------------------------------------------------------------------------------------------------------ ranks
 
 
@@ -391,7 +488,7 @@ def test_on_a_gpu(command, own_folder):
     """Times are those of a device: a copy takes as long as its bytes, and an entry is found again by its GPU."""
     x = torch.randn(1 << 26, device="cuda", dtype=torch.bfloat16)
     outs = [{"y": torch.empty_like(x)} for _ in range(2)]
-    us = tune.device_time([lambda out=out: {"y": out["y"].copy_(x)} for out in outs])
+    us = timing.device_us([lambda out=out: {"y": out["y"].copy_(x)} for out in outs])
     assert 20 < us < 5000
     arguments = ("--formats", "int4_g128", "--ops", "quantize,dequantize", "--shapes", "1024x4096", "--quick", "--json")
     code, out, err = command(*arguments)

@@ -1,5 +1,7 @@
 """tritonq: a JIT quantization engine for PyTorch."""
 
+import os
+
 from tritonq.autograd import qdq
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
 from tritonq.io.checkpoint import quantize_checkpoint
@@ -10,6 +12,11 @@ from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
 from tritonq.ops import hadamard
 from tritonq.scale_tiles import swizzle, unswizzle
 from tritonq.tensor import QTensor, dequantize, quantize, quantize_both
+
+if os.environ.get("TRITONQ_AUTOTUNE") == "1":
+    from tritonq.tune import tune_on_first_use
+
+    tune_on_first_use()
 
 __version__ = "0.1.0"
 

@@ -230,6 +230,7 @@ def bench(
         typer.Option(help="torch.compile, torchao, bitsandbytes, or none; default: all, none in a sweep."),
     ] = None,
     budget: Annotated[float | None, typer.Option(help="Seconds; what would not fit is left out.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that compile everything before it is timed.")] = 0,
     path: Annotated[Path | None, typer.Option("--out", help="Write the results to this JSON file.")] = None,
     results: Annotated[Path | None, typer.Option(help="Use this result file instead of measuring.")] = None,
     check: Annotated[Path | None, typer.Option(help="Compare with this result file; exit code 1 if slower.")] = None,
@@ -242,7 +243,7 @@ def bench(
 
     wanted = command.options(
         _names(formats), shape, _names(sizes) or ([] if sweep else None), _names(dtypes), _names(peers), budget,
-        " ".join(["tritonq", *sys.argv[1:]]),
+        " ".join(["tritonq", *sys.argv[1:]]), workers,
     )  # fmt: skip
     sys.exit(
         command.execute(

@@ -1,12 +1,16 @@
-"""The tuner: run every candidate of a kernel, check its bits, time it, keep the best (`tritonq tune`)."""
+"""The tuner: run every candidate of a kernel, check its bits, time it, keep the best (`tritonq tune`).
+
+With TRITONQ_AUTOTUNE=1 in the environment when tritonq is imported, `tune_on_first_use` has been called.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
-import statistics
-from collections import deque
+import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tritonq import ops as engine
-from tritonq import plans, tiling, tuning, tuning_cache
+from tritonq import plans, tiling, timing, tuning, tuning_cache
 from tritonq.formats import FORMATS, Format, Shape, get_format
 from tritonq.launch import as_integers
 from tritonq.reference import Parts
@@ -109,30 +113,8 @@ def cases(
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
-def device_time(calls: Sequence[Call], samples: int = 21, least: int = 10) -> float:
-    """Median microseconds of one call on the device: launches captured in a CUDA graph, timed by events, so that no
-    host time counts. The calls take turns, and so do their results, which keeps them out of the L2 cache."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    count = -(-least // len(calls)) * len(calls)
-    graph, kept = torch.cuda.CUDAGraph(), deque[Parts](maxlen=len(calls))
-    with torch.cuda.graph(graph):
-        for call in itertools.islice(itertools.cycle(calls), count):
-            kept.append(call())
-    times = []
-    for _ in range(2 + samples):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / count)
-    return statistics.median(times[2:])
-
-
 def _quick_time(calls: Sequence[Call]) -> float:
-    return device_time(calls, samples=7)
+    return timing.device_us(calls, samples=(7, 7))
 
 
 def _copies(case: Case, device: torch.device) -> int:
@@ -301,7 +283,7 @@ def tune(
         ops, formats, shapes, dtypes: what to tune; default: every op and format, four shapes, bfloat16.
         quick: fewer candidates, formats and shapes.
         folder: where entries go instead of the user's folder.
-        timer, gpu: instead of `device_time` and the GPU of `device`; the device may then be the CPU.
+        timer, gpu: instead of `timing.device_us` and the GPU of `device`; the device may then be the CPU.
 
     Raises:
         ValueError: nothing to tune, an unknown name, or no GPU. OSError: the folder cannot be written.
@@ -310,7 +292,7 @@ def tune(
     if not todo:
         raise ValueError(f"no kernel of {', '.join(ops or OPS)} serves these formats and shapes; choose others")
     where = require_gpu(device) if timer is None or gpu is None else torch.device(device or "cpu")
-    clock = timer or (_quick_time if quick else device_time)
+    clock = timer or (_quick_time if quick else timing.device_us)
     ranks = _Ranks()
 
     def begin() -> Gpu:
@@ -325,20 +307,23 @@ def tune(
             if progress is not None:
                 progress(number, len(todo), str(case))
 
-            def run(case: Case = case) -> tuple[Outcome, list[Entry]]:
-                outcome = tune_case(case, where, clock, quick)
-                entries = _entries(case, outcome)
-                if entries:
-                    tuning_cache.store(found, case.op, entries, folder)
-                return outcome, entries
-
-            outcome, entries = ranks.share(run)
+            outcome, entries = ranks.share(functools.partial(_tune_and_store, case, where, clock, quick, found, folder))
             tuning_cache.remember(found, case.op, entries)
             plans.forget()
             outcomes.append(outcome)
     if progress is not None:
         progress(len(todo), len(todo), "")
     return outcomes
+
+
+def _tune_and_store(
+    case: Case, device: torch.device, timer: Timer, quick: bool, gpu: Gpu, folder: Path | None = None
+) -> tuple[Outcome, list[Entry]]:
+    outcome = tune_case(case, device, timer, quick)
+    entries = _entries(case, outcome)
+    if entries:
+        tuning_cache.store(gpu, case.op, entries, folder)
+    return outcome, entries
 
 
 def _entries(case: Case, outcome: Outcome) -> list[Entry]:
@@ -352,3 +337,57 @@ def _entries(case: Case, outcome: Outcome) -> list[Entry]:
             outcome.heuristic_us,
         )
     ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ on first use
+
+_busy = threading.Lock()  # the tuner's own calls look choices up too
+_tried: set[tuple[Case, torch.device]] = set()
+
+
+def tune_on_first_use() -> None:
+    """From now on, the first eager call that needs a kernel for which this GPU has no entry of its size tunes it.
+
+    It takes seconds and memory for copies of the tensor, tries the quick candidates on random numbers, and writes to
+    the user's folder. Calls that are captured in a CUDA graph or compiled, and tensors whose columns are not
+    neighbours, are left to the heuristic; so is what cannot be tuned, with one warning. Of several ranks the first
+    tunes alone, without waiting for the others: they read its entries when they start again.
+    """
+    tuning_cache.on_missing = _tune_missing
+
+
+def _tunable(case: Case, column_stride: int, device: torch.device) -> bool:
+    if device.type != "cuda" or column_stride != 1 or str(case.dtype).removeprefix("torch.") not in DTYPES:
+        return False
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing() or not _Ranks().first:
+        return False
+    if not tuning.serves(case.op, case.fmt, case.shape[-1]):
+        return False
+    m = case.matrix
+    return (m.batch * m.rows, m.columns, m.strides[2]) == (*case.shape, 1)  # else the entry would not be found again
+
+
+def _tune_missing(
+    op: str, fmt: Format, dtype: torch.dtype, rows: int, columns: int, column_stride: int, device: torch.device
+) -> None:
+    """`tuning_cache.on_missing`."""
+    case, problem = Case(op, fmt, (rows, columns), dtype), None
+    if (case, device) in _tried or not _busy.acquire(blocking=False):
+        return
+    try:
+        if not _tunable(case, column_stride, device):
+            return
+        _tried.add((case, device))
+        gpu = tuning_cache.gpu_of(device)
+        tuning_cache.make_folder(gpu)  # an error now, not after seconds of measuring
+        with torch.cuda.device(device):
+            outcome, entries = _tune_and_store(case, device, _quick_time, True, gpu)
+        tuning_cache.remember(gpu, op, entries)
+        plans.forget()
+        problem = outcome.error
+    except Exception as error:
+        problem = f"{case}: {_reason(error)}"
+    finally:
+        _busy.release()
+    if problem is not None:
+        warnings.warn(f"TRITONQ_AUTOTUNE: not tuned, the heuristic is used. {problem}", RuntimeWarning, stacklevel=2)

@@ -1,8 +1,8 @@
 """Measured kernel choices: `<arch>/<gpu>/<op>.json`, shipped with tritonq and overlaid by the user's own.
 
 An entry stores a `Choice` of knobs, not launch constants; `tritonq.tuning` derives those from the choice and the shape,
-so that no entry can configure a kernel wrongly. Nothing is read before the first lookup for a GPU, and no lookup ever
-measures. A file or an entry that is not right is ignored, with one warning a file.
+so that no entry can configure a kernel wrongly. Nothing is read before the first lookup for a GPU, and no lookup
+measures unless `on_missing` is set. A file or an entry that is not right is ignored, with one warning a file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,6 +43,7 @@ MOST_GPUS = 64  # of one architecture
 FARTHEST = 6  # doublings between a tensor and the nearest entry that still says something about it
 
 Table = dict[Fields, dict[Size, Entry]]
+Missing = Callable[[str, "Format", "torch.dtype", int, int, int, "torch.device"], None]  # the arguments of `lookup`
 
 
 class Found(NamedTuple):
@@ -217,6 +218,16 @@ def _nearest(table: Table, key: Fields, wanted: Size) -> tuple[int, Size, Entry]
     return best
 
 
+on_missing: Missing | None = None  # called by the first lookup of what has no exact entry; may `remember` one
+
+
+def exact(gpu: Gpu, op: str, key: Fields, wanted: Size) -> Entry | None:
+    """The entry of this GPU and this size."""
+    if op not in OPS or not ARCH.match(gpu.arch):
+        return None
+    return _table(gpu.arch, gpu.slug, op).get(key, {}).get(wanted)
+
+
 def find(gpu: Gpu, op: str, key: Fields, wanted: Size) -> Entry | None:
     """Exact, else the nearest size, else the nearest of another GPU of the architecture."""
     if op not in OPS or not ARCH.match(gpu.arch):
@@ -240,7 +251,10 @@ def lookup(
     try:
         return _found[asked]
     except KeyError:
-        entry = find(gpu_of(device), op, fields(fmt, dtype, laid_out), wanted)
+        gpu, key = gpu_of(device), fields(fmt, dtype, laid_out)
+        if on_missing is not None and exact(gpu, op, key, wanted) is None:
+            on_missing(op, fmt, dtype, rows, columns, column_stride, device)
+        entry = find(gpu, op, key, wanted)
         choice = None if entry is None else entry.config
         _found[asked] = choice
         return choice

@@ -33,12 +33,15 @@ def all_formats() -> tuple[str, ...]:
 
 
 def parse_shape(text: str) -> Shape2:
-    """A name of SIZES, or ROWSxCOLUMNS. ValueError otherwise."""
+    """A name of SIZES, another size in MiB of bf16 (16M: rows of 4096), or ROWSxCOLUMNS. ValueError otherwise."""
     if text in SIZES:
         return SIZES[text]
+    if text.endswith("M") and text[:-1].isdecimal() and int(text[:-1]):
+        return int(text[:-1]) * 128, 4096
     rows, _, columns = text.partition("x")
     if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
-        raise ValueError(f"a size is one of {', '.join(SIZES)} or ROWSxCOLUMNS such as 4096x14336, got {text!r}")
+        known = f"one of {', '.join(SIZES)}, MiB such as 16M"
+        raise ValueError(f"a size is {known}, or ROWSxCOLUMNS such as 4096x14336, got {text!r}")
     return int(rows), int(columns)
 
 

@@ -20,10 +20,17 @@ def options(
     peers: list[str] | None,
     budget: float | None,
     command: str,
+    workers: int = 0,
 ) -> Options:
-    """Defaults: every format on one shape with every peer; with `sizes` (all where empty), SWEEP without peers."""
+    """Defaults: every format on one shape with every peer; with `sizes` (all where empty), SWEEP without peers.
+
+    Raises:
+        ValueError: unknown names or sizes, or fewer than 0 workers.
+    """
     if shape and sizes is not None:
         raise ValueError("--shape is one shape and --sizes a sweep; give one of them")
+    if workers < 0:
+        raise ValueError(f"workers are processes that compile, 0 or more, got {workers}")
     names = list(cases.SIZES) if sizes == [] else sizes or [shape or "112M"]
     labels = peers if peers is not None else [] if sizes is not None else list(measure.peers.LABELS)
     labels = [label for label in labels if label != "none"]
@@ -37,6 +44,7 @@ def options(
         dtypes=tuple(dtypes or ("bfloat16",)),
         peers=tuple(labels),
         budget=budget,
+        workers=workers,
         command=command,
     )
 

@@ -1,14 +1,16 @@
 """The formats as one defines them in plain torch, for torch.compile to fuse; finite input.
 
 Independent of the codecs, apart from the views that put a group on an axis of its own. On the CPU, uncompiled, the
-parts are those of tritonq bit for bit (`tests/test_bench.py`). What helps the compiler is done: unpacking is pointwise,
-packing works on slices, floats of 4 and 6 bits are rounded by arithmetic on their exponents and not looked up.
+parts are those of tritonq bit for bit (`tests/test_bench.py`). What helps the compiler is done: floats of 4 and 6 bits
+are rounded by arithmetic on their exponents and not looked up, and the steps of a kernel share one shape, because
+inductor does not fuse across a reshape and writes what lies before it to memory as fp32. So values get their dtype
+before groups are put back into rows, and x is split into the places of packed codes before it is divided, not after.
 Parts are plain integers where the compiler does not know the dtype; `typed` gives them theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,52 +63,47 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return (exponent << 23).view(torch.float32)
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """int32 codes [..., n] to bytes, least significant bit first."""
-    if bits == 8:
-        return codes.to(torch.uint8)
-    per, width = chunk(bits)
-    n = codes.shape[-1]
-    if n % per:
-        codes = torch.nn.functional.pad(codes, (0, -n % per))
-    lanes = codes.unflatten(-1, (-1, per)).unbind(-1)
-    out = []
-    for byte in range(width):
-        whole = torch.zeros_like(lanes[0])
-        for i, lane in enumerate(lanes):
-            shift = i * bits - 8 * byte
-            if -bits < shift < 8:
-                whole = whole | (lane << shift if shift >= 0 else lane >> -shift)
-        out.append((whole & 0xFF).to(torch.uint8))
-    packed = out[0] if width == 1 else torch.stack(out, -1).flatten(-2)
-    return packed[..., : -(-bits * n // 8)] if n % per else packed
+def lanes(x: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """x [..., n] as the tensors of every code's place in a chunk (`codecs.pack`), [..., n / places] each."""
+    per = chunk(bits)[0]
+    return x.unflatten(-1, (-1, per)).unbind(-1) if per > 1 else (x,)
 
 
-def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    """Bytes to integer codes [..., n]: runs of codes as one integer, shifted by as much as each code needs."""
+def pack(codes: Sequence[Tensor], bits: int) -> Tensor:
+    """Lanes of int32 codes to bytes, least significant bit first: a chunk as one integer, then its bytes."""
+    width = chunk(bits)[1]
+    word = codes[0] if width < 4 else codes[0].to(torch.int64)
+    for i, lane in enumerate(codes[1:], 1):
+        word = word | (lane.to(word.dtype) << (i * bits))
+    if width == 1:
+        return word.to(torch.uint8)
+    shifts = torch.arange(width, device=word.device, dtype=word.dtype) * 8
+    return ((word.unsqueeze(-1) >> shifts) & 0xFF).to(torch.uint8).flatten(-2)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Bytes to int32 codes: runs of codes as one integer, shifted by as much as each code needs."""
     if bits == 8:
         return packed.to(torch.int32)
     per, width = chunk(bits)
-    if packed.shape[-1] % width:
-        packed = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % width))
     runs = packed.unflatten(-1, (-1, width)).to(torch.int32 if width < 4 else torch.int64)
     word = runs[..., 0]
     for i in range(1, width):
         word = word | (runs[..., i] << (8 * i))
     shifts = torch.arange(per, device=packed.device, dtype=word.dtype) * bits
-    codes = ((word.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2)
-    return (codes[..., :n] if n % per else codes).to(torch.int32)
+    return ((word.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(-2).to(torch.int32)
 
 
 def eager(fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Eager | None:
-    """The definition of `fmt`, or None where this file does not have its rule."""
-    if not supported(fmt):
+    """The definition of `fmt`, or None where this file does not have its rule, or rows or groups end within a chunk."""
+    if not supported(fmt) or any(n % chunk(fmt.bits)[0] for n in (shape[-1], max(0, fmt.group[1]))):
         return None
     element, rule, rows = fmt.element, fmt.scale.rule, fmt.group[0]
-    bits, m, bias, largest = element.bits, element.mbits, element.bias, element.max
-    levels, is_integer, unit = 1 << bits, element.codec.offset_binary, 2.0**-element.fraction
+    bits, m, bias, largest, emax = element.bits, element.mbits, element.bias, element.max, element.emax
+    levels, is_integer = 1 << bits, element.codec.offset_binary
     float_type = element.dtype if element.dtype in HARDWARE else None
     axes = (-3, -1) if rows > 1 else (-1,)
+    packed = float_type is None and fmt.qdtype is not torch.int8  # codes that are int32 until they are bytes
     scale_shape, scale_max = fmt.scale_shape(shape), fmt.scale.max
     middle = 0.0 if fmt.zero_point else float(levels // 2)
     values_of = torch.tensor(element.values, device=device) if element.values else None
@@ -116,7 +113,7 @@ def eager(fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device | 
         smallest = 2.0 ** (1 - fmt.scale.element.bias - fmt.scale.element.mbits)
 
     def choose(groups: Tensor, divisor: Tensor | None) -> tuple[Tensor, Tensor, Tensor | float]:
-        """What is stored, what divides, and the zero point; both tensors of groups' shape with axes of one."""
+        """What is stored, what divides, and the zero point; tensors of groups' shape with axes of one."""
         if rule in ("full_range", "minmax"):
             high, low = groups.amax(axes, keepdim=True), groups.amin(axes, keepdim=True)
             if rule == "full_range":
@@ -127,7 +124,7 @@ def eager(fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device | 
         else:
             amax = groups.abs().amax(axes, keepdim=True)
             if rule == "floor":
-                exponent = ((amax.view(torch.int32) >> 23) - element.emax).clamp(0, 254)
+                exponent = ((amax.view(torch.int32) >> 23) - emax).clamp(0, 254)
                 factor = torch.where(exponent == 0, 0x400000, exponent << 23).view(torch.float32)
                 return exponent.to(torch.uint8), factor, middle
             if divisor is not None:
@@ -152,10 +149,13 @@ def eager(fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device | 
     def units(scaled: Tensor) -> Tensor:
         return scaled * 2.0**element.fraction if element.fraction else scaled
 
+    def values(units: Tensor) -> Tensor:
+        return units * 2.0**-element.fraction if element.fraction else units
+
     def encode(scaled: Tensor, zero: Tensor | float) -> Tensor:
         if is_integer:
             codes = (units(scaled).round() + zero).clamp(0, levels - 1)
-            return (codes - middle).to(torch.int8) if fmt.qdtype is torch.int8 else codes.to(torch.int32)
+            return (codes - middle).to(torch.int8) if not packed else codes.to(torch.int32)
         if boundaries is not None:
             return torch.bucketize(scaled, boundaries, out_int32=True)
         scaled = scaled.clamp(-largest, largest)
@@ -171,19 +171,19 @@ def eager(fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device | 
     def rounded(scaled: Tensor, zero: Tensor | float) -> Tensor:
         """decode(encode(scaled)) without codes."""
         if is_integer:
-            return ((units(scaled).round() + zero).clamp(0, levels - 1) - zero) * unit
+            return values((units(scaled).round() + zero).clamp(0, levels - 1) - zero)
         if values_of is not None and boundaries is not None:
             return values_of[torch.bucketize(scaled, boundaries)]
         scaled = scaled.clamp(-largest, largest)
         if float_type is not None:
             return scaled.to(float_type).to(torch.float32)
         exponent = exponents(scaled)
-        values = (steps(scaled, exponent) * _power_of_two(exponent - m)).copysign(scaled)
-        return values + 0.0 if element.special == "fnuz" else values
+        result = (steps(scaled, exponent) * _power_of_two(exponent - m)).copysign(scaled)
+        return result + 0.0 if element.special == "fnuz" else result
 
     def decode(codes: Tensor, zero: Tensor | float) -> Tensor:
         if is_integer:
-            return (codes.to(torch.float32) - (0.0 if fmt.qdtype is torch.int8 else zero)) * unit
+            return values(codes.to(torch.float32) - (0.0 if fmt.qdtype is torch.int8 else zero))
         if values_of is not None:
             return values_of[codes]
         if float_type is not None:
@@ -191,8 +191,8 @@ def eager(fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device | 
         magnitude = codes & ((levels >> 1) - 1)
         exponent, mantissa = magnitude >> m, magnitude & ((1 << m) - 1)
         whole = torch.where(exponent > 0, mantissa + (1 << m), mantissa).to(torch.float32)
-        values = whole * _power_of_two(exponent.clamp(min=1) + (127 - bias - m))
-        return torch.where(codes >= levels >> 1, -values, values)
+        result = whole * _power_of_two(exponent.clamp(min=1) + (127 - bias - m))
+        return torch.where(codes >= levels >> 1, -result, result)
 
     def divisor_of(x: Tensor, given: Tensor | None) -> Tensor | None:
         if not fmt.tensor_scale or given is not None:
@@ -204,8 +204,9 @@ def eager(fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device | 
         divisor = divisor_of(x, tensor_scale)
         groups = grouped(x.to(torch.float32), fmt)
         stored, factor, zero = choose(groups, divisor)
-        codes = ungrouped(encode(groups / factor, zero), shape, fmt)
-        parts = {"qdata": codes if codes.dtype is not torch.int32 else pack(codes, bits)}
+        codes = [encode(lane / factor, zero) for lane in (lanes(groups, bits) if packed else [groups])]
+        qdata = pack(codes, bits) if packed else codes[0]
+        parts = {"qdata": ungrouped(qdata, (*shape[:-1], fmt.row_bytes(shape[-1])), fmt)}
         parts["scale"] = stored.reshape(scale_shape)
         if isinstance(zero, Tensor):
             parts["zero_point"] = zero.to(torch.uint8).reshape(scale_shape)
@@ -215,7 +216,7 @@ def eager(fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device | 
 
     def dequantize(parts: Parts) -> Tensor:
         qdata, scale = parts["qdata"], parts["scale"]
-        codes = unpack(qdata, bits, shape[-1]) if qdata.dtype is torch.uint8 else qdata
+        codes = unpack(qdata, bits) if qdata.dtype is torch.uint8 else qdata
         if rule == "floor":
             exponent = scale.to(torch.int32)
             factor = torch.where(exponent == 0, 0x400000, exponent << 23).view(torch.float32)
@@ -224,13 +225,13 @@ def eager(fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device | 
         if "tensor_scale" in parts:
             factor = factor / parts["tensor_scale"]
         zero = spread(parts["zero_point"].to(torch.float32), fmt) if fmt.zero_point else middle
-        values = decode(grouped(codes, fmt), zero) * spread(factor, fmt)
-        return ungrouped(values, shape, fmt).to(dtype)
+        y = decode(grouped(codes, fmt), zero) * spread(factor, fmt)
+        return ungrouped(y.to(dtype), shape, fmt)
 
     def qdq(x: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
         divisor = divisor_of(x, tensor_scale)
         groups = grouped(x.to(torch.float32), fmt)
         _, factor, zero = choose(groups, divisor)
-        return ungrouped(rounded(groups / factor, zero) * factor, shape, fmt).to(dtype)
+        return ungrouped((rounded(groups / factor, zero) * factor).to(dtype), shape, fmt)
 
     return Eager(quantize, dequantize, qdq)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tritonq import ops
 from tritonq.bench import cases, peers, timing
+from tritonq.bench.precompile import compile_all
 from tritonq.bench.verify import verify
 from tritonq.formats import Format, get_format
 
@@ -27,13 +28,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure; `budget` seconds from the start of `run`, None for as long as it takes."""
+    """What to measure; `budget` seconds from the start of `run`, None for as long as it takes. With `workers`, so many
+    processes compile everything first, in at most half of the budget."""
 
     formats: tuple[str, ...] = ()  # all
     shapes: tuple[cases.Shape2, ...] = (cases.SHAPE,)
     dtypes: tuple[str, ...] = ("bfloat16",)
     peers: tuple[str, ...] = peers.LABELS
     budget: float | None = None
+    workers: int = 0
     command: str = "tritonq bench"
 
 
@@ -69,7 +72,8 @@ def require_gpu() -> None:
 
 
 def run(options: Options, say: Say = print, save: Callable[[Row], None] = lambda result: None) -> Row:
-    """The result, as it is written to JSON; `save` gets it after every format, then with `complete` false.
+    """The result, as it is written to JSON; `save` gets it after every format, then with `complete` false and
+    `left_out` naming what has not been measured yet.
 
     Raises:
         ValueError: no GPU, no Triton, or an unknown format.
@@ -78,38 +82,45 @@ def run(options: Options, say: Say = print, save: Callable[[Row], None] = lambda
     require_gpu()
     started, slowest = time.monotonic(), 0.0
     torch.manual_seed(0)
-    timing.warm_up()
     result: Row = {**environment(options.command), "copy_us": None, "copy_gb_per_s": None, "copies": []}
-    result |= {"budget_s": options.budget, "complete": False, "left_out": [], "failed": []}
+    todo = [(dtype, shape, fmt) for dtype in options.dtypes for shape in options.shapes for fmt in formats]
+    left_out = [[fmt.name, list(shape), dtype] for dtype, shape, fmt in todo]
+    result |= {"budget_s": options.budget, "complete": False, "left_out": left_out, "failed": []}
     result |= {"peers": peers.available(options.peers), "host_us": _host_times(), "rows": []}
     installed = tuple(label for label in options.peers if result["peers"][label])
     say(f"{result['gpu']}, torch {result['torch']}, Triton {result['triton']}; peers: {', '.join(installed) or 'none'}")
     say(f"host time of a call, us: {result['host_us']}")
-    for dtype in options.dtypes:
-        for shape in options.shapes:
-            x = None
-            for fmt in formats:
-                begun = time.monotonic()
-                if options.budget is not None and begun - started + slowest > options.budget:
-                    result["left_out"].append([fmt.name, list(shape), dtype])
-                    continue
-                if x is None:
-                    x = _random(shape, dtype)
-                    copy = _copy(x)
-                    result["copies"].append(copy)
-                    if result["copy_us"] is None:
-                        result |= {"copy_us": copy["us"], "copy_gb_per_s": copy["gb_per_s"]}
-                    say(f"{shape[0]}x{shape[1]} {dtype}: copy {copy['us']} us, {copy['gb_per_s']} GB/s")
-                try:
-                    rows = bench_format(fmt, x, copy["gb_per_s"], installed)
-                except RuntimeError as error:  # verify.Mismatch, out of memory, a kernel that does not compile
-                    result["failed"].append(f"{fmt.name} {shape[0]}x{shape[1]} {dtype}: {error}".split("\n")[0])
-                    say(f"FAILED {result['failed'][-1]}")
-                    continue
-                result["rows"] += rows
-                slowest = max(slowest, time.monotonic() - begun)
-                say(f"{fmt.name:24} " + "  ".join(map(_brief, rows)))
-                save(result)
+    if options.workers:
+        limit = None if options.budget is None else options.budget / 2
+        types = [DTYPES[dtype] for dtype in options.dtypes]
+        found = compile_all([fmt.name for fmt in formats], options.shapes, types, installed, options.workers, limit)
+        result["compiled"] = dict(zip(("done", "of", "seconds"), (*found[:2], round(found[2], 1)), strict=True))
+        say("compiled {} of {} operations in {:.1f} s with {} workers".format(*found, options.workers))
+    timing.warm_up()
+    kind, x = None, torch.empty(0)
+    for dtype, shape, fmt in todo:
+        begun = time.monotonic()
+        if options.budget is not None and begun - started + slowest > options.budget:
+            break
+        if kind != (dtype, shape):
+            kind, x = (dtype, shape), torch.empty(0)  # frees the last one before there is another
+            x = _random(shape, dtype)
+            copy = _copy(x)
+            result["copies"].append(copy)
+            if result["copy_us"] is None:
+                result |= {"copy_us": copy["us"], "copy_gb_per_s": copy["gb_per_s"]}
+            say(f"{shape[0]}x{shape[1]} {dtype}: copy {copy['us']} us, {copy['gb_per_s']} GB/s")
+        del left_out[0]
+        try:
+            rows = bench_format(fmt, x, copy["gb_per_s"], installed)
+        except RuntimeError as error:  # verify.Mismatch, out of memory, a kernel that does not compile
+            result["failed"].append(f"{fmt.name} {shape[0]}x{shape[1]} {dtype}: {error}".split("\n")[0])
+            say(f"FAILED {result['failed'][-1]}")
+            continue
+        result["rows"] += rows
+        slowest = max(slowest, time.monotonic() - begun)
+        say(f"{fmt.name:24} " + "  ".join(map(_brief, rows)))
+        save(result)
     result["complete"] = not result["left_out"] and not result["failed"]
     result["seconds"] = round(time.monotonic() - started, 1)
     return result

@@ -1,12 +1,11 @@
-"""Time of a call on the device, without and with the host's share.
+"""Time of a call with arguments, without and with the host's share (`tritonq.timing`).
 
-Inputs rotate through so many copies that together they exceed the L2 cache; outputs rotate with them, because results
-stay alive until their turn comes again.
+Inputs rotate through so many copies that together they exceed the L2 cache, and outputs rotate with them.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,14 +13,13 @@ from typing import Any
 
 import torch
 
+from tritonq import timing
+
 Call = Callable[..., Any]
 Arguments = Sequence[tuple[Any, ...]]
 
 CACHE = 100 << 20  # at least this many bytes of inputs; twice the L2 cache of an H100
 MOST_COPIES = 2048  # a 64 KiB tensor reaches CACHE with 1600
-CALLS = 10  # at least, in one sample
-SAMPLE_SECONDS = 0.1  # of device time for all samples of one median
-SAMPLES = (10, 50)
 
 
 def copies(nbytes: int, l2: int = 0) -> int:
@@ -29,51 +27,19 @@ def copies(nbytes: int, l2: int = 0) -> int:
     return max(1, min(MOST_COPIES, -(-max(CACHE, 2 * l2) // max(1, nbytes))))
 
 
-def _rotate(fn: Call, arguments: Arguments, calls: int) -> list[Any]:
-    held: list[Any] = [None] * len(arguments)
-    for i, given in zip(range(calls), itertools.cycle(arguments), strict=False):
-        held[i % len(held)] = fn(*given)
-    return held
-
-
-def _median_us(run: Callable[[], Any], calls: int) -> float:
-    """Median microseconds of a call; `run` makes `calls` of them."""
-    samples: list[float] = []
-    for wanted in (3, None):  # the first three warm up and say how many samples there is time for
-        if wanted is None:
-            wanted = int(SAMPLE_SECONDS * 1e6 / max(1e-3, min(samples) * calls))
-            wanted = max(SAMPLES[0], min(SAMPLES[1], wanted))
-            samples = []
-        for _ in range(wanted):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            samples.append(start.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(samples)
+def _calls(fn: Call, arguments: Arguments) -> list[Callable[[], Any]]:
+    return [functools.partial(fn, *given) for given in arguments]
 
 
 def device_us(fn: Call, arguments: Arguments) -> float:
-    """Median microseconds of one call, captured in a CUDA graph, so that no host time counts."""
-    _rotate(fn, arguments, min(3, len(arguments)))
-    torch.cuda.synchronize()
-    calls = max(CALLS, len(arguments))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        held = _rotate(fn, arguments, calls)
-    try:
-        return _median_us(graph.replay, calls)
-    finally:
-        del held
-        graph.reset()
-        torch.cuda.empty_cache()
+    """Median microseconds of one call in a CUDA graph, so that no host time counts."""
+    return timing.device_us(_calls(fn, arguments))
 
 
 def event_us(fn: Call, arguments: Arguments) -> float:
     """Median microseconds of one eager call, host time included where it is longer than the device's."""
-    calls = max(CALLS, min(50, len(arguments)))
-    return _median_us(lambda: _rotate(fn, arguments, calls), calls)
+    calls, count = _calls(fn, arguments), max(timing.CALLS, min(50, len(arguments)))
+    return timing.median_us(lambda: timing.take_turns(calls, count), count)
 
 
 def host_us(fn: Callable[[], Any], calls: int = 300) -> float:
