@@ -295,6 +295,17 @@ def test_thresholds(element):
         assert nearest(threshold) == code and nearest(np.nextafter(threshold, np.float32(np.inf))) == code + 1
 
 
+@pytest.mark.parametrize("element", TABLES, ids=lambda e: e.name)
+def test_cells(element):
+    """No two thresholds share a cell."""
+    assert (element.cells is not None) == (element.name in ("nf4", "af4", "seventeen"))
+    if element.cells is not None:
+        scale, cells = element.cells
+        assert math.frexp(scale)[0] == 0.5 and list(cells) == sorted(set(cells))
+        assert cells[-1] - cells[0] < 4 << element.bits
+        assert list(cells) == [round(Fraction(t) * Fraction(scale)) for t in element.thresholds]
+
+
 @triton.jit
 def masked_kernel(x_ptr, finite_ptr, code_ptr, n, ELEM: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)

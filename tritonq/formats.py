@@ -95,6 +95,12 @@ class ElementType:
         return tables.thresholds(self.values)
 
     @functools.cached_property
+    def cells(self) -> tuple[float, tuple[int, ...]] | None:
+        """Tables of more than 8 values: a scale, and the integers near which the thresholds then lie, all different; so
+        that x * scale rounded leaves one threshold to compare x with. None where that takes more than 4 * 2^bits."""
+        return tables.cells(self.thresholds, 4 << self.bits) if len(self.values) > 8 else None
+
+    @functools.cached_property
     def bias(self) -> int:
         """Exponent bias, 2^(ebits - 1) - 1 (OCP MX 1.0 section 5.3); one more for fnuz."""
         return (1 << (self.ebits - 1)) - 1 + (self.special == "fnuz") if self.ebits else 0
@@ -154,7 +160,8 @@ class ElementType:
     def digest(self) -> str:
         """Everything that shapes a kernel, for cache keys."""
         minifloat_fields = (self.ebits, self.mbits, self.special, self.signed)
-        fields = (self.bits, self.max, self.codec.name, minifloat_fields, self.fraction, self.values, self.thresholds)
+        table = (self.values, self.thresholds, self.cells)
+        fields = (self.bits, self.max, self.codec.name, minifloat_fields, self.fraction, *table)
         return hashlib.sha256(repr(fields).encode()).hexdigest()[:16]
 
     @property

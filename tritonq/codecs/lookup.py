@@ -12,6 +12,7 @@ fraction unless the neighbours are so close that fp32 is subnormal there.
 
 from __future__ import annotations
 
+import builtins
 import functools
 import itertools
 import math
@@ -59,6 +60,21 @@ def thresholds(values: tuple[float, ...]) -> tuple[float, ...]:
             limit = _largest_at_most(Fraction(math.nextafter(limit, -math.inf)))
         found.append(limit)
     return tuple(found)
+
+
+def cells(thresholds: tuple[float, ...], most: int) -> tuple[float, tuple[int, ...]] | None:
+    """The smallest power of two that tells the thresholds apart, and the integers nearest to their products with it
+    (ties even), which all differ; None if they span more than `most` integers."""
+    span = Fraction(thresholds[-1]) - Fraction(thresholds[0])
+    if not 2.0**-60 < span < 2.0**60:
+        return None
+    scale = Fraction(2) ** -math.frexp(float(span))[1]
+    while span * scale < most:
+        found = tuple(builtins.round(Fraction(t) * scale) for t in thresholds)
+        if len(set(found)) == len(found) and found[-1] - found[0] < most:
+            return float(scale), found
+        scale *= 2
+    return None
 
 
 @functools.cache

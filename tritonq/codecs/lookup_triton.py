@@ -1,8 +1,9 @@
 """Device functions of `lookup`; see `tritonq.codecs` for what each one does.
 
 A binary search without branches: the bits of the code, most significant first, are comparisons of x with a threshold
-that the bits before it select, by a tree of selects between constants. Such a tree also makes each table, once a
-program; elements then look their values up in it (`tl.gather`, from shared memory).
+that the bits before it select, by a tree of selects between constants. Such trees also make tables, once a program, in
+which elements then look things up (`tl.gather`, from shared memory): values by code; and where the thresholds fall into
+`cells`, by the cell of x, the code below the threshold there.
 """
 
 import triton
@@ -15,11 +16,13 @@ def _entry(element, which, index, count, step):
     that a table leaves unused share their entry).
 
     Tables by code: "thresholds", above which x rounds to a higher code; "bounds", from which on it is at least the next
-    value; "values"; and "following", the next value, the last one after itself.
+    value; "cells", in which the thresholds lie, from 0 on; "values"; and "following", the next value, the last one
+    after itself.
     """
     table = {
         "thresholds": element.thresholds,
         "bounds": element.values[1:],
+        "cells": tuple(n - element.cells[1][0] for n in element.cells[1]) if element.cells else (),
         "values": element.table,
         "following": element.table[1:] + element.table[-1:],
     }[which]
@@ -59,22 +62,75 @@ def _search(x, bits, LEFT: tl.constexpr, TABLE: tl.constexpr, ELEM: tl.constexpr
 
 
 @triton.jit
-def encode(x, zero, finite, ELEM: tl.constexpr):
-    bits = _search(x, (), ELEM.bits, "thresholds", ELEM)
+def _number(bits, ELEM: tl.constexpr):
+    """The code of `bits`, int32."""
     # 2^23 + code has the code in its low bits; NVIDIA GPUs add floats on a pipe that has less to do than that of logic.
     LAST: tl.constexpr = ELEM.bits - 1
     code = tl.where(bits[0], 8388608.0 + (1 << LAST), 8388608.0)
     for i in tl.static_range(LAST):
         code = code + tl.where(bits[i + 1], 0.5 * (1 << (LAST - i)), 0.0)
-    code = code.to(tl.int32, bitcast=True) & 0xFF
+    return code.to(tl.int32, bitcast=True) & 0xFF
+
+
+@triton.jit
+def _by_code(TABLE: tl.constexpr, ELEM: tl.constexpr):
+    """A table by code, fp32 [2^bits]."""
+    return _select(_bits(tl.arange(0, 1 << ELEM.bits), (), ELEM.bits), 0, 0, 1 << ELEM.bits, 1, TABLE, ELEM)
+
+
+@triton.jit
+def _look_up(table, index):
+    """table[index] for int32 indices within it."""
+    return tl.gather(table, index.reshape([index.numel]), 0).reshape(index.shape)
+
+
+@triton.constexpr_function
+def _cells(element):
+    """(scale, first cell, number of them as a power of two) of `element.cells`, or None."""
+    if element.cells is None:
+        return None
+    scale, found = element.cells
+    return scale, found[0], 1 << (found[-1] - found[0]).bit_length()
+
+
+@triton.jit
+def _nearest(x, ELEM: tl.constexpr):
+    """The code of the entry nearest to x, int32."""
+    CELLS: tl.constexpr = _cells(ELEM)
+    if CELLS is None:
+        return _number(_search(x, (), ELEM.bits, "thresholds", ELEM), ELEM)
+    else:
+        COUNT: tl.constexpr = CELLS[2]
+        LOW: tl.constexpr = ELEM.thresholds[0]
+        HIGH: tl.constexpr = ELEM.thresholds[-1]
+        MAGIC: tl.constexpr = 12582912.0 - CELLS[1]
+        below = _number(_search(tl.arange(0, COUNT).to(tl.float32), (), ELEM.bits, "cells", ELEM), ELEM)
+        cell = tl.fma(tl.minimum(tl.maximum(x, LOW), HIGH), CELLS[0], MAGIC).to(tl.int32, bitcast=True)
+        code = _look_up(below, cell & (COUNT - 1))
+        return code + (x > _look_up(_by_code("thresholds", ELEM), code)).to(tl.int32)
+
+
+@triton.jit
+def encode(x, zero, finite, ELEM: tl.constexpr):
+    code = _nearest(x, ELEM)
     if finite is not None:
         code = tl.where(finite, code, ELEM.zero_code)
     return code
 
 
 @triton.jit
-def round(x, zero, ELEM: tl.constexpr):
+def _rounded(x, ELEM: tl.constexpr):
+    """`round` by selects alone."""
     return _select(_search(x, (), ELEM.bits, "thresholds", ELEM), 0, 0, 1 << ELEM.bits, 1, "values", ELEM)
+
+
+@triton.jit
+def round(x, zero, ELEM: tl.constexpr):
+    CELLS: tl.constexpr = _cells(ELEM)
+    if CELLS is None:
+        return _rounded(x, ELEM)
+    else:
+        return _look_up(_by_code("values", ELEM), _nearest(x, ELEM))
 
 
 @triton.jit
@@ -90,7 +146,7 @@ def stochastic(x, u, zero, ELEM: tl.constexpr):
 
 @triton.jit
 def round_product(x, factor, zero, ELEM: tl.constexpr):
-    return round(x * factor, zero, ELEM)
+    return _rounded(x * factor, ELEM)  # a few elements at a time, in a loop
 
 
 @triton.jit
@@ -103,12 +159,5 @@ def _bits(code, bits, LEFT: tl.constexpr):
 
 
 @triton.jit
-def _values_by_code(ELEM: tl.constexpr):
-    """The table itself, fp32."""
-    return _select(_bits(tl.arange(0, 1 << ELEM.bits), (), ELEM.bits), 0, 0, 1 << ELEM.bits, 1, "values", ELEM)
-
-
-@triton.jit
 def decode(code, zero, ELEM: tl.constexpr):
-    flat = code.to(tl.int32).reshape([code.numel])
-    return tl.gather(_values_by_code(ELEM), flat, 0).reshape(code.shape)
+    return _look_up(_by_code("values", ELEM), code.to(tl.int32))
