@@ -290,8 +290,9 @@ def _keys_plans(
 
     rows, cols = fmt.group
     whole = finite or rows == -1
+    slabs = _geometry(shape, strides, _ONE_GROUP if whole else fmt)
     result = []
-    for m in _geometry(shape, strides, _ONE_GROUP if whole else fmt):
+    for m in slabs:
         if whole:
             extents = (m.batch * m.rows, m.columns, m.batch * m.rows)
             per_column = per_row = groups = 1
@@ -302,8 +303,10 @@ def _keys_plans(
         config = tuning.keys_config(extents[0], extents[1], _choice("keys", m, fmt, dtype, device))
         splits = tuning.splits(groups, extents[0], extents[1], config, _multiprocessors(device))
         integers = (m.rows, m.columns, *extents, per_column, per_row, splits, *m.strides)
-        constants = (fmt, finite, groups == 1 and extents[0] == 1, config["BLOCK_M"], config["BLOCK_N"])
-        result.append((m, Plan(keys_kernel, groups * splits, integers, constants, _options(config, torch.float32))))
+        kind = (finite, groups == 1 and extents[0] == 1, whole and m is slabs[-1])
+        constants = (fmt, *kind, config["BLOCK_M"], config["BLOCK_N"])
+        bits, options = () if finite else (2, 3), _options(config, torch.float32)
+        result.append((m, Plan(keys_kernel, groups * splits, integers, constants, options, bits)))
     return tuple(result)
 
 
@@ -314,18 +317,10 @@ def _choose_plan(groups: int, fmt: Format) -> Plan:
     return Plan(choose_kernel, -(-groups // 256), (groups,), (fmt, 256), {"num_warps": 4}, (1, 2))
 
 
-@_cached
-def _tensor_scale_plan(fmt: Format) -> Plan:
-    from tritonq.kernels.stats import tensor_scale_kernel
-
-    return Plan(tensor_scale_kernel, 1, (), (fmt,), {"num_warps": 1})
-
-
 def forget() -> None:
     """Drop the plans that are kept: what they were made from (tile sizes, measured choices) has changed."""
     for kept in (
-        _encode_plans, single, _decode_plans, single_decode, _keys_plans, _choose_plan, _tensor_scale_plan,
-        _scale_plans,
+        _encode_plans, single, _decode_plans, single_decode, _keys_plans, _choose_plan, _scale_plans,
         _search_plans, _pick_plans, _both_plans, _swizzled_plans, _hadamard_plans,
     ):  # fmt: skip
         kept.cache_clear()
@@ -453,8 +448,12 @@ def scales(x: Tensor, fmt: Format, parts: Parts) -> None:
         for m, plan in _scale_plans(x.shape, x.stride(), x.dtype, fmt, x.device):
             plan(_view(x, m), _own(scale, m), _own(scale, m), _own(zero, m), divisor)
         return
+    if fmt.group[0] == -1:
+        return _of_whole_tensor(x, fmt, False, scale, zero, divisor)
     keys = torch.zeros((scale.numel(), 2), dtype=torch.int32, device=x.device)
-    _keys(x, fmt, keys, finite=False)
+    by_group = keys.view(*fmt.scale_shape(tuple(x.shape)), 2)
+    for m, plan in _keys_plans(x.shape, x.stride(), x.dtype, fmt, False, x.device):
+        plan(_view(x, m), by_group[m.index], keys, keys, divisor)
     _choose_plan(scale.numel(), fmt)(keys, scale, zero, divisor)
 
 
@@ -526,18 +525,13 @@ def best_scales(x: Tensor, fmt: Format, parts: Parts, importance: Tensor | None)
         pick(errors, scale, zero, divisor)
 
 
-def _keys(x: Tensor, fmt: Format, keys: Tensor, finite: bool) -> None:
-    """Maximal keys of groups (or, with `finite`, of the finite elements of the tensor) into zero-filled keys
-    [groups, 2]."""
-    whole = finite or fmt.group[0] == -1
-    if not whole:
-        keys = keys.view(*fmt.scale_shape(tuple(x.shape)), 2)
+def _of_whole_tensor(x: Tensor, fmt: Format, finite: bool, scale: Tensor, zero: Tensor, divisor: Tensor) -> None:
+    """The one scale (and zero point) of a tensor; with `finite` its tensor scale, of its finite elements."""
+    keys = torch.zeros(3, dtype=torch.int32, device=x.device)  # two keys, and how many programs have ended
     for m, plan in _keys_plans(x.shape, x.stride(), x.dtype, fmt, finite, x.device):
-        plan(_view(x, m), keys if whole else keys[m.index])
+        plan(_view(x, m), keys, scale, zero, divisor)
 
 
 def tensor_scale(x: Tensor, fmt: Format, out: Tensor) -> None:
     """The tensor-wide divisor into out, fp32 [1]."""
-    keys = torch.zeros((1, 2), dtype=torch.int32, device=x.device)
-    _keys(x, fmt, keys, finite=True)
-    _tensor_scale_plan(fmt)(keys, out)
+    _of_whole_tensor(x, fmt, True, out, out, out)
