@@ -345,6 +345,14 @@ def test_no_tuning_where_it_would_be_in_the_way(first_use, monkeypatch):
     assert not first_use.seen and look_up() == BEST
 
 
+def test_the_tuner_does_not_tune_within(first_use, monkeypatch):
+    """What the tuner looks up while it measures."""
+    found = []
+    monkeypatch.setattr(tune, "_copies", lambda case, device: found.append(look_up(columns=1 << 20)) or 1)
+    run(first_use)
+    assert found == [None]
+
+
 def test_a_call_survives_what_cannot_be_tuned(first_use, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TRITONQ_CACHE_DIR", str(tmp_path / "file"))

@@ -31,6 +31,7 @@ QUICK_OPS = ("quantize", "qdq", "dequantize")
 SHAPES: tuple[Shape, ...] = ((1024, 1024), (4096, 4096), (4096, 14336), (16384, 16384))
 QUICK_SHAPES: tuple[Shape, ...] = ((4096, 14336),)
 TIE = 1.02  # an earlier candidate wins within 2%
+_busy = threading.Lock()  # held while measuring: the tuner's own calls look choices up and must not tune
 
 Call = Callable[[], Parts]
 Timer = Callable[[Sequence[Call]], float]  # equal calls on buffers of their own to microseconds of one
@@ -302,7 +303,7 @@ def tune(
 
     found: Gpu = ranks.share(begin)
     outcomes = []
-    with torch.cuda.device(where) if where.type == "cuda" else contextlib.nullcontext():
+    with _busy, torch.cuda.device(where) if where.type == "cuda" else contextlib.nullcontext():
         for number, case in enumerate(todo):
             if progress is not None:
                 progress(number, len(todo), str(case))
@@ -341,7 +342,6 @@ def _entries(case: Case, outcome: Outcome) -> list[Entry]:
 
 # ------------------------------------------------------------------------------------------------------ on first use
 
-_busy = threading.Lock()  # the tuner's own calls look choices up too
 _tried: set[tuple[Case, torch.device]] = set()
 
 

@@ -4,7 +4,8 @@ Independent of the codecs, apart from the views that put a group on an axis of i
 parts are those of tritonq bit for bit (`tests/test_bench.py`). What helps the compiler is done: floats of 4 and 6 bits
 are rounded by arithmetic on their exponents and not looked up, and the steps of a kernel share one shape, because
 inductor does not fuse across a reshape and writes what lies before it to memory as fp32. So values get their dtype
-before groups are put back into rows, and x is split into the places of packed codes before it is divided, not after.
+before groups are put back into rows, and x is split into the places of packed codes before it is divided, not after;
+in rows, because with an axis of groups its tiles were two-dimensional and their loads scattered.
 Parts are plain integers where the compiler does not know the dtype; `typed` gives them theirs.
 """
 
@@ -65,8 +66,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 def lanes(x: Tensor, bits: int) -> tuple[Tensor, ...]:
     """x [..., n] as the tensors of every code's place in a chunk (`codecs.pack`), [..., n / places] each."""
-    per = chunk(bits)[0]
-    return x.unflatten(-1, (-1, per)).unbind(-1) if per > 1 else (x,)
+    return x.unflatten(-1, (-1, chunk(bits)[0])).unbind(-1)
 
 
 def pack(codes: Sequence[Tensor], bits: int) -> Tensor:
@@ -103,6 +103,7 @@ def eager(fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device | 
     levels, is_integer = 1 << bits, element.codec.offset_binary
     float_type = element.dtype if element.dtype in HARDWARE else None
     axes = (-3, -1) if rows > 1 else (-1,)
+    places = chunk(bits)[0]
     packed = float_type is None and fmt.qdtype is not torch.int8  # codes that are int32 until they are bytes
     scale_shape, scale_max = fmt.scale_shape(shape), fmt.scale.max
     middle = 0.0 if fmt.zero_point else float(levels // 2)
@@ -200,13 +201,22 @@ def eager(fmt: Format, shape: Shape, dtype: torch.dtype, device: torch.device | 
         amax = x.abs().amax().to(torch.float32).reshape(1)
         return torch.where(amax > 0, torch.full_like(amax, scale_max * largest) / amax, 1.0)
 
+    def chunkwise(per_group: Tensor, groups: Tensor) -> Tensor:
+        """What belongs to a group, for every chunk of codes of a row."""
+        chunks = per_group.expand(*groups.shape[:-1], groups.shape[-1] // places)
+        return ungrouped(chunks, (*shape[:-1], shape[-1] // places), fmt)
+
     def quantize(x: Tensor, tensor_scale: Tensor | None = None) -> Parts:
         divisor = divisor_of(x, tensor_scale)
-        groups = grouped(x.to(torch.float32), fmt)
+        x = x.to(torch.float32)
+        groups = grouped(x, fmt)
         stored, factor, zero = choose(groups, divisor)
-        codes = [encode(lane / factor, zero) for lane in (lanes(groups, bits) if packed else [groups])]
-        qdata = pack(codes, bits) if packed else codes[0]
-        parts = {"qdata": ungrouped(qdata, (*shape[:-1], fmt.row_bytes(shape[-1])), fmt)}
+        if places == 1:
+            codes = encode(groups / factor, zero)
+            parts = {"qdata": ungrouped(codes.to(torch.uint8) if packed else codes, shape, fmt)}
+        else:
+            factors, zeros = (chunkwise(part, groups) if isinstance(part, Tensor) else part for part in (factor, zero))
+            parts = {"qdata": pack([encode(lane / factors, zeros) for lane in lanes(x, bits)], bits)}
         parts["scale"] = stored.reshape(scale_shape)
         if isinstance(zero, Tensor):
             parts["zero_point"] = zero.to(torch.uint8).reshape(scale_shape)
