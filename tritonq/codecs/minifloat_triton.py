@@ -76,10 +76,11 @@ def magnitude_code(a, ELEM: tl.constexpr):
         code = (bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1)) >> SHIFT
     else:
         exponent = _exponent(a, ELEM)
-        MASK: tl.constexpr = (1 << (ELEM.ebits + ELEM.mbits)) - 1
-        OFFSET: tl.constexpr = -((128 - ELEM.bias) << ELEM.mbits) & MASK
+        OFFSET: tl.constexpr = -((128 - ELEM.bias) << ELEM.mbits)
         steps = _steps(a, exponent, OFFSET, ELEM).to(tl.int32, bitcast=True)
-        code = (steps + (exponent >> (23 - ELEM.mbits))) & MASK
+        # The low 22 bits are the code. Where codes fill bytes, the compiler does without the mask of a byte.
+        KEPT: tl.constexpr = 8 if 8 % ELEM.bits == 0 else ELEM.ebits + ELEM.mbits
+        code = (steps + (exponent >> (23 - ELEM.mbits))) & ((1 << KEPT) - 1)
     return code
 
 
@@ -110,7 +111,7 @@ def encode(x, zero, finite, ELEM: tl.constexpr):
         else:
             sign = sign & tl.where(finite, SIGN, 0)
         if ELEM.special == "fnuz":
-            sign = tl.where(code == 0, 0, sign)
+            sign = sign & (code + (SIGN - 1))  # none for 0
         code = code | sign
     return code
 
@@ -132,7 +133,7 @@ def round(x, zero, ELEM: tl.constexpr):
     if ELEM.signed:
         sign = x.to(tl.int32, bitcast=True) & -2147483648
         if ELEM.special == "fnuz":
-            sign = tl.where(y == 0, 0, sign)
+            sign = sign & (y + 0x7FFFFFFF)  # none for 0
         y = y | sign
     return y.to(tl.float32, bitcast=True)
 

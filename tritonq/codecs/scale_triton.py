@@ -53,7 +53,7 @@ def over_constant(a, DIVISOR: tl.constexpr):
 
 
 @triton.jit
-def _over_constant_coarse(a, DIVISOR: tl.constexpr):
+def over_constant_coarse(a, DIVISOR: tl.constexpr):
     """a / DIVISOR, correctly rounded where it is at least 2^-70 (see `quotient`), NaN for infinity; DIVISOR has at most
     12 significant bits."""
     INVERSE: tl.constexpr = 1.0 / DIVISOR
@@ -169,13 +169,16 @@ def raw(positive, negative, tensor_scale, FMT: tl.constexpr):
     if RULE == "minmax":
         LEVELS: tl.constexpr = (1 << ELEM.bits) - 1
         high, low = positive.to(tl.float32, bitcast=True), negative.to(tl.float32, bitcast=True)
-        return over_constant(high + low, LEVELS)
+        if FMT.super_group:  # whatever is too large or small for an integer times an f16 number may be inexact
+            return over_constant_coarse(tl.minimum(high + low, 3.4028234663852886e38), LEVELS)
+        else:
+            return over_constant(high + low, LEVELS)
     elif RULE == "full_range":
         return tl.where(positive >= negative, 0.0 - amax, amax) * (1.0 / (1 << (ELEM.bits - 1)))  # a power of two
     elif RULE == "half_range":
         return over_constant(amax, ((1 << ELEM.bits) - 1) / 2)
     elif FMT.tensor_scale:  # stored with a smallest number far above 2^-70
-        return _over_constant_coarse(amax * tensor_scale, ELEM.max)
+        return over_constant_coarse(amax * tensor_scale, ELEM.max)
     else:
         return over_constant(amax, ELEM.max)
 

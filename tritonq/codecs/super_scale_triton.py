@@ -27,7 +27,7 @@ def _integers(
         negative = tl.max(0.0 - groups, 2)
         largest = tl.where(largest >= negative, 0.0 - largest, negative) * (-1.0 / LOW)  # a power of two
     else:
-        largest = scales.over_constant(largest, HIGH)
+        largest = scales.over_constant_coarse(largest, HIGH)  # below 2^-70 an f16 number is the smallest one
     TYPE: tl.constexpr = FMT.super_scale.element
     SIGNED: tl.constexpr = LOW < 0
     bits, value = scales.store_minifloat(largest, super_bad, TYPE, SIGNED)
