@@ -24,11 +24,11 @@ _MAGIC = 1.5 * 2**23  # fp32 keeps integers around it, half to even; multiples o
 
 
 def round(x: Tensor, zero: Any, element: Any) -> Tensor:
-    low, high = _bounds(zero, element)
-    # The bounds are values of codes, so clamping first rounds the same. Unlike round_, the sum has no -0, which no code
-    # stands for.
+    x = x.clamp_(*_bounds(zero, element))  # bounds are values of codes: what is clamped first rounds the same
+    if not element.fraction:
+        return x.round_().add_(0.0)  # no code stands for -0
     magic = _MAGIC * 2.0**-element.fraction
-    return x.clamp_(low, high).add_(magic).sub_(magic)
+    return x.add_(magic).sub_(magic)
 
 
 def stochastic(x: Tensor, u: Tensor, zero: Any, element: Any) -> Tensor:

@@ -61,9 +61,13 @@ def _exponent_scale(amax: Tensor, fmt: Any) -> Tensor:
     return (exponent - element.emax).clamp_(0, 254).to(torch.uint8)
 
 
-def store(raw: Tensor, bad: Tensor | None, scale: Any) -> Tensor:
+def store(raw: Tensor, bad: Tensor | None, scale: Any, within: tuple[float, float] = (0.0, math.inf)) -> Tensor:
     """fp32 scales (overwritten) to the storage dtype of a `ScaleType`: rounded, saturated, never zero, NaN where
-    `bad`."""
+    `bad`. Where all magnitudes are known to be `within` the normal numbers of a torch dtype, that is a cast."""
+    smallest, largest = within
+    known = bad is None and scale.dtype.is_floating_point and largest <= scale.max
+    if known and smallest >= torch.finfo(scale.dtype).smallest_normal:
+        return raw.to(scale.dtype)
     if scale.element is None:
         tiny = torch.finfo(torch.float32).smallest_normal * 2.0**-23
         stored = raw.clamp_(-scale.max, scale.max)
@@ -90,14 +94,19 @@ def choose(hi: Tensor, lo: Tensor, fmt: Any, tensor_scale: Tensor | None) -> tup
 
     NaN or infinity in `hi` or `lo` marks a group with a non-finite element.
     """
-    bad = non_finite(hi, lo)
-    if bad is not None:
-        hi, lo = hi.masked_fill(bad, 0.0), lo.masked_fill(bad, 0.0)
     element, rule = fmt.element, fmt.scale.rule
+    within, first = (0.0, math.inf), None
+    if not fmt.scale.is_exponent and hi.numel():  # scales that are all finite say that the groups are, in fewer passes
+        first = raw(hi, lo, fmt, tensor_scale)
+        smallest, largest = torch.aminmax(torch.abs(first, out=buffer("magnitude", first)))
+        within = float(smallest), float(largest)
+    bad = None if math.isfinite(within[1]) else non_finite(hi, lo)
+    if bad is not None:
+        hi, lo, first = hi.masked_fill(bad, 0.0), lo.masked_fill(bad, 0.0), None
     if fmt.scale.is_exponent:
         exponent = _exponent_scale(torch.maximum(hi, -lo), fmt)
         return (exponent if bad is None else exponent.masked_fill_(bad, 0xFF)).view(fmt.scale.dtype), None
-    scale = store(raw(hi, lo, fmt, tensor_scale), bad, fmt.scale)
+    scale = store(raw(hi, lo, fmt, tensor_scale) if first is None else first, bad, fmt.scale, within)
     if rule != "minmax":
         return scale, None
     zero = (-lo.clamp(max=0.0) / load(scale, fmt)).round_().clamp_(0, (1 << element.bits) - 1)
