@@ -90,8 +90,11 @@ def _packing(m: tiling.Matrix, fmt: Format, config: tuning.Config, mode: str, al
 
 
 def _axes(m: tiling.Matrix, tiles: tuple[int, int]) -> int:
-    """AXES of the kernels: how many numbers tell one tile from the others, at least 1."""
-    return 3 if m.batch > 1 else 2 if tiles[0] > 1 else 1
+    """AXES of the kernels: how many numbers tell one tile from the others, at least 1. Rows of one tile count as a
+    batch: they are at the limit of their registers, and spill if their loads start earlier."""
+    if m.batch * tiles[0] == 1:
+        return 1
+    return 2 if m.batch == 1 and tiles[1] > 1 else 3
 
 
 def _group_plan(

@@ -10,7 +10,7 @@ from tritonq.codecs import scale_triton as scales
 @triton.jit
 def position(tiles_m, tiles_n, AXES: tl.constexpr):
     """Which tile of which matrix this program handles: (batch, row, column), int64. AXES: 1 one row of tiles, 2 one
-    matrix, 3 a batch of them; a division by what the compiler does not know takes some 35 instructions."""
+    matrix, 3 perhaps a batch of them; a division by what the compiler does not know takes some 35 instructions."""
     pid = tl.program_id(0)
     none = tl.full([], 0, tl.int64)
     if AXES == 1:
