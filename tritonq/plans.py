@@ -90,6 +90,14 @@ def _packing(m: tiling.Matrix, fmt: Format, config: tuning.Config, mode: str, al
     return m.columns * fmt.bits % 8 != 0, words
 
 
+def _axes(m: tiling.Matrix, tiles: tuple[int, int]) -> int:
+    """AXES of the kernels: how many numbers tell one tile from the others, at least 1. Rows of one tile count as a
+    batch: they are at the limit of their registers, and spill if their loads start earlier."""
+    if m.batch * tiles[0] == 1:
+        return 1
+    return 2 if m.batch == 1 and tiles[1] > 1 else 3
+
+
 def _group_plan(
     m: tiling.Matrix, fmt: Format, mode: str, dtype: torch.dtype, aligned: bool, device: torch.device,
     rounding: _Rounding = _NEAREST, swizzled: bool = False,
@@ -100,13 +108,13 @@ def _group_plan(
     if swizzled:
         rows, columns = scale_tiles.padded(m.rows, -(-m.columns // fmt.group[1]))
         tiles = -(-rows // config["M"]), -(-columns // config["GROUPS"])
-    (partial, words), flat = _packing(m, fmt, config, mode, aligned), m.batch * tiles[0] == 1
+    (partial, words), axes = _packing(m, fmt, config, mode, aligned), _axes(m, tiles)
     extents = (config[k] for k in ("S", "M", "R", "GROUPS", "W"))
     return Plan(
         group_kernel,
         m.batch * tiles[0] * tiles[1],
         (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
-        (fmt, mode, rounding[0], _limit(dtype), partial, flat, words, *extents, swizzled),
+        (fmt, mode, rounding[0], _limit(dtype), partial, axes, words, *extents, swizzled),
         _options(config, dtype, rounding[0]),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
@@ -119,12 +127,12 @@ def _super_group_plan(
     from tritonq.kernels.super_groups import super_group_kernel
 
     config, tiles = tuning.group_config(m.rows, m.columns, fmt, mode, _choice(mode, m, fmt, dtype, device))
-    (partial, words), flat = _packing(m, fmt, config, mode, aligned), m.batch * tiles[0] == 1
+    (partial, words), axes = _packing(m, fmt, config, mode, aligned), _axes(m, tiles)
     return Plan(
         super_group_kernel,
         m.batch * tiles[0] * tiles[1],
         (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
-        (fmt, mode, rounding[0], _limit(dtype), partial, flat, words, *(config[k] for k in ("S", "M", "GROUPS", "W"))),
+        (fmt, mode, rounding[0], _limit(dtype), partial, axes, words, *(config[k] for k in ("S", "M", "GROUPS", "W"))),
         _options(config, dtype, rounding[0]),
         (2, 3, 4, 5) if mode == "qdq" else (1, 2, 3, 4, 5),
     )
@@ -157,12 +165,12 @@ def _apply_plan(
     op = "apply" if mode == "quantize" else "apply_qdq"
     config = tuning.flat_config(m.rows, m.columns, fmt, _choice(op, m, fmt, dtype, device))
     tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
-    (partial, words), flat = _packing(m, fmt, config, mode, aligned), m.batch * tiles[0] == 1
+    (partial, words), axes = _packing(m, fmt, config, mode, aligned), _axes(m, tiles)
     return Plan(
         apply_kernel,
         m.batch * tiles[0] * tiles[1],
         (*rounding[1], m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *m.strides),
-        (fmt, mode, rounding[0], _limit(dtype), partial, flat, words, config["BLOCK_M"], config["BLOCK_N"], own),
+        (fmt, mode, rounding[0], _limit(dtype), partial, axes, words, config["BLOCK_M"], config["BLOCK_N"], own),
         _options(config, dtype, rounding[0]),
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
@@ -181,7 +189,7 @@ def _dequantize_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned:
         kernel,
         m.batch * tiles[0] * tiles[1],
         (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles),
-        (fmt, _limit(dtype), m.batch * tiles[0] == 1, words, config["BLOCK_M"], config["BLOCK_N"]),
+        (fmt, _limit(dtype), _axes(m, tiles), words, config["BLOCK_M"], config["BLOCK_N"]),
         _options(config, dtype),
         (0, 1, 2, 3, 4) if fmt.super_group else (0, 1, 2),
     )

@@ -117,6 +117,8 @@ def _slices(columns: int, fmt: Format, mode: str, wanted: int | None = None) -> 
     if cols != _power(cols):
         length = cols & -cols
         slices = _power(cols // length)
+        while mode != "qdq" and length > 16 and 2 * slices <= PADDED_SLICES:  # down to whole sectors
+            length, slices = length // 2, 2 * slices
         fitting = length >= (WRITTEN_SLICE // 2 if mode == "qdq" else 8) and slices <= PADDED_SLICES
         return slices if fitting and wanted != 1 else 1
     if columns % cols:

@@ -10,12 +10,12 @@ from tritonq.kernels import tile
 def dequantize_kernel(
     q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr, y_ptr,
     N, K, row_bytes, tiles_m, tiles_n,
-    FMT: tl.constexpr, LIMIT: tl.constexpr, FLAT: tl.constexpr, WORDS: tl.constexpr,
+    FMT: tl.constexpr, LIMIT: tl.constexpr, AXES: tl.constexpr, WORDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y [batch, N, K] from packed codes; everything contiguous."""
     ELEM: tl.constexpr = FMT.element
-    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, FLAT)
+    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, AXES)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tile_n * BLOCK_N
     col = first + tl.arange(0, BLOCK_N)

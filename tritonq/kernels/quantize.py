@@ -193,12 +193,12 @@ def group_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     seed_low, seed_high, first_index, N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
     FMT: tl.constexpr, MODE: tl.constexpr, ROUNDING: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
-    FLAT: tl.constexpr, WORDS: tl.constexpr,
+    AXES: tl.constexpr, WORDS: tl.constexpr,
     S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
     SWIZZLED: tl.constexpr,
 ):  # fmt: skip
     """A tile a program."""
-    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, FLAT)
+    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, AXES)
     quantize_tile(
         x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr, seed_low, seed_high, first_index,
         batch, tile_m, tile_n, N, K, row_bytes, stride_batch, stride_row, stride_col,
@@ -288,12 +288,12 @@ def apply_kernel(
     x_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     seed_low, seed_high, first_index, N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
     FMT: tl.constexpr, MODE: tl.constexpr, ROUNDING: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
-    FLAT: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OWN: tl.constexpr,
+    AXES: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Codes ("quantize") or values ("qdq") for scales and zero points that are given. OWN: they are what `choose` found
     for x, so that one reciprocal can serve a whole row."""
     ELEM: tl.constexpr = FMT.element
-    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, FLAT)
+    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, AXES)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tile_n * BLOCK_N
     col = first + tl.arange(0, BLOCK_N)

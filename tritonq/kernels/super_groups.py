@@ -52,7 +52,7 @@ def super_group_kernel(
     x_ptr, q_ptr, scale_ptr, super_scale_ptr, minimum_ptr, super_minimum_ptr,
     seed_low, seed_high, first_index, N, K, row_bytes, tiles_m, tiles_n, stride_batch, stride_row, stride_col,
     FMT: tl.constexpr, MODE: tl.constexpr, ROUNDING: tl.constexpr, LIMIT: tl.constexpr, PARTIAL: tl.constexpr,
-    FLAT: tl.constexpr, WORDS: tl.constexpr, S: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
+    AXES: tl.constexpr, WORDS: tl.constexpr, S: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """MODE "quantize" writes codes to q_ptr, and scales; "qdq" values to q_ptr and no scales; "scale" only scales.
 
@@ -64,7 +64,7 @@ def super_group_kernel(
     ZERO: tl.constexpr = FMT.zero_code
     C: tl.constexpr = S * W
     SUPERS: tl.constexpr = GROUPS * C // FMT.super_group
-    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, FLAT)
+    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, AXES)
     r = tl.arange(0, S * M)
     row = tile_m * M + r % M
     slice_col = ((r // M) * W).to(tl.int64)
@@ -126,7 +126,7 @@ def super_group_kernel(
 def super_dequantize_kernel(
     q_ptr, scale_ptr, super_scale_ptr, minimum_ptr, super_minimum_ptr, y_ptr,
     N, K, row_bytes, tiles_m, tiles_n,
-    FMT: tl.constexpr, LIMIT: tl.constexpr, FLAT: tl.constexpr, WORDS: tl.constexpr,
+    FMT: tl.constexpr, LIMIT: tl.constexpr, AXES: tl.constexpr, WORDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y from packed codes; everything contiguous. A tile holds whole groups, or part of one."""
@@ -134,7 +134,7 @@ def super_dequantize_kernel(
     W: tl.constexpr = FMT.group[1]
     PER_SUPER: tl.constexpr = FMT.super_group // W
     GROUPS: tl.constexpr = BLOCK_N // W if BLOCK_N > W else 1
-    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, FLAT)
+    batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, AXES)
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tile_n * BLOCK_N
     col = first + tl.arange(0, BLOCK_N)

@@ -8,13 +8,17 @@ from tritonq.codecs import scale_triton as scales
 
 
 @triton.jit
-def position(tiles_m, tiles_n, FLAT: tl.constexpr):
-    """Which tile of which matrix this program handles: (batch, row, column), int64. FLAT: there is one row of tiles."""
+def position(tiles_m, tiles_n, AXES: tl.constexpr):
+    """Which tile of which matrix this program handles: (batch, row, column), int64. AXES: 1 one row of tiles, 2 one
+    matrix, 3 perhaps a batch of them; a division by what the compiler does not know takes some 35 instructions."""
     pid = tl.program_id(0)
-    if FLAT:
-        return tl.full([], 0, tl.int64), tl.full([], 0, tl.int64), pid.to(tl.int64)
-    row = pid // tiles_n
-    return (row // tiles_m).to(tl.int64), (row % tiles_m).to(tl.int64), (pid % tiles_n).to(tl.int64)
+    none = tl.full([], 0, tl.int64)
+    if AXES == 1:
+        return none, none, pid.to(tl.int64)
+    row, column = pid // tiles_n, (pid % tiles_n).to(tl.int64)
+    if AXES == 2:
+        return none, row.to(tl.int64), column
+    return (row // tiles_m).to(tl.int64), (row % tiles_m).to(tl.int64), column
 
 
 @triton.jit
