@@ -45,6 +45,7 @@ TABLES = [
     lookup("tiny", (-1e-40, -1e-45, 0, 1e-45, 3e-45, 4e-45, 2e-38, 1)),
     lookup("close", (-1, 0, *(1 + i * 2.0**-23 for i in range(6)), 2**24, 2**24 + 2, 3.4028234e38)),
     lookup("wide", (-7e30, -1, -1e-20, 0, 1e-9)), lookup("seventeen", range(-3, 14)),
+    lookup("between", (-22, -21, -16, -10, -8, -3, 0, 1, 7, 11)),  # thresholds in the middle between two cells
     lookup("all", (math.copysign(abs(i / 128) ** 1.7, i) for i in range(-127, 129))),
 ]  # fmt: skip
 
@@ -298,12 +299,14 @@ def test_thresholds(element):
 @pytest.mark.parametrize("element", TABLES, ids=lambda e: e.name)
 def test_cells(element):
     """No two thresholds share a cell."""
-    assert (element.cells is not None) == (element.name in ("nf4", "af4", "seventeen"))
+    assert (element.cells is not None) == (element.name in ("nf4", "af4", "seventeen", "between"))
     if element.cells is not None:
         scale, cells = element.cells
         assert math.frexp(scale)[0] == 0.5 and list(cells) == sorted(set(cells))
         assert cells[-1] - cells[0] < 4 << element.bits
-        assert list(cells) == [round(Fraction(t) * Fraction(scale)) for t in element.thresholds]
+        magic = np.float32(1.5 * 2**23 - cells[0])  # exact, as are products with the scale: a sum of fp32 rounds once
+        sums = np.float32(element.thresholds) * np.float32(scale) + magic
+        assert list(cells) == [int(total) - int(magic) for total in sums]
 
 
 @triton.jit

@@ -63,14 +63,17 @@ def thresholds(values: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def cells(thresholds: tuple[float, ...], most: int) -> tuple[float, tuple[int, ...]] | None:
-    """The smallest power of two that tells the thresholds apart, and the integers nearest to their products with it
-    (ties even), which all differ; None if they span more than `most` integers."""
+    """The smallest power of two that tells the thresholds apart, and the integers nearest to their products with it,
+    which all differ; None if they span more than `most` integers.
+
+    Ties go to integers an even number after the first, as in the sum that a kernel counts cells from there on with."""
     span = Fraction(thresholds[-1]) - Fraction(thresholds[0])
     if not 2.0**-60 < span < 2.0**60:
         return None
     scale = Fraction(2) ** -math.frexp(float(span))[1]
     while span * scale < most:
-        found = tuple(builtins.round(Fraction(t) * scale) for t in thresholds)
+        first = builtins.round(Fraction(thresholds[0]) * scale)
+        found = tuple(first + builtins.round(Fraction(t) * scale - first) for t in thresholds)
         if len(set(found)) == len(found) and found[-1] - found[0] < most:
             return float(scale), found
         scale *= 2
