@@ -271,6 +271,20 @@ def test_a_case_calls_every_contender(monkeypatch):
     assert called == ["quantize", "dequantize", "qdq", "quantize", "qdq"]
 
 
+def test_a_case_says_what_fails(monkeypatch):
+    """After it has called the others."""
+    called = []
+
+    def compiled(fn):
+        called.append(fn.__name__)
+        raise ValueError("no compiler")
+
+    monkeypatch.setattr(peers, "_compile", lambda fn: lambda *arguments: compiled(fn))
+    with pytest.raises(RuntimeError, match="ValueError: no compiler"):
+        precompile.compile_case("mxfp4", "qdq", (8, 256), torch.float32, ["torch.compile"], device="cpu")
+    assert called == ["qdq"]
+
+
 def test_difference():
     x = torch.tensor([1.0, -2.0, 3.0, 4.0])
     assert peers.difference(x, x) == (0, 0)

@@ -29,7 +29,9 @@ REACHES = {
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path, monkeypatch):
+    """The user's folder, empty, without entries that tritonq comes with."""
     monkeypatch.setenv("TRITONQ_CACHE_DIR", str(tmp_path / "own"))
+    monkeypatch.setattr(tuning_cache, "shipped_folder", lambda: None)
     tuning_cache.forget()
     yield tmp_path / "own" / "tuning_cache"
     tuning_cache.forget()
@@ -44,7 +46,7 @@ class Clock:
     def __call__(self, calls):
         for call in calls:
             call()
-        (choice,) = tuning._forced.values()
+        (choice,) = tuning.forced_here().values()
         self.seen.append(choice)
         return self.times.get("x".join(map(str, choice.values())) or "heuristic", self.default)
 
@@ -166,7 +168,7 @@ def test_other_bits_are_skipped(monkeypatch, own_folder):
 
     def wrong(x, fmt, **options):
         parts = real(x, fmt, **options)
-        if tuning._forced.get("group", {}).get("TILE") == 2048:
+        if tuning.forced_here().get("group", {}).get("TILE") == 2048:
             parts["scale"].view(torch.int16)[0] ^= 1
         return parts
 
@@ -208,7 +210,7 @@ def test_interrupts_are_not_swallowed(own_folder):
 
     with pytest.raises(KeyboardInterrupt):
         run(interrupted)
-    assert not tuning._forced and not list(own_folder.rglob("*.json"))
+    assert not tuning.forced_here() and not list(own_folder.rglob("*.json"))
 
 
 def test_progress_and_folder(tmp_path):
@@ -325,24 +327,22 @@ def test_every_kernel_tunes_on_first_use(op, first_use, own_folder):
 
 
 def test_no_tuning_where_it_would_be_in_the_way(first_use, monkeypatch):
+    """What cannot be tuned at once is tuned by a later call."""
     assert look_up(column_stride=7) is None
-    tuning_cache.forget()
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert look_up() is None
-    tuning_cache.forget()
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         assert look_up() is None
-    tuning_cache.forget()
-    with monkeypatch.context() as patch:
-        patch.setattr(tune._Ranks, "__init__", lambda self: setattr(self, "first", False))
-        assert look_up() is None
-    tuning_cache.forget()
     with tune._busy:
         assert look_up() is None
-    tuning_cache.forget()
     assert not first_use.seen and look_up() == BEST
+
+
+def test_only_the_first_rank_tunes(first_use, monkeypatch):
+    monkeypatch.setattr(tune._Ranks, "__init__", lambda self: setattr(self, "first", False))
+    assert look_up() is None and not first_use.seen
 
 
 def test_the_tuner_does_not_tune_within(first_use, monkeypatch):

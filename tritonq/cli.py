@@ -69,7 +69,7 @@ def quantize(
         str, typer.Option(help="Such as W4A16, W8A16, FP8_DYNAMIC, MXFP4A16, NVFP4; see `tritonq formats`.")
     ],
     group_size: Annotated[
-        int | None, typer.Option(help="Elements that share a scale, for integer schemes with groups.")
+        int | None, typer.Option(help="Elements that share a scale, for schemes with groups of integers or of a table.")
     ] = None,
     search: Annotated[
         Search | None,

@@ -90,12 +90,13 @@ def _launcher(compiled: Any, programs: int, rest: tuple[Any, ...], device: int) 
     each tensor."""
     from triton import knobs
 
-    stream, hooks = torch._C._cuda_getCurrentRawStream, knobs.runtime.launch_enter_hook
+    stream = torch._C._cuda_getCurrentRawStream
+    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     driver, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     into_driver = _into_driver(driver)
 
     def launch(*arguments: int) -> None:
-        if hooks.calls:  # a profiler listens
+        if before.calls or after.calls:  # a profiler listens
             compiled[(programs, 1, 1)](*arguments, *rest)
         elif into_driver is None:
             driver(programs, 1, 1, stream(device), function, metadata, None, None, None, *arguments, *rest)

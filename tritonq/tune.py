@@ -351,7 +351,8 @@ def tune_on_first_use() -> None:
     It takes seconds and memory for copies of the tensor, tries the quick candidates on random numbers, and writes to
     the user's folder. Calls that are captured in a CUDA graph or compiled, and tensors whose columns are not
     neighbours, are left to the heuristic; so is what cannot be tuned, with one warning. Of several ranks the first
-    tunes alone, without waiting for the others: they read its entries when they start again.
+    tunes alone, without waiting for the others: they read its entries when they start again. Other threads that
+    quantize meanwhile may do so in the way of a candidate, with the same bits.
     """
     tuning_cache.on_missing = _tune_missing
 
@@ -359,9 +360,7 @@ def tune_on_first_use() -> None:
 def _tunable(case: Case, column_stride: int, device: torch.device) -> bool:
     if device.type != "cuda" or column_stride != 1 or str(case.dtype).removeprefix("torch.") not in DTYPES:
         return False
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing() or not _Ranks().first:
-        return False
-    if not tuning.serves(case.op, case.fmt, case.shape[-1]):
+    if not _Ranks().first or not tuning.serves(case.op, case.fmt, case.shape[-1]):
         return False
     m = case.matrix
     return (m.batch * m.rows, m.columns, m.strides[2]) == (*case.shape, 1)  # else the entry would not be found again
@@ -369,14 +368,15 @@ def _tunable(case: Case, column_stride: int, device: torch.device) -> bool:
 
 def _tune_missing(
     op: str, fmt: Format, dtype: torch.dtype, rows: int, columns: int, column_stride: int, device: torch.device
-) -> None:
-    """`tuning_cache.on_missing`."""
+) -> bool:
+    """`tuning_cache.on_missing`: a later lookup may tune what this one came in the way of."""
     case, problem = Case(op, fmt, (rows, columns), dtype), None
-    if (case, device) in _tried or not _busy.acquire(blocking=False):
-        return
+    if (case, device) in _tried or not _tunable(case, column_stride, device):
+        return False
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or capturing or not _busy.acquire(blocking=False):
+        return True
     try:
-        if not _tunable(case, column_stride, device):
-            return
         _tried.add((case, device))
         gpu = tuning_cache.gpu_of(device)
         tuning_cache.make_folder(gpu)  # an error now, not after seconds of measuring
@@ -391,3 +391,4 @@ def _tune_missing(
         _busy.release()
     if problem is not None:
         warnings.warn(f"TRITONQ_AUTOTUNE: not tuned, the heuristic is used. {problem}", RuntimeWarning, stacklevel=2)
+    return False

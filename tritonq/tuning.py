@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,24 +28,28 @@ PADDED_SLICES = 8  # of a group that is no power of two
 ROW_REGISTERS = 80  # of a thread with 64 elements of a row: fewer than the compiler takes, so that more threads fit
 
 Config = dict[str, Any]
-_forced: dict[str, Choice] = {}
+_local = threading.local()  # what `forced` says in this thread
+
+
+def forced_here() -> dict[str, Choice]:
+    """The choices by kernel that `forced` makes in this thread."""
+    found: dict[str, Choice] = getattr(_local, "forced", {})
+    return found
 
 
 @contextlib.contextmanager
 def forced(op: str, choice: Choice) -> Iterator[None]:
     """Configure the kernel of `op` by `choice` here, whatever was measured; callers drop the plans they keep."""
-    kernel = OPS[op]
-    before = _forced.copy()
-    _forced[kernel] = choice
+    before = forced_here()
+    _local.forced = {**before, OPS[op]: choice}
     try:
         yield
     finally:
-        _forced.clear()
-        _forced.update(before)
+        _local.forced = before
 
 
 def _chosen(kernel: str, choice: Choice | None) -> Choice:
-    return _forced.get(kernel, choice or {})
+    return forced_here().get(kernel, choice or {})
 
 
 def _power(n: int) -> int:

@@ -43,7 +43,8 @@ MOST_GPUS = 64  # of one architecture
 FARTHEST = 6  # doublings between a tensor and the nearest entry that still says something about it
 
 Table = dict[Fields, dict[Size, Entry]]
-Missing = Callable[[str, "Format", "torch.dtype", int, int, int, "torch.device"], None]  # the arguments of `lookup`
+# Takes the arguments of `lookup`; returns whether to ask again at the next lookup.
+Missing = Callable[[str, "Format", "torch.dtype", int, int, int, "torch.device"], bool]
 
 
 class Found(NamedTuple):
@@ -251,12 +252,13 @@ def lookup(
     try:
         return _found[asked]
     except KeyError:
-        gpu, key = gpu_of(device), fields(fmt, dtype, laid_out)
+        gpu, key, again = gpu_of(device), fields(fmt, dtype, laid_out), False
         if on_missing is not None and exact(gpu, op, key, wanted) is None:
-            on_missing(op, fmt, dtype, rows, columns, column_stride, device)
+            again = on_missing(op, fmt, dtype, rows, columns, column_stride, device)
         entry = find(gpu, op, key, wanted)
         choice = None if entry is None else entry.config
-        _found[asked] = choice
+        if not again:
+            _found[asked] = choice
         return choice
 
 

@@ -8,7 +8,6 @@ out alone.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import multiprocessing
 import time
@@ -32,13 +31,18 @@ def _begin(device: int) -> None:
 def compile_case(
     name: str, op: str, shape: cases.Shape2, dtype: torch.dtype, labels: Sequence[str], device: str = "cuda"
 ) -> None:
-    """Call `op` of the format `name`, and the peers of `labels`, once on a tensor of zeros."""
+    """Call `op` of the format `name`, and the peers of `labels`, once on a tensor of zeros; then raise what failed."""
     fmt, x = get_format(name), torch.zeros(shape, dtype=dtype, device=device)
+    problem = None
     for one in itertools.chain([peers.ours(fmt, op, x)], peers.peers(fmt, op, x, tuple(labels))):
-        with contextlib.suppress(Exception):  # the timed pass says what fails
+        try:
             one.call(*one.prepare(x))
+        except Exception as error:
+            problem = RuntimeError(f"{type(error).__name__}: {error}")  # any exception may come from another process
     del x, one
     torch.cuda.empty_cache()  # other processes need it
+    if problem is not None:
+        raise problem
 
 
 def compile_all(

@@ -92,7 +92,7 @@ def quantize_(
     Args:
         scheme: a name of `SCHEMES`, such as "W4A16", "FP8_DYNAMIC", "MXFP4A16", "NVFP4".
         ignore: more modules to leave alone: full names, last names such as "down_proj", or "re:" with a regex.
-        group_size: another group size than the scheme's, for integer schemes with groups.
+        group_size: another group size than the scheme's, for schemes with groups of integers or of a table.
         search: scale search of the weights, as in `tritonq.quantize`; None is "mse" for codes of 4 bits and less, False
             the scale rule of the format.
         device: where to quantize, such as "cuda"; the result stays where the weight was.
