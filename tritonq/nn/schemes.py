@@ -39,7 +39,7 @@ class Scheme:
         if group_size is not None and group_size != fmt.group_size:
             if not self.takes_group_size:
                 raise ValueError(
-                    f"{self.name} fixes its groups ({self.weights}); leave the size out, or take one of integers or NF4A16"
+                    f"{self.name} fixes its groups ({self.weights}); leave the size out, or take one of integers"
                 )
             if group_size < 1:
                 raise ValueError(f"the group size is a number of elements >= 1, got {group_size}")
