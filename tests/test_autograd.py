@@ -199,3 +199,37 @@ def test_bad_input(device):
         tq.qdq(torch.ones(4, device=device), "mxfp4", zero_point=torch.ones(1, dtype=torch.uint8, device=device))
     with pytest.raises(TypeError, match="e8m0"):
         tq.qdq(torch.ones(4, device=device), "mxfp4", scale=torch.ones(1, device=device))
+
+
+SATURATING = ("fp8_e4m3_tensor", "mxfp4", "int4_g32_half_range", "mxfp8_rceil")
+
+
+@pytest.mark.parametrize("name", SATURATING)
+def test_function_transforms(name, device):
+    """torch.func sees the gradient that autograd sees, for each sample of a batch, and forward mode its transpose."""
+    x = torch.randn(3, 4, 64, device=device)
+    weight = torch.randn(4, 64, device=device)
+    leaves = [sample.clone().requires_grad_() for sample in x]
+    expected = [torch.autograd.grad((tq.qdq(leaf, name) * weight).sum(), leaf)[0] for leaf in leaves]
+
+    def loss(sample):
+        return (tq.qdq(sample, name) * weight).sum()
+
+    assert torch.equal(torch.func.grad(loss)(x[0]), expected[0])
+    assert torch.equal(torch.func.vmap(torch.func.grad(loss))(x), torch.stack(expected))
+    y, tangent = torch.func.jvp(lambda sample: tq.qdq(sample, name), (x[0],), (weight,))
+    assert torch.equal(y, tq.qdq(x[0], name)) and torch.equal(tangent, expected[0])
+    with torch.autograd.forward_ad.dual_level():
+        dual = tq.qdq(torch.autograd.forward_ad.make_dual(x[0], weight), name)
+        assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected[0])
+
+
+@pytest.mark.parametrize("name", SATURATING)
+def test_double_backward(name, device):
+    """The gradient is linear in what comes in: that of y^2 is 2 y where x was not clipped, and its own is 2 there."""
+    x = torch.randn(4, 64, device=device, requires_grad=True)
+    (through,) = torch.autograd.grad(tq.qdq(x, name).sum(), x)
+    (first,) = torch.autograd.grad(tq.qdq(x, name).square().sum(), x, create_graph=True)
+    assert torch.equal(first, 2 * tq.qdq(x, name).detach() * through)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert torch.equal(second, 2 * through)

@@ -561,6 +561,24 @@ def test_strided_input_and_inference_mode(device):
         tq.quantize(torch.ones(4, dtype=torch.int64), "mxfp4")
 
 
+@pytest.mark.parametrize("name", ["int8_channel", "mxfp4", "int4_g32_asym"])
+def test_a_graph_ends_where_a_qtensor_is_made(name):
+    """It once took dynamo down with it."""
+    torch._dynamo.reset()
+    x = torch.randn(4, 64)
+
+    def quantized(x):
+        q = tq.quantize(x * 2, name)
+        return q, q.dequantize() + 1
+
+    q, y = torch.compile(quantized, backend="aot_eager")(x)
+    expected, z = quantized(x)
+    assert isinstance(q, QTensor) and torch.equal(q._buf, expected._buf) and torch.equal(y, z)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"quantize makes a QTensor.*tritonq\.ops"):
+        torch.compile(quantized, backend="aot_eager", fullgraph=True)(x)
+
+
 @pytest.mark.parametrize("scheme", ["W4A16", "W4A16_ASYM", "W8A16"])
 def test_compiles_without_graph_breaks(scheme):
     """fullgraph, and no recompilation when offload rebinds the buffer."""

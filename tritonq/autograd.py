@@ -6,28 +6,82 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tritonq import operators, ops
 from tritonq.formats import Format, Shape, get_format
 from tritonq.reference import Parts
 
 
+class _Unclipped(torch.autograd.Function):
+    """dy where QDQ did not clip x, 0 elsewhere; linear in dy, and taken to be constant in x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dy: Tensor, fmt: Format, names: tuple[str, ...], *given: Tensor) -> Tensor:
+        return ops.qdq_backward(x, dy, fmt, **dict(zip(names, given, strict=True)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, ctx.fmt, ctx.names, *given = inputs
+        ctx.save_for_backward(x, *given)
+        ctx.save_for_forward(x, *given)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *given = ctx.saved_tensors
+        return None, _Unclipped.apply(x, grads[0], ctx.fmt, ctx.names, *given), None, None, *[None for _ in given]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        x, *given = ctx.saved_tensors
+        found: Tensor = _Unclipped.apply(x, tangents[1], ctx.fmt, ctx.names, *given)
+        return found
+
+
 class _QDQ(torch.autograd.Function):
     """Forward dequantize(quantize(x)); backward the identity where x was not clipped, 0 where it was."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, fmt: Format, given: dict[str, Any], rounding: dict[str, Any]) -> Tensor:
-        ctx.fmt, ctx.names = fmt, tuple(given)
-        ctx.save_for_backward(*((x, *given.values()) if fmt.saturates else ()))
-        return ops.qdq(x, fmt, **given, **rounding)
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def forward(x: Tensor, fmt: Format, rounding: dict[str, Any], names: tuple[str, ...], *given: Tensor) -> Tensor:
+        parts: dict[str, Any] = dict(zip(names, given, strict=True))
+        return ops.qdq(x, fmt, **parts, **rounding)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.fmt, _, ctx.names, *given = inputs
+        ctx.count = len(given)
+        kept = (x, *given) if ctx.fmt.saturates else ()
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+
+    @staticmethod
+    def _through(ctx: Any, dy: Tensor) -> Tensor:
         if not ctx.fmt.saturates:
-            return grads[0], None, None, None
+            return dy
         x, *given = ctx.saved_tensors
-        dx = ops.qdq_backward(x, grads[0], ctx.fmt, **dict(zip(ctx.names, given, strict=True)))
-        return dx, None, None, None
+        found: Tensor = _Unclipped.apply(x, dy, ctx.fmt, ctx.names, *given)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _QDQ._through(ctx, grads[0]), *[None for _ in range(3 + ctx.count)]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _QDQ._through(ctx, tangents[0]).clone()  # a tangent of its own
+
+
+def _differentiates(x: Tensor) -> bool:
+    """Whether an eager call has to leave a trace for a gradient, of either mode."""
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return False  # the operator has a gradient, too
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and x.requires_grad and not ops.traced(x)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -98,8 +152,10 @@ def qdq(
         )
         given = {name: part for name, part in found.items() if name != "qdata"}
     present = {name: value for name, value in given.items() if value is not None}
-    if isinstance(x, Tensor) and torch.is_grad_enabled() and x.requires_grad and not ops.traced(x):
-        return _QDQ.apply(x, fmt, present, {"rounding": rounding, "generator": generator})
+    if _differentiates(x):
+        how = {"rounding": rounding, "generator": generator}
+        y: Tensor = _QDQ.apply(x, fmt, how, tuple(present), *present.values())
+        return y
     return ops.qdq(x, fmt, **present, rounding=rounding, generator=generator)
 
 

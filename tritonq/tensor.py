@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from tritonq.memory import empty
 from tritonq.reference import Parts
 
 aten = torch.ops.aten
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Segment = tuple[str, int, Shape, Shape, torch.dtype]  # name, byte offset, shape, stride, dtype
 
@@ -61,6 +64,23 @@ def _contiguous(shape: Shape) -> Shape:
     return tuple(reversed(strides))
 
 
+def _outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """As torch.compiler.disable, which would import the compiler: where that is not imported, nobody traces."""
+    reason = f"{function.__qualname__} makes a QTensor, outside of graphs; tritonq.qdq and tritonq.ops can be traced"
+    disabled: list[Callable[P, R]] = []
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function, reason=reason))
+        return disabled[0](*args, **kwargs)
+
+    call.__dict__.update(_torchdynamo_disable=True, _torchdynamo_disable_msg=reason)  # what the compiler looks for
+    return call
+
+
 class QTensor(Tensor):
     """A tensor stored in a `Format`. `shape` and `dtype` are those it dequantizes to.
 
@@ -94,6 +114,7 @@ class QTensor(Tensor):
         pass
 
     @classmethod
+    @_outside_graphs
     def _wrap(cls, buf: Tensor, layout: Layout, dtype: torch.dtype) -> QTensor:
         if torch.is_inference_mode_enabled() and not buf.is_inference():
             with torch.inference_mode(False):  # a view of a normal tensor stays one
@@ -552,6 +573,7 @@ def _unbind(func: Any, args: Any, kwargs: Any) -> Any:
 # ---------------------------------------------------------------------------------------------------- public functions
 
 
+@_outside_graphs
 def quantize(
     x: Tensor,
     fmt: Format | str,
@@ -607,6 +629,7 @@ def quantize(
     return result
 
 
+@_outside_graphs
 def quantize_both(
     x: Tensor,
     fmt: Format | str,
