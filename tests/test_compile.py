@@ -32,7 +32,8 @@ REPRESENTATIVE = ("int4_g128", "int4_g128_asym", "int3_g128", "fp8_e4m3_channel"
 WIDE_LOADS = ("int4_g128", "int8_channel", "fp8_e4m3_channel", "mxfp8", "mxfp4", "nvfp4", "nf4_g64", "mxint8",
               "q4_k", "q6_k")  # fmt: skip
 SEARCHED = ("int4_g128", "int4_g128_asym", "mxfp4", "nvfp4", "nf4_g64", "fp8_e4m3_tensor", "fp8_e4m3_b128x128")
-FRAMES = {"search_kernel": 8, "apply_kernel-quantize": 8}  # a value that waits for the end, saved once beside divisions
+# A value that waits for the end, saved once beside calls of the full division.
+FRAMES = {"search_kernel": 8, "apply_kernel-quantize": 8, "apply_kernel-qdq": 8}
 REGISTERS = 160  # of aligned input; odd shapes keep more offsets and masks alive
 
 
