@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from tritonq import ops
 from tritonq.bench import measure, report, timing
 from tritonq.bench.verify import same
 from tritonq.formats import Format, get_format
+from tritonq.timing import median_us
 
 FORMATS = ("int4_g128", "int4_g32", "int4_g128_asym", "int3_g128", "int2_g128", "mxfp4", "nvfp4", "nf4_g64", "mxfp8",
            "fp8_e4m3_channel", "fp8_e4m3_b128x128", "int8_g128")  # fmt: skip
@@ -30,17 +30,8 @@ PUBLISHED_MS = 404.0  # auto-round's eager search of this shape on an H100, meas
 
 
 def microseconds(call: Callable[[], Any], calls: int = 15) -> float:
-    """Median of single calls, by events: milliseconds, beside which launches do not count."""
-    call()
-    samples = []
-    for _ in range(calls):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(samples)
+    """Median of single calls: milliseconds, beside which launches do not count."""
+    return median_us(call, 1, (calls, calls))
 
 
 def eager_search(x: Tensor) -> Tensor:

@@ -39,8 +39,11 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """With `--dist loadgroup`, tests of one format share a process, and so the kernels that were compiled there."""
+    """Marked `gpu`, tests need one. With `--dist loadgroup`, those of one format share a process, and so the kernels
+    that were compiled there."""
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="takes a GPU"))
         parameters = getattr(item, "callspec", None) and item.callspec.params
         named = [v for k, v in (parameters or {}).items() if k in ("fmt", "name")]
         if named:

@@ -445,7 +445,6 @@ def test_hub_id(llama, tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("scheme", models.EXPORTED)
 def test_bytes_do_not_depend_on_the_device(scheme, tmp_path):
     folder = models.save("qwen3moe", tmp_path / "in")

@@ -491,7 +491,6 @@ def test_list(command, own_folder, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu(command, own_folder):
     """Times are those of a device: a copy takes as long as its bytes, and an entry is found again by its GPU."""
     x = torch.randn(1 << 26, device="cuda", dtype=torch.bfloat16)

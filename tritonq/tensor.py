@@ -21,6 +21,7 @@ from tritonq import autograd, ops
 from tritonq.formats import Format, Shape, get_format
 from tritonq.memory import empty
 from tritonq.reference import Parts
+from tritonq.tiling import contiguous_strides
 
 aten = torch.ops.aten
 P = ParamSpec("P")
@@ -46,7 +47,7 @@ class Layout:
         for name, (part, dtype) in fmt.storage(shape).items():
             alignment = 256 if name == "qdata" else 16
             start = -(-end // alignment) * alignment
-            segments.append((name, start, part, _contiguous(part), dtype))
+            segments.append((name, start, part, contiguous_strides(part), dtype))
             end = start + math.prod(part) * dtype.itemsize
         return Layout(fmt, shape, tuple(segments), end)
 
@@ -54,14 +55,6 @@ class Layout:
         _, offset, shape, stride, dtype = segment
         extent = sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1 if math.prod(shape) else 0
         return buf[offset : offset + extent * dtype.itemsize].view(dtype).as_strided(shape, stride)
-
-
-def _contiguous(shape: Shape) -> Shape:
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(strides))
 
 
 def _outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
@@ -120,7 +113,12 @@ class QTensor(Tensor):
             with torch.inference_mode(False):  # a view of a normal tensor stays one
                 return cls._wrap(buf, layout, dtype)
         self = Tensor._make_wrapper_subclass(
-            cls, layout.shape, strides=_contiguous(layout.shape), dtype=dtype, device=buf.device, requires_grad=False
+            cls,
+            layout.shape,
+            strides=contiguous_strides(layout.shape),
+            dtype=dtype,
+            device=buf.device,
+            requires_grad=False,
         )
         self._buf, self._layout = buf, layout
         return self

@@ -70,7 +70,11 @@ def is_contiguous(shape: Shape, strides: Shape) -> bool:
 
 def contiguous_strides(shape: Shape) -> Shape:
     """Strides of a contiguous tensor."""
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= max(n, 1)
+    return tuple(reversed(strides))
 
 
 def matrices(of_shape: Shape, of_strides: Shape, fmt: Format) -> list[Matrix]:

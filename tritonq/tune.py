@@ -373,8 +373,8 @@ def _tune_missing(
     case, problem = Case(op, fmt, (rows, columns), dtype), None
     if (case, device) in _tried or not _tunable(case, column_stride, device):
         return False
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if torch.compiler.is_compiling() or capturing or not _busy.acquire(blocking=False):
+    in_the_way = torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+    if in_the_way or not _busy.acquire(blocking=False):
         return True
     try:
         _tried.add((case, device))

@@ -93,9 +93,10 @@ def run(options: Options, say: Say = print, save: Callable[[Row], None] = lambda
     if options.workers:
         limit = None if options.budget is None else options.budget / 2
         types = [DTYPES[dtype] for dtype in options.dtypes]
-        found = compile_all([fmt.name for fmt in formats], options.shapes, types, installed, options.workers, limit)
-        result["compiled"] = dict(zip(("done", "of", "seconds"), (*found[:2], round(found[2], 1)), strict=True))
-        say("compiled {} of {} operations in {:.1f} s with {} workers".format(*found, options.workers))
+        names = [fmt.name for fmt in formats]
+        done, of, seconds = compile_all(names, options.shapes, types, installed, options.workers, limit)
+        result["compiled"] = {"done": done, "of": of, "seconds": round(seconds, 1)}
+        say(f"compiled {done} of {of} operations in {seconds:.1f} s with {options.workers} workers")
     timing.warm_up()
     kind, x = None, torch.empty(0)
     for dtype, shape, fmt in todo:
