@@ -408,6 +408,21 @@ def test_any_tile(name, device, any_plan, monkeypatch):
             monkeypatch.setattr(tuning, "TILE", 1 << 16)
 
 
+@pytest.mark.parametrize("name", ["e3m4_g48", "int5_g96", "int3_g7", "int6_g80_asym", "int4_g3000", "int4_g128"])
+def test_tiles_begin_anywhere_in_a_group(name, device, any_plan):
+    """Law 8: dequantize, and QDQ with given scales, find the scales of a tile whose first column is in some group."""
+    fmt = get_format(name)
+    x = values((2, 5000), torch.bfloat16, 11)
+    parts = reference.quantize(x, fmt)
+    expected = reference.dequantize(parts, fmt, tuple(x.shape), x.dtype)
+    parts = {key: part.to(device) for key, part in parts.items()}
+    plans.forget()
+    with tuning.forced("dequantize", {"TILE": 1024, "PER_THREAD": 32, "BLOCK_N": 256}):
+        assert_same(ops.dequantize(parts, fmt, tuple(x.shape), x.dtype), expected, "dequantize")
+        given = {key: part for key, part in parts.items() if key != "qdata"}
+        assert_same(ops.qdq(x.to(device), fmt, **given), expected, "given")
+
+
 @pytest.mark.parametrize("name", ["int4_g3000", "e3m4_g3000", "int6_g3000"])
 def test_padded_group_fills_its_tile(name, device):
     """Law 8: a tile of one padded group ends where the group does; its padding once overwrote the next group's
