@@ -17,7 +17,7 @@ from tritonq.launch import Plan
 from tritonq.tuned_reference import Parts, Tuning, Wanted
 
 _cached = functools.lru_cache(maxsize=4096)
-_LARGEST_TILE = 16384  # elements of the largest group that stays in registers beside v and dy
+_LARGEST_TILE = 8192  # elements of the largest group that stays in registers beside v and dy
 _PER_THREAD = {"qdq": 32, "backward": 16, "step": 16}
 _SLICES = {"qdq": 4, "backward": 2, "step": 2}
 _LOOP = {"TILE": 4096, "PER_THREAD": 8}

@@ -11,8 +11,6 @@ are never stored: p -= rate * sign(g), clamped; rates are {v, scales}.
 `tuned_kernel` handles groups that fit a tile; the others are in `tritonq.kernels.tuned_loop`.
 """
 
-import struct
-
 import triton
 import triton.language as tl
 
@@ -48,8 +46,9 @@ def _passing(fmt):
     if fmt.scale.element is None:
         return 0, largest
     stored = fmt.scale.element
-    top = stored.max + 2.0 ** (stored.emax - stored.mbits - 1)  # halfway to the next number, if there were one
-    return stored.half_smallest_bits, struct.unpack("<I", struct.pack("<f", top))[0]
+    # Halfway to the next number, if there were one: a last mantissa bit of one bit more.
+    top = stored.max * 2.0**-stored.emax + 2.0 ** (-stored.mbits - 1)
+    return stored.half_smallest_bits, int((stored.emax + 126 + top) * (1 << 23))
 
 
 @triton.constexpr_function
