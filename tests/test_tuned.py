@@ -15,9 +15,9 @@ from tritonq.formats import FORMATS, get_format
 from tritonq.tuned_reference import Tuning, Wanted
 
 # One of each kind: scale rules, storage types, element types, granularities.
-KINDS = ("int4_g32", "int4_g32_absmax", "int8_channel_f16_half_range", "int4_g32_asym", "int3_g8_f32", "mxint8", "mxfp4",
-         "mxfp8_rceil", "mxfp6_e3m2_even", "mxfp4_ceil", "nvfp4", "fp8_e4m3_channel", "fp8_e5m2_tensor", "fp8_e4m3_b4x8",
-         "e4m3_g32_ue5m3", "nf4_g64", "e3m4_g48", "int5_g96", "q4_k", "q6_k", "int4_tensor_asym",
+KINDS = ("int4_g32", "int4_g32_absmax", "int8_channel_f16_half_range", "int4_g32_asym", "int3_g8_f32", "mxint8",
+         "mxfp4", "mxfp8_rceil", "mxfp6_e3m2_even", "mxfp4_ceil", "nvfp4", "fp8_e4m3_channel", "fp8_e5m2_tensor",
+         "fp8_e4m3_b4x8", "e4m3_g32_ue5m3", "nf4_g64", "e3m4_g48", "int5_g96", "q4_k", "q6_k", "int4_tensor_asym",
          "fp8_e4m3fnuz_channel")  # fmt: skip
 FEW = ("int4_g32", "int4_g32_asym", "mxfp4", "nvfp4", "fp8_e4m3_tensor", "q4_k")
 
@@ -107,7 +107,10 @@ def test_one_parameter(name, only, device):
     check(x, fmt, device, **{only: own})
 
 
-@pytest.mark.parametrize("name", ["int4_g32", "int4_g32_asym", "fp8_e4m3_channel", "mxfp4", "nvfp4", "int4_tensor_asym"])
+LEARNED = ("int4_g32", "int4_g32_asym", "fp8_e4m3_channel", "mxfp4", "nvfp4", "int4_tensor_asym")
+
+
+@pytest.mark.parametrize("name", LEARNED)
 def test_learned_step_size(name, device):
     """A given scale and zero point, of any floating dtype, take gradients; so does v beside them."""
     fmt, shape = get_format(name), (6, 72)
@@ -237,7 +240,7 @@ def test_bad_parameters(device):
     ):  # fmt: skip
         with pytest.raises(error, match=words):
             tq.qdq(x, "int4_g32", **arguments)
-    with pytest.raises(ValueError, match="supers?|again"):
+    with pytest.raises(ValueError, match="again"):
         tq.qdq(numbers((1, 256)).to(device), "q4_k", v=None, scale=torch.ones(1, 8, device=device).requires_grad_())
     with pytest.raises(ValueError, match=">= 0"):
         tq.SignStep(-1.0)
@@ -273,11 +276,10 @@ def test_step(name, dtype, device):
         y.backward(dy)
         expected.backward(dy)
         for one, p in plain.items():
-            lr = (0.3 if one == "v" else 0.05) * max(0.0, 1.0 - i / 3)
-            lr = torch.tensor([0.3 if one == "v" else 0.05], device=device) * (1.0 - torch.tensor(i / 3)) if i < 3 else lr
+            lr = torch.tensor(0.3 if one == "v" else 0.05) * (1.0 - torch.tensor(float(i)) / 3).clamp(min=0.0)
             bounds = (-0.5, 0.5) if one == "v" else (0.25, 1.0)
             with torch.no_grad():
-                p.copy_((p.float() - lr * p.grad.float().sign()).clamp(*bounds))
+                p.copy_((p.float() - lr.to(device) * p.grad.float().sign()).clamp(*bounds))
             p.grad = None
             assert torch.equal(fused[one], p), f"step {i}, {one}: {(fused[one] != p).sum()} differ"
             assert fused[one].grad is None
@@ -345,9 +347,7 @@ def test_compiled(name, fused, device):
 def test_opcheck(device):
     shape, fmt = (4, 64), get_format("int4_g32_asym")
     x, dy = numbers(shape).to(device), numbers(shape, 2).to(device)
-    v, high, low = (
-        t.to(device) for t in (numbers(shape, 1, scale=0.3), ratios(fmt, shape, 1), ratios(fmt, shape, 2))
-    )
+    v, high, low = (t.to(device) for t in (numbers(shape, 1, scale=0.3), ratios(fmt, shape, 1), ratios(fmt, shape, 2)))
     own = (v, high, low, None)
     operators, rates, bounds = torch.ops.tritonq, torch.full((2,), 0.1, device=device), [-0.5, 0.5, 0.0, 1.0]
     needing = [t.clone().requires_grad_() for t in (x, v, high, low)]

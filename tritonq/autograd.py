@@ -126,9 +126,7 @@ def _tuned_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, v, high, low, divisor = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = [needs[0], *needs[2:5]]
-    found = iter(
-        torch.ops.tritonq.tuned_backward(x, dy, ctx.fmt, v, high, low, divisor, ctx.given, ctx.factor, wanted)
-    )
+    found = iter(torch.ops.tritonq.tuned_backward(x, dy, ctx.fmt, v, high, low, divisor, ctx.given, ctx.factor, wanted))
     dx, *of_parameters = [next(found) if one else None for one in wanted]
     return dx, None, *of_parameters, None, None, None
 
@@ -192,21 +190,21 @@ def qdq(
     Args:
         x: floating tensor [..., K], any strides.
         fmt: a Format or its name.
-        v: offsets of x's shape, in units of one code, added before rounding: y = s * clamp(rne(x / s + v)). bf16, fp16 or
-            fp32, any strides; differentiable.
+        v: offsets of x's shape, in units of one code, added before rounding: y = s * clamp(rne(x / s + v)). bf16, fp16
+            or fp32, any strides; differentiable.
         min_scale, max_scale: ratios of the shape of the scale (`Format.storage`), bf16, fp16 or fp32, that every scale
             rule sees the smallest and the largest element of a group multiplied by; differentiable. A negative one
             counts as 0. `tritonq.tuned_reference` states all gradients; sums over groups are in fp32, in an order that
             depends on the backend.
         step: update v, min_scale and max_scale in place during backward instead of giving them gradients, see
             `SignStep`.
-        scale_gradient: factor of the gradients of a given scale and zero_point, or "lsq" for 1 / sqrt(elements of a group
-            * largest magnitude of a code), as Learned Step Size Quantization has it (Esser et al. 2020).
+        scale_gradient: factor of the gradients of a given scale and zero_point, or "lsq" for 1 / sqrt(elements of a
+            group * largest magnitude of a code), as Learned Step Size Quantization has it (Esser et al. 2020).
         scale, zero_point, tensor_scale: used verbatim instead of being computed; shapes as in `Format.storage`. A
             computed scale carries NaN where its group is not finite; a given one cannot, so then NaN and infinity stay
             only where the element type has a NaN, and else become 0 and the largest number. A scale or zero_point that
-            requires a gradient may be bf16, fp16 or fp32 whatever the format stores: the number is used as it is, the zero
-            point rounded and clamped, straight through.
+            requires a gradient may be bf16, fp16 or fp32 whatever the format stores: the number is used as it is, the
+            zero point rounded and clamped, straight through.
         rounding, generator: as in `tritonq.quantize`; the gradient does not depend on them.
         search, importance: as in `tritonq.quantize`; the gradient takes the scales that were found as given.
 
@@ -221,7 +219,9 @@ def qdq(
     tuned = v is not None or min_scale is not None or max_scale is not None
     if tuned or step is not None or _learned(scale, zero_point):
         if search or importance is not None or rounding != "nearest":
-            raise ValueError("tuning parameters take rounding to nearest and no search; leave those out, or v and its like")
+            raise ValueError(
+                "tuning parameters take rounding to nearest and no search; leave those out, or v and its like"
+            )
         return _tuned(
             x, fmt, tuned_ops.check(x, fmt, v, min_scale, max_scale, scale, zero_point, tensor_scale), step,
             _scale_factor(scale_gradient, x, fmt),

@@ -42,11 +42,11 @@ def check(
     if given and (scale is None or (zero_point is None) == fmt.zero_point):
         needs = "scale and zero_point together" if fmt.zero_point else "scale without zero_point"
         raise ValueError(f"{fmt.name} takes {needs}, or neither")
-    stored = {"scale": fmt.scale.dtype, "zero_point": torch.uint8}
     for name, value, wanted, types in (
         ("v", v, tuple(x.shape), ops.FLOATS),
         ("min_scale", min_scale, shape, _RATIOS), ("max_scale", max_scale, shape, _RATIOS),
-        ("scale", scale, shape, (*_RATIOS, stored["scale"])), ("zero_point", zero_point, shape, (*_RATIOS, torch.uint8)),
+        ("scale", scale, shape, (*_RATIOS, fmt.scale.dtype)),
+        ("zero_point", zero_point, shape, (*_RATIOS, torch.uint8)),
         ("tensor_scale", tensor_scale, (1,), (torch.float32,)),
     ):  # fmt: skip
         if value is None:
@@ -158,7 +158,8 @@ def _tuned_backward(
     x: Tensor, dy: Tensor, name: str, v: Any, high: Any, low: Any, divisor: Any, given: bool, factor: float,
     wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
-    found = backward(x, dy, get_format(name), Tuning(v, high, low, given, divisor), Wanted(*wanted, factor=factor))
+    of = Wanted(wanted[0], wanted[1], wanted[2], wanted[3], factor)
+    found = backward(x, dy, get_format(name), Tuning(v, high, low, given, divisor), of)
     return list(found.values())
 
 

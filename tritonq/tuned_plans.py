@@ -198,7 +198,7 @@ def _keys(x: Tensor, fmt: Format) -> Tensor:
     """Maximal keys of groups, int32 [groups, 2]."""
     signed = replace(_SIGNED, group=fmt.group)
     shape = fmt.scale_shape(tuple(x.shape))
-    # The launch for a whole tensor counts its programs behind the keys, and leaves a scale and a zero point nobody reads.
+    # The launch for a whole tensor counts its programs behind the keys, and leaves a scale that nobody reads.
     keys = torch.zeros(2 * torch.Size(shape).numel() + 16, dtype=torch.int32, device=x.device)
     by_group = keys[:-16].view(*shape, 2)
     for m, plan in plans._keys_plans(x.shape, x.stride(), x.dtype, signed, False, x.device):
@@ -211,7 +211,7 @@ def _keys(x: Tensor, fmt: Format) -> Tensor:
 def run(
     x: Tensor, fmt: Format, given: Tuning, of: Kind, out: dict[str, Tensor], dy: Tensor | None, rates: Tensor | None
 ) -> None:
-    """"qdq": y into out["y"]; otherwise gradients into out["dx"], ["dv"], ["d_high"], ["d_low"], all contiguous."""
+    """Of kind "qdq" y into out["y"]; else gradients into out["dx"], ["dv"], ["d_high"], ["d_low"], all contiguous."""
     v, after = x if given.v is None else given.v, x if dy is None else dy
     result = out.get("y", out.get("dx", x))
     dv = out.get("dv", v)

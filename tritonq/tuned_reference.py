@@ -6,8 +6,8 @@ Over a group, with ratios `high` (max_scale) and `low` (min_scale), 1 where they
     s, z = the format's rule for the extremes hi and lo         rounded to storage, as ever
     u = x / s + v,  q = clamp(rne(u)),  y = s * q               codes: q + z
 
-GIVEN scales take the place of `high` and `low`: s (and z, rounded and clamped where it is a floating-point number) as they
-are. Formats with super-groups and minima m: u = (x + m) / s + v, y = s * q - m.
+GIVEN scales take the place of `high` and `low`: s, and z (rounded and clamped where it is a floating-point number), as
+they are. Formats with super-groups and minima m: u = (x + m) / s + v, y = s * q - m.
 
 Gradients pass straight through every rounding, and stop at every clamp. Inside means that u is within the range of the
 codes before it is rounded:
@@ -19,12 +19,12 @@ codes before it is rounded:
 From here to hi and -lo, with L = 2^bits - 1 and A' = A, or of asymmetric formats A + O (-lo/s) unless z was clamped:
 
     minmax      d hi = A' / L,  d(-lo) = A' / L - O             (O only where z was not clamped)
-    others      A times the slope of the rule before rounding, on the side of the larger magnitude, hi on a tie: 1 / max,
-                1 / ((2^bits - 1) / 2), -+ 1 / 2^(bits - 1), 2^-emax (floor, even), 1 / max (ceil, rceil)
+    others      A times the slope of the rule before rounding, on the side of the larger magnitude, hi on a tie:
+                1 / max, 1 / ((2^bits - 1) / 2), -+ 1 / 2^(bits - 1), 2^-emax (floor, even), 1 / max (ceil, rceil)
     dhigh = d hi * max(max x, 0),  dlow = d(-lo) * max(max -x, 0)
 
-A and s are 0 there if storing the scale saturated it, or lifted it to the smallest number (e8m0: raised it to 2^-127). A
-group that is not finite has y = NaN, dx = dy, and 0 for every other gradient.
+A' is 0 there if storing the scale saturated it, or lifted it to the smallest number (e8m0: raised it to 2^-127): those
+are clamps. A group that is not finite has y = NaN, dx = dy, and 0 for every other gradient; NaN in v counts as -x / s.
 """
 
 from __future__ import annotations

@@ -26,9 +26,7 @@ def _slabs(tensors: Views, fmt: Format) -> Iterator[Views]:
     one = fmt.group[0] == -1
     if fmt.group[0] <= 1:
         try:
-            yield {
-                name: t if one and name in _OF_GROUPS else t.view(-1, t.shape[-1]) for name, t in tensors.items()
-            }
+            yield {name: t if one and name in _OF_GROUPS else t.view(-1, t.shape[-1]) for name, t in tensors.items()}
             return
         except RuntimeError:  # strides that do not go together
             pass
@@ -148,4 +146,3 @@ def backward(
                     parameter.copy_(tuned_reference.moved(parameter, gradient, rates[1], *wanted.bounds[2:]))
                 elif target is not None:
                     target.copy_(gradient.view(target.shape))
-

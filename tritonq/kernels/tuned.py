@@ -1,12 +1,12 @@
 """QDQ with tuning parameters, and its gradients: y = s * clamp(rne(x / s + v)), in one pass each.
 
-hi = max(max x, 0) * high and lo = min(min x, 0) * low over a group take the place of its largest and smallest element in
-the rule of its scale; `high` and `low` are `max_scale` and `min_scale`. GIVEN: they are the scale and the zero point
+hi = max(max x, 0) * high and lo = min(min x, 0) * low over a group take the place of its largest and smallest element
+in the rule of its scale; `high` and `low` are `max_scale` and `min_scale`. GIVEN: they are the scale and the zero point
 instead, used as they are. `tritonq.tuned_reference` states the gradients.
 
-x, v, dy [batch, N, K] with strides of their own; `out` (y, or dx) and `dv` contiguous; high, low and their gradients one
-a group. MODE "qdq" writes y, "backward" gradients, and "step" moves v, high and low against the signs of gradients that
-are never stored: p -= rate * sign(g), clamped; rates are {v, scales}.
+x, v, dy [batch, N, K] with strides of their own; `out` (y, or dx) and `dv` contiguous; high, low and their gradients
+one a group. MODE "qdq" writes y, "backward" gradients, and "step" moves v, high and low against the signs of gradients
+that are never stored: p -= rate * sign(g), clamped; rates are {v, scales}.
 
 `tuned_kernel` handles groups that fit a tile; the others are in `tritonq.kernels.tuned_loop`.
 """
