@@ -134,7 +134,6 @@ def test_every_kernel_is_covered():
         seen |= {one.name for one in launches("int8_channel", (2, columns))}
     from test_both import launches as both
     from test_hadamard import launches as hadamard
-
     from test_tuned_compile import launches as tuned
 
     seen |= {one.name for one in (*both("mxfp8", (64, 64)), *hadamard((64, 64)))}

@@ -583,6 +583,9 @@ def quantize(
     generator: torch.Generator | None = None,
     search: str | bool | None = None,
     importance: Tensor | None = None,
+    v: Tensor | None = None,
+    min_scale: Tensor | None = None,
+    max_scale: Tensor | None = None,
     device: torch.device | str | None = None,
     out: QTensor | None = None,
 ) -> QTensor:
@@ -606,6 +609,8 @@ def quantize(
             one of the format's rule; see `tritonq.codecs.search` for the candidates. None and False: the rule. The
             error is that of rounding to nearest, whatever `rounding` is.
         importance: weights [K] >= 0 of the columns in that error, such as mean squared activations.
+        v, min_scale, max_scale: tuning parameters as `tritonq.qdq` takes them; the result dequantizes to what that
+            gives for them, bit for bit.
         device: where to compute and keep the result; default x's device.
         out: a QTensor of this format, x's shape, dtype and device that receives the result and is returned.
 
@@ -622,7 +627,7 @@ def quantize(
     result = _fresh_for(x, fmt) if out is None else _checked_out(out, x, fmt)
     ops.quantize(
         x, fmt, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, rounding=rounding, generator=generator,
-        search=search, importance=importance, out=result.parts(),
+        search=search, importance=importance, v=v, min_scale=min_scale, max_scale=max_scale, out=result.parts(),
     )  # fmt: skip
     return result
 
