@@ -416,6 +416,37 @@ def test_opcheck(device):
     torch.library.opcheck(operators.tuned_step.default, (x, dy, fmt.name, *own, rates, bounds, True))
 
 
+@traced
+def test_function_transforms(device):
+    """torch.func.grad gives what autograd gives, a step refuses it; gradients are not differentiable themselves."""
+    x, v = numbers((4, 64)).to(device), numbers((4, 64), 1, scale=0.3).to(device)
+    ratio = ratios(get_format("int4_g32"), (4, 64), 2).to(device)
+
+    def loss(v, ratio):
+        return tq.qdq(x, "int4_g32", v=v, max_scale=ratio).square().sum()
+
+    found = torch.func.grad(loss, (0, 1))(v, ratio)
+    own = leaves(device, v=v, ratio=ratio)
+    expected = torch.autograd.grad(loss(**own), list(own.values()))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    one, other = torch.func.vmap(loss)(torch.stack([v, -v]), torch.stack([ratio, ratio]))
+    assert one == loss(v, ratio) and other == loss(-v, ratio)
+    step = tq.SignStep(0.1, device=device)
+    with pytest.raises(ValueError, match="allow"):
+        torch.func.grad(lambda v: tq.qdq(x, "int4_g32", v=v, step=step).sum())(v)
+    (first,) = torch.autograd.grad(loss(**own), own["v"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_a_second_backward_of_a_step_is_refused(device):
+    x, v = numbers((4, 64)).to(device), torch.zeros(4, 64, device=device)
+    y = tq.qdq(x, "int4_g32", v=v, step=tq.SignStep(0.1, device=device)).sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_checkpointing_and_autocast(device):
     """Activation checkpointing runs forward again, before the step; autocast leaves dtypes alone."""
     from torch.utils.checkpoint import checkpoint
@@ -441,9 +472,16 @@ def test_checkpointing_and_autocast(device):
 # --------------------------------------------------------------------------------------------------------------- GPUs
 
 
+ON_GPU = [
+    *((name, (64, 1024)) for name in FORMATS), *((name, (5, 333)) for name in KINDS),
+    *((name, shape) for name in (*FEW, "fp8_e4m3_channel") for shape in ((3, 20000), (2, 3, 130))),
+    ("fp8_e4m3_b256x256", (300, 700)), ("int4_b256x256", (3, 256, 512)), ("int3_g7", (9, 100)), ("int8_g1", (9, 100)),
+    ("int8_channel", (2, 300_000)),
+]  # fmt: skip
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*FORMATS, *KINDS, "int4_b256x256", "int3_g7", "int8_g1"])
-@pytest.mark.parametrize("shape", [(64, 1024), (5, 333), (3, 20000), (2, 3, 130)])
+@pytest.mark.parametrize("name,shape", ON_GPU)
 def test_gpu_equals_cpu(name, shape):
     """Every format: y, dx and dv have the bits of the CPU path, sums of groups are close."""
     fmt = get_format(name)

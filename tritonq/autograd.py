@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from tritonq import operators, ops, tuned_ops
 from tritonq.formats import Format, Shape, get_format
 from tritonq.reference import Parts
 from tritonq.sign_step import SignStep
-from tritonq.tuned_reference import Tuning
+from tritonq.tuned_reference import Tuning, Wanted
 
 
 class _Unclipped(torch.autograd.Function):
@@ -151,8 +152,58 @@ torch.library.register_autograd(
 )
 
 
-def _learned(*given: Tensor | None) -> bool:
-    """Whether one of these takes a gradient."""
+class _Tuned(torch.autograd.Function):
+    """QDQ with tuning parameters for eager calls; backward recomputes."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, v: Tensor | None, high: Tensor | None, low: Tensor | None, divisor: Tensor | None, fmt: Format,
+        given: bool, factor: float,
+    ) -> Tensor:  # fmt: skip
+        return tuned_ops.called(x, fmt, Tuning(v, high, low, given, divisor))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.fmt, ctx.given, ctx.factor = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, v, high, low, divisor = ctx.saved_tensors
+        x_wanted, v_wanted, high_wanted, low_wanted = ctx.needs_input_grad[:4]
+        wanted = Wanted(x_wanted, v_wanted, high_wanted, low_wanted, ctx.factor)
+        found = tuned_ops.gradients(x, grads[0], ctx.fmt, Tuning(v, high, low, ctx.given, divisor), wanted)
+        return *[found.get(name) for name in tuned_ops.NAMES], None, None, None, None
+
+
+class _Stepped(torch.autograd.Function):
+    """The same, with parameters that move in backward. The anchor makes the result part of a graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, v: Tensor | None, high: Tensor | None, low: Tensor | None, divisor: Tensor | None,
+        anchor: Tensor, rates: Tensor, fmt: Format, bounds: tuple[float, ...],
+    ) -> Tensor:  # fmt: skip
+        ctx.fmt, ctx.bounds = fmt, bounds
+        ctx.save_for_backward(x, v, high, low, divisor, rates)
+        return tuned_ops.qdq(x, fmt, Tuning(v, high, low, False, divisor))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, v, high, low, divisor, rates = ctx.saved_tensors
+        want_x = ctx.needs_input_grad[0]
+        dx = tuned_ops.step(x, grads[0], ctx.fmt, Tuning(v, high, low, False, divisor), rates, ctx.bounds, want_x)
+        # A second backward through saved parameters that have moved is an error, not a wrong step.
+        torch.autograd.graph.increment_version([t for t in (v, high, low) if t is not None])
+        return dx if want_x else None, *[None for _ in range(8)]
+
+
+def _takes_gradient(*given: Tensor | None) -> bool:
+    """Whether one of these takes a gradient in eager mode."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
 
 
@@ -217,7 +268,7 @@ def qdq(
     """
     fmt = get_format(fmt)
     tuned = v is not None or min_scale is not None or max_scale is not None
-    if tuned or step is not None or _learned(scale, zero_point):
+    if tuned or step is not None or _takes_gradient(scale, zero_point):
         if search or importance is not None or rounding != "nearest":
             raise ValueError(
                 "tuning parameters take rounding to nearest and no search; leave those out, or v and its like"
@@ -241,15 +292,28 @@ def qdq(
 
 
 def _tuned(x: Tensor, fmt: Format, given: Tuning, step: SignStep | None, factor: float) -> Tensor:
-    own = (x, ops._name(fmt), given.v, given.high, given.low, given.tensor_scale)
+    own = (given.v, given.high, given.low, given.tensor_scale)
+    function_transform = torch._C._are_functorch_transforms_active()
+    forward_mode = forward_ad._current_level >= 0  # which then says that there is none
+    as_operator = ops.traced(x) and not function_transform
     if step is None:
-        y: Tensor = torch.ops.tritonq.tuned(*own, given.given, factor)
+        if as_operator:
+            y: Tensor = torch.ops.tritonq.tuned(x, ops._name(fmt), *own, given.given, factor)
+        elif function_transform or forward_mode or _takes_gradient(x, *own[:3]):
+            y = _Tuned.apply(x, *own, fmt, given.given, factor)
+        else:
+            y = tuned_ops.qdq(x, fmt, given)
         return y
-    if given.given or not any(t is not None for t in own[2:5]):
+    if given.given or not any(t is not None for t in own[:3]):
         raise ValueError("a step moves v, min_scale and max_scale; pass at least one of them, and no scale")
     if step.rates.device != x.device:
         raise ValueError(f"the step is on {step.rates.device} and the tensor on {x.device}; pass SignStep(device=)")
-    y = torch.ops.tritonq.tuned_stepped(*own, step.rates, list(step.bounds), step.anchor)
+    if function_transform:
+        raise ValueError("a step changes its parameters, which torch.func does not allow; leave it out")
+    if as_operator:
+        y = torch.ops.tritonq.tuned_stepped(x, ops._name(fmt), *own, step.rates, list(step.bounds), step.anchor)
+    else:
+        y = _Stepped.apply(x, *own, step.anchor, step.rates, fmt, step.bounds)
     return y
 
 

@@ -82,6 +82,26 @@ def _prepared(given: Tuning) -> Tuning:
     return Tuning(v, _contiguous(given.high), _contiguous(given.low), given.given, given.tensor_scale)
 
 
+def called(x: Tensor, fmt: Format, given: Tuning) -> Tensor:
+    """`qdq`; through its operator where somebody traces."""
+    if not ops.traced(x):
+        return qdq(x, fmt, given)
+    own = (given.v, given.high, given.low, given.tensor_scale)
+    y: Tensor = torch.ops.tritonq.tuned(x, ops._name(fmt), *own, given.given, 1.0)
+    return y
+
+
+def gradients(x: Tensor, dy: Tensor, fmt: Format, given: Tuning, wanted: Wanted) -> dict[str, Tensor]:
+    """`backward`; through its operator where somebody traces."""
+    if not (ops.traced(x) or ops.traced(dy)):
+        return backward(x, dy, fmt, given, wanted)
+    own = (given.v, given.high, given.low, given.tensor_scale, given.given, wanted.factor)
+    each = [wanted.x, wanted.v, wanted.high, wanted.low]
+    found = torch.ops.tritonq.tuned_backward(x, dy, ops._name(fmt), *own, each)
+    return dict(zip([name for name, one in zip(NAMES, each, strict=True) if one], found, strict=True))
+
+
+@torch.no_grad()
 def qdq(x: Tensor, fmt: Format, given: Tuning) -> Tensor:
     """y of x's shape and dtype, contiguous."""
     x = x.resolve_neg()
@@ -118,6 +138,7 @@ def quantize(x: Tensor, fmt: Format, given: Tuning, parts: Parts) -> None:
         tuned_tiles.quantize(x, fmt, given, parts)
 
 
+@torch.no_grad()
 def backward(x: Tensor, dy: Tensor, fmt: Format, given: Tuning, wanted: Wanted) -> dict[str, Tensor]:
     """The gradients that are wanted, by name (`NAMES`), contiguous, in the dtypes of dy and of the parameters."""
     found = _empty_gradients(x, dy, given.v, given.high, given.low, (wanted.x, wanted.v, wanted.high, wanted.low))
@@ -141,6 +162,7 @@ def _empty_gradients(
     }
 
 
+@torch.no_grad()
 def step(
     x: Tensor, dy: Tensor, fmt: Format, given: Tuning, rates: Tensor, bounds: Sequence[float], want_x: bool
 ) -> Tensor:
@@ -227,13 +249,13 @@ def _tuned_step(
 _PARAMETERS = "Tensor? v, Tensor? high, Tensor? low, Tensor? tensor_scale"
 operators._operator(
     f"tuned(Tensor x, str format, {_PARAMETERS}, bool given, float factor) -> Tensor",
-    torch.no_grad()(_tuned),
+    _tuned,
     lambda x, *_: x.new_empty(x.shape),
 )
 operators._operator(
     f"tuned_backward(Tensor x, Tensor dy, str format, {_PARAMETERS}, bool given, float factor, bool[4] wanted) "
     "-> Tensor[]",
-    torch.no_grad()(_tuned_backward),
+    _tuned_backward,
     lambda x, dy, name, v, high, low, divisor, given, factor, wanted: list(
         _empty_gradients(x, dy, v, high, low, wanted).values()
     ),
@@ -245,12 +267,12 @@ operators._operator(
 )
 operators._operator(
     f"tuned_stepped(Tensor x, str format, {_PARAMETERS}, Tensor rates, float[] bounds, Tensor anchor) -> Tensor",
-    torch.no_grad()(_tuned_stepped),
+    _tuned_stepped,
     lambda x, *_: x.new_empty(x.shape),
 )
 operators._operator(
     "tuned_step(Tensor x, Tensor dy, str format, Tensor(a!)? v, Tensor(b!)? high, Tensor(c!)? low, "
     "Tensor? tensor_scale, Tensor rates, float[] bounds, bool want_x) -> Tensor",
-    torch.no_grad()(_tuned_step),
+    _tuned_step,
     lambda x, dy, name, v, high, low, divisor, rates, bounds, want_x: dy.new_empty(x.shape if want_x else (0,)),
 )
