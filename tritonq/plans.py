@@ -163,7 +163,7 @@ def _apply_plan(
     from tritonq.kernels.quantize import apply_kernel
 
     op = "apply" if mode == "quantize" else "apply_qdq"
-    config = tuning.flat_config(m.rows, m.columns, fmt, _choice(op, m, fmt, dtype, device))
+    config = tuning.flat_config(m.rows, m.columns, fmt, op, _choice(op, m, fmt, dtype, device))
     tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
     (partial, words), axes = _packing(m, fmt, config, mode, aligned), _axes(m, tiles)
     return Plan(
@@ -182,7 +182,8 @@ def _dequantize_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned:
     else:
         from tritonq.kernels.dequantize import dequantize_kernel as kernel
 
-    config = tuning.flat_config(m.rows, m.columns, fmt, _choice("dequantize", m, fmt, dtype, device))
+    choice = _choice("dequantize", m, fmt, dtype, device)
+    config = tuning.flat_config(m.rows, m.columns, fmt, "dequantize", choice)
     tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
     words = aligned and tuning.in_words(fmt, m.columns, config)
     return Plan(
