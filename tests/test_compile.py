@@ -138,8 +138,9 @@ def test_every_kernel_is_covered():
         seen |= {one.name for one in launches("int8_channel", (2, columns))}
     from test_both import launches as both
     from test_hadamard import launches as hadamard
+    from test_ste import launches as cast
 
-    seen |= {one.name for one in (*both("mxfp8", (64, 64)), *hadamard((64, 64)))}
+    seen |= {one.name for one in (*both("mxfp8", (64, 64)), *hadamard((64, 64)), *cast((64, 64)))}
     kernels = set()
     for file in (Path(ops.__file__).parent / "kernels").glob("*.py"):
         kernels |= set(re.findall(r"@triton\.jit(?:\(.*\))?\ndef (\w+_kernel)\(", file.read_text()))

@@ -2,6 +2,7 @@
 
 import os
 
+from tritonq import ste
 from tritonq.autograd import qdq
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
 from tritonq.io.checkpoint import quantize_checkpoint
@@ -43,6 +44,7 @@ __all__ = [
     "quantize_checkpoint",
     "register",
     "save_pretrained",
+    "ste",
     "swizzle",
     "unswizzle",
 ]

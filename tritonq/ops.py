@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tritonq import plans, rotation, scale_tiles, tiling, tuning
-from tritonq.formats import SUPER_PARTS, Format, Shape, get_format
+from tritonq.formats import SUPER_PARTS, ElementType, Format, Shape, get_format, minifloat
 from tritonq.memory import empty, empty_on_gpu
 from tritonq.reference import Parts
 
@@ -626,6 +626,39 @@ def _hadamard(x: Tensor, signs: int, inverse: bool) -> Tensor:
                 plans.hadamard(x, signs, inverse, y)
         else:
             rotation.hadamard(x, signs, inverse, y)
+    return y
+
+
+def cast(x: Tensor, ebits: int, mbits: int, special: str, signed: bool, *, in_place: bool = False) -> Tensor:
+    """x rounded to numbers of `minifloat(ebits, mbits, special, signed)`, of at most 8 bits, in x's dtype;
+    `tritonq.ste.cast` says how. Strides are those that torch's elementwise functions give; in place, x is returned."""
+    if traced(x):
+        y: Tensor = torch.ops.tritonq.cast(x, ebits, mbits, special, signed)
+        return x.copy_(y) if in_place else y
+    return _cast(x, minifloat(ebits, mbits, special, signed), in_place)
+
+
+@torch.no_grad()
+def _cast(x: Tensor, element: ElementType, in_place: bool = False) -> Tensor:
+    if in_place:
+        if torch._debug_has_internal_overlap(x) == 1:
+            raise RuntimeError(
+                f"elements of x, of shape {tuple(x.shape)} and strides {x.stride()}, share memory; clone it first"
+            )
+        torch.autograd.graph.increment_version(x)
+        if x.is_neg():
+            return x.copy_(_cast(x.resolve_neg(), element))
+    y = x if in_place else torch.empty_like(x)
+    if x.numel() and x.device.type != "meta":
+        source, target = x.resolve_neg(), y
+        if not y.is_contiguous():
+            order = sorted(range(y.ndim), key=y.stride, reverse=True)  # in which the elements of y lie in memory
+            source, target = source.permute(order), y.permute(order)
+        if uses_triton(x):
+            with _device_of(x):
+                plans.cast(source if x.ndim else source.view(1), element, target if x.ndim else target.view(1))
+        else:
+            tiling.cast(source, target, element)
     return y
 
 

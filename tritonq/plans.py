@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tritonq import scale_tiles, tiling, tuning, tuning_cache
 from tritonq.codecs import philox, search
-from tritonq.formats import Format, Shape, get_format
+from tritonq.formats import ElementType, Format, Shape, get_format
 from tritonq.launch import Plan
 from tritonq.reference import Parts
 
@@ -330,7 +330,7 @@ def forget() -> None:
     """Drop the plans that are kept: what they were made from (tile sizes, measured choices) has changed."""
     for kept in (
         _encode_plans, single, _decode_plans, single_decode, _keys_plans, _choose_plan, _scale_plans,
-        _search_plans, _pick_plans, _both_plans, _swizzled_plans, _hadamard_plans,
+        _search_plans, _pick_plans, _both_plans, _swizzled_plans, _hadamard_plans, _cast_plans,
     ):  # fmt: skip
         kept.cache_clear()
 
@@ -427,6 +427,32 @@ def hadamard(x: Tensor, bits: int, inverse: bool, y: Tensor) -> None:
     """Rotated blocks of 16 into contiguous y."""
     for m, plan in _hadamard_plans(x.shape, x.stride(), x.dtype, bits, inverse, x.device):
         plan(_view(x, m), _own(y, m))
+
+
+@_cached
+def _cast_plans(
+    shape: Shape, strides: Shape, dtype: torch.dtype, element: ElementType, in_place: bool, device: torch.device
+) -> Plans:
+    from tritonq.kernels.cast import cast_kernel
+
+    result = []
+    for m in _geometry(shape, strides, _ONE_GROUP):
+        config = tuning.cast_config(m.rows, m.columns, dtype.itemsize)
+        tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
+        target = m.strides if in_place else (m.rows * m.columns, m.columns, 1)
+        integers = (m.rows, m.columns, *tiles, *m.strides, *target)
+        constants = (element, _limit(dtype), _axes(m, tiles), config["BLOCK_M"], config["BLOCK_N"])
+        programs = m.batch * tiles[0] * tiles[1]
+        result.append((m, Plan(cast_kernel, programs, integers, constants, _options(config, dtype))))
+    return tuple(result)
+
+
+def cast(x: Tensor, element: ElementType, y: Tensor) -> None:
+    """x rounded to numbers of a minifloat into y, contiguous or x itself."""
+    in_place = y.data_ptr() == x.data_ptr()
+    for m, plan in _cast_plans(x.shape, x.stride(), x.dtype, element, in_place, x.device):
+        view = _view(x, m)
+        plan(view, view if in_place else _own(y, m))
 
 
 def decode(parts: Parts, fmt: Format, y: Tensor) -> None:

@@ -19,7 +19,7 @@ from tritonq.codecs import philox, super_scale
 from tritonq.codecs import scale as scales
 from tritonq.codecs import search as search_codec
 from tritonq.codecs.scratch import reuse
-from tritonq.formats import SUPER_PARTS, Format, Shape
+from tritonq.formats import SUPER_PARTS, ElementType, Format, Shape
 
 SCRATCH = 3 << 20  # bytes of fp32 intermediates of a CPU tile, per thread
 
@@ -427,4 +427,16 @@ def decode(fmt: Format, parts: reference.Parts, y: Tensor) -> None:
             window.copy_(reference.decode(codes, scale, zero, divisor, tile.fmt, shape, y.dtype))
 
 
-__all__ = ["Matrix", "Shape", "decode", "encode", "matrices", "tensor_scale"]
+@reuse()
+def cast(x: Tensor, y: Tensor, element: ElementType) -> None:
+    """Fill y, of x's shape and dtype, with x rounded to numbers of a minifloat; any strides, and y may be x."""
+    budget = SCRATCH // (4 * element.codec.scratch) * (torch.get_num_threads() if x.device.type == "cpu" else 64)
+    if x.numel() <= budget:
+        y.copy_(reference.cast(x, element, y.dtype))
+        return
+    step = max(1, budget * len(x) // x.numel())
+    for source, target in zip(x.split(step), y.split(step), strict=True):
+        cast(source[0], target[0], element) if len(source) == 1 else cast(source, target, element)
+
+
+__all__ = ["Matrix", "Shape", "cast", "decode", "encode", "matrices", "tensor_scale"]
