@@ -437,7 +437,7 @@ def _cast_plans(
 
     result = []
     for m in _geometry(shape, strides, _ONE_GROUP):
-        config = tuning.cast_config(m.rows, m.columns, dtype.itemsize)
+        config = tuning.cast_config(m.rows, m.columns)
         tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
         target = m.strides if in_place else (m.rows * m.columns, m.columns, 1)
         integers = (m.rows, m.columns, *tiles, *m.strides, *target)

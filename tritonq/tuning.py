@@ -228,11 +228,9 @@ def hadamard_config(blocks: int) -> Config:
     return {"BLOCKS": taken, "num_warps": _warps(16 * taken)}
 
 
-def cast_config(rows: int, columns: int, width: int) -> Config:
-    """Tile of `cast_kernel`, of elements of `width` bytes: 128 bytes a thread at most."""
-    config = _block_config(rows, columns, {})
-    elements = config["BLOCK_M"] * config["BLOCK_N"]
-    return {**config, "num_warps": _warps(elements, min(ELEMENTS_PER_THREAD, 128 // width))}
+def cast_config(rows: int, columns: int) -> Config:
+    """Tile of `cast_kernel`, which moves what "apply_qdq" does."""
+    return _block_config(rows, columns, {"TILE": TILE // 4, "PER_THREAD": 8})
 
 
 SEARCH_SCALES = 4  # candidates of one group that a thread holds
