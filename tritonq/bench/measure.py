@@ -168,11 +168,11 @@ def _copy(x: Tensor) -> Row:
 EQUAL_COPIES = 64 << 20  # largest tensor whose ops are also compared with a copy that moves as many bytes
 
 
-@functools.lru_cache(maxsize=None)
-def _equal_copy_us(nbytes: int) -> float:
+@functools.cache
+def _equal_copy_us(nbytes: int, device: torch.device) -> float:
     """A copy that moves `nbytes` in all. Of small tensors most of the time is a launch's and a wait's, so less bandwidth
     is within anyone's reach where fewer bytes move."""
-    us: float = _copy(torch.randn(max(1, nbytes // 4), device="cuda").to(torch.bfloat16))["us"]
+    us: float = _copy(torch.randn(max(1, nbytes // 4), device=device).to(torch.bfloat16))["us"]
     return us
 
 
@@ -189,7 +189,7 @@ def bench_format(fmt: Format, x: Tensor, copy_gb_per_s: float, labels: tuple[str
         del arguments
         nbytes = cases.moved_bytes(fmt, op, shape, x.dtype.itemsize)
         speed = nbytes / us / 1e3
-        equal = {"of_equal_copy": round(_equal_copy_us(nbytes) / us, 4)} if x.nbytes <= EQUAL_COPIES else {}
+        equal = {"of_equal_copy": round(_equal_copy_us(nbytes, x.device) / us, 4)} if x.nbytes <= EQUAL_COPIES else {}
         rows.append({
             "format": fmt.name, "op": op, "shape": list(shape), "dtype": str(x.dtype).removeprefix("torch."),
             "us": round(us, 2), "eager_us": round(eager_us, 2), "bytes": nbytes, "gb_per_s": round(speed, 1),
