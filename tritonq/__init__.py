@@ -7,6 +7,7 @@ from tritonq.autograd import qdq
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.model import save_pretrained
+from tritonq.nn.fake_quantize import convert_, fake_quantize_, freeze_observers_, remove_fake_quantize_
 from tritonq.nn.linear import QLinear
 from tritonq.nn.quantize import quantize_
 from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
@@ -30,7 +31,10 @@ __all__ = [
     "QTensor",
     "ScaleType",
     "Scheme",
+    "convert_",
     "dequantize",
+    "fake_quantize_",
+    "freeze_observers_",
     "get_format",
     "get_scheme",
     "hadamard",
@@ -43,6 +47,7 @@ __all__ = [
     "quantize_both",
     "quantize_checkpoint",
     "register",
+    "remove_fake_quantize_",
     "save_pretrained",
     "ste",
     "swizzle",

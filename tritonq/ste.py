@@ -186,7 +186,7 @@ Fields = tuple[int, int, str, bool]  # the arguments of `minifloat`, which torch
 
 
 def _fields_of(element: ElementType) -> Fields | None:
-    if element.codec is not MINIFLOAT:
+    if element.codec != MINIFLOAT:
         return None
     return element.ebits, element.mbits, element.special, element.signed
 

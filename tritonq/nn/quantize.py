@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -59,19 +60,122 @@ def check_finite(q: QTensor, dense: Tensor, name: str) -> None:
         )
 
 
-def _shared_divisors(weights: list[tuple[str, Tensor, Format]]) -> dict[str, Tensor]:
-    """Tensor-wide divisors by module name where several layers share one: the smallest of the set."""
-    sets: dict[str, list[tuple[str, Tensor, Format]]] = {}
+Weight = tuple[str, Tensor, Format]  # name, the dense weight, what it is quantized to
+
+
+def sharing_sets(weights: list[Weight]) -> list[list[Weight]]:
+    """The weights that share a tensor-wide divisor with others."""
+    sets: dict[str, list[Weight]] = {}
     for name, weight, fmt in weights:
         key = sharing_key(name, fmt)
         if key is not None and fmt.tensor_scale:
             sets.setdefault(key, []).append((name, weight, fmt))
+    return list(sets.values())
+
+
+def smallest_divisor(weights: Iterable[Tensor], fmt: Format) -> Tensor:
+    """The tensor-wide divisor that weights share, fp32 [1]."""
+    divisors = [ops.tensor_scale(weight.detach(), fmt) for weight in weights]
+    return torch.stack([divisor.to(divisors[0].device) for divisor in divisors]).amin(0)
+
+
+def _shared_divisors(weights: list[Weight]) -> dict[str, Tensor]:
+    """Divisors by module name where several layers share one."""
     shared = {}
-    for members in sets.values():
-        divisors = [ops.tensor_scale(weight.detach(), fmt).cpu() for _, weight, fmt in members]
-        smallest = torch.stack(divisors).amin(0)
+    for members in sharing_sets(weights):
+        smallest = smallest_divisor([weight for _, weight, _ in members], members[0][2])
         shared.update({name: smallest for name, _, _ in members})
     return shared
+
+
+@dataclass
+class Targets:
+    """What a scheme applies to in a model: (name, linear layer), (name, module of experts, parameter name), and the
+    names of layers that are left alone."""
+
+    linears: list[tuple[str, nn.Linear]]
+    experts: list[tuple[str, nn.Module, str]]
+    ignored: list[str]
+
+    @property
+    def weights(self) -> list[tuple[str, Tensor]]:
+        """Parameters by the name of their linear layer, or by their own among experts."""
+        experts = [(name, getattr(module, key)) for name, module, key in self.experts]
+        return [(name, module.weight) for name, module in self.linears] + experts
+
+    def formats(self, scheme: Scheme, group_size: int | None) -> list[Weight]:
+        return [(name, weight, scheme.weight_format(weight.dtype, group_size)) for name, weight in self.weights]
+
+
+def find_targets(model: nn.Module, ignore: Iterable[str]) -> Targets:
+    """The dense linear layers and fused experts that `ignore` leaves.
+
+    Raises:
+        ValueError: an ignore entry that matches nothing, nothing to quantize, or weights without values.
+    """
+    selection = Selection(ignore)
+    linears, experts, ignored = [], [], []
+    own = linear_modules(model)
+    for name, module in model.named_modules():
+        if name in own and not isinstance(module.weight, QTensor) and module.weight.is_floating_point():
+            if selection.ignores(name):
+                ignored.append(name)
+            else:
+                linears.append((name, module))
+        elif next(module.parameters(recurse=False), None) is not None:
+            selection.ignores(name)  # stays as it is anyway; an entry that names it counts as used
+    for module, key, name in expert_parameters(model):
+        if not selection.ignores(name) and not selection.ignores(name.rpartition(".")[0]):
+            experts.append((name, module, key))
+    selection.check_all_used([name for name, _ in linears])
+    if any(not name for name, _ in linears):
+        raise ValueError("a bare nn.Linear cannot be replaced in place; put it into a module")
+    if not linears and not experts:
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantize (all ignored, or quantized already)")
+    meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if meta is not None:
+        raise ValueError(f"{meta} is on the meta device and has no values; load the weights first")
+    return Targets(linears, experts, ignored)  # type: ignore[arg-type]
+
+
+def quantize_targets(
+    model: nn.Module,
+    targets: Targets,
+    scheme: Scheme,
+    *,
+    group_size: int | None,
+    search: str | bool,
+    device: torch.device | str | None,
+    progress: bool,
+) -> dict[int, QLinear]:
+    """Quantize what was found; the new layers by the identity of those that they replace. Raises, with the model
+    unchanged, where a weight has NaN or infinity."""
+    jobs = targets.formats(scheme, group_size)
+    divisors = _shared_divisors(jobs)
+    quantized: dict[int, nn.Parameter] = {}  # by identity: tied weights stay tied
+    with progress_bar(progress) as bar:
+        task = bar.add_task(f"quantizing to {scheme.name}", total=len(jobs))
+        for name, weight, fmt in jobs:
+            if id(weight) not in quantized:
+                where = weight.device if device is None else torch.device(device)
+                dense = weight.detach().to(where)
+                divisor = divisors.get(name)
+                divisor = None if divisor is None else divisor.to(where)
+                q = quantize(dense, fmt, tensor_scale=divisor, search=search)
+                check_finite(q, dense, name)
+                quantized[id(weight)] = nn.Parameter(q.to(weight.device), requires_grad=False)
+            bar.advance(task)
+    layers = {id(m): QLinear.adopt(m, quantized[id(m.weight)], scheme.input_format) for _, m in targets.linears}
+    for parent in list(model.modules()):  # one module may sit in several places
+        for key, child in parent._modules.items():
+            if id(child) in layers:
+                parent._modules[key] = layers[id(child)]
+    for _, module, key in targets.experts:
+        setattr(module, key, quantized[id(getattr(module, key))])
+    model.tritonq_scheme = scheme  # type: ignore[assignment]
+    model.tritonq_group_size = group_size  # type: ignore[assignment]
+    model.tritonq_ignored = tuple(targets.ignored)  # type: ignore[assignment]
+    return layers
 
 
 def quantize_(
@@ -104,54 +208,6 @@ def quantize_(
     """
     scheme = get_scheme(scheme)
     search = scheme.search(search)
-    selection = Selection(ignore)
-    linears, experts, ignored = [], [], []
-    own = linear_modules(model)
-    for name, module in model.named_modules():
-        if name in own and not isinstance(module.weight, QTensor) and module.weight.is_floating_point():
-            if selection.ignores(name):
-                ignored.append(name)
-            else:
-                linears.append((name, module))
-        elif next(module.parameters(recurse=False), None) is not None:
-            selection.ignores(name)  # stays as it is anyway; an entry that names it counts as used
-    for module, key, name in expert_parameters(model):
-        if not selection.ignores(name) and not selection.ignores(name.rpartition(".")[0]):
-            experts.append((name, module, key))
-    selection.check_all_used([name for name, _ in linears])
-    if any(not name for name, _ in linears):
-        raise ValueError("a bare nn.Linear cannot be replaced in place; put it into a module")
-    if not linears and not experts:
-        raise ValueError(f"{type(model).__name__} has no linear layer to quantize (all ignored, or quantized already)")
-
-    meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if meta is not None:
-        raise ValueError(f"{meta} is on the meta device and has no values; load the weights first")
-
-    weights = [(name, module.weight) for name, module in linears] + [(n, getattr(m, key)) for n, m, key in experts]
-    jobs = [(name, weight, scheme.weight_format(weight.dtype, group_size)) for name, weight in weights]
-    divisors = _shared_divisors(jobs)
-    quantized: dict[int, nn.Parameter] = {}  # by identity: tied weights stay tied
-    with progress_bar(progress) as bar:
-        task = bar.add_task(f"quantizing to {scheme.name}", total=len(jobs))
-        for name, weight, fmt in jobs:
-            if id(weight) not in quantized:
-                where = weight.device if device is None else torch.device(device)
-                dense = weight.detach().to(where)
-                divisor = divisors.get(name)
-                divisor = None if divisor is None else divisor.to(where)
-                q = quantize(dense, fmt, tensor_scale=divisor, search=search)
-                check_finite(q, dense, name)
-                quantized[id(weight)] = nn.Parameter(q.to(weight.device), requires_grad=False)
-            bar.advance(task)
-    layers = {id(m): QLinear.adopt(m, quantized[id(m.weight)], scheme.input_format) for _, m in linears}
-    for parent in list(model.modules()):  # one module may sit in several places
-        for key, child in parent._modules.items():
-            if id(child) in layers:
-                parent._modules[key] = layers[id(child)]
-    for _, module, key in experts:
-        setattr(module, key, quantized[id(getattr(module, key))])
-    model.tritonq_scheme = scheme  # type: ignore[assignment]
-    model.tritonq_group_size = group_size  # type: ignore[assignment]
-    model.tritonq_ignored = tuple(ignored)  # type: ignore[assignment]
+    targets = find_targets(model, ignore)
+    quantize_targets(model, targets, scheme, group_size=group_size, search=search, device=device, progress=progress)
     return model
