@@ -156,11 +156,17 @@ def test_no_graph_where_none_is_needed(device):
     assert empty.grad.shape == (0, 32)
 
 
-def test_scales_get_no_gradient(device):
+def test_scales_that_are_found_get_no_gradient(device):
+    """x's gradient takes the scale as constant; one that is given gets its own (`test_tuned.py`)."""
     x, fmt = numbers((4, 64), device).requires_grad_(), tq.get_format("int4_g32_f32")
-    scale = ops.quantize(x.detach(), fmt)["scale"].requires_grad_()
-    tq.qdq(x, fmt, scale=scale).sum().backward()
+    scale = ops.quantize(x.detach(), fmt)["scale"]
+    y = tq.qdq(x, fmt, scale=scale)
+    y.sum().backward()
     assert scale.grad is None and x.grad is not None
+    learned = scale.clone().requires_grad_()
+    again = tq.qdq(x.detach(), fmt, scale=learned)
+    again.sum().backward()
+    assert torch.equal(y, again) and learned.grad is not None
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -13,6 +13,7 @@ from tritonq.nn.quantize import quantize_
 from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
 from tritonq.ops import hadamard
 from tritonq.scale_tiles import swizzle, unswizzle
+from tritonq.sign_step import SignStep
 from tritonq.tensor import QTensor, dequantize, quantize, quantize_both
 
 if os.environ.get("TRITONQ_AUTOTUNE") == "1":
@@ -31,6 +32,7 @@ __all__ = [
     "QTensor",
     "ScaleType",
     "Scheme",
+    "SignStep",
     "convert_",
     "dequantize",
     "fake_quantize_",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tritonq import operators, ops
+from tritonq import operators, ops, tuned_ops
 from tritonq.formats import Format, Shape, get_format
 from tritonq.reference import Parts
+from tritonq.sign_step import SignStep
+from tritonq.tuned_reference import Tuning
 
 
 class _Unclipped(torch.autograd.Function):
@@ -114,13 +117,69 @@ torch.library.register_autograd(
 )
 
 
+def _setup_tuned(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.fmt, v, high, low, divisor, ctx.given, ctx.factor = inputs
+    ctx.save_for_backward(x, v, high, low, divisor)
+
+
+def _tuned_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, v, high, low, divisor = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [needs[0], *needs[2:5]]
+    found = iter(torch.ops.tritonq.tuned_backward(x, dy, ctx.fmt, v, high, low, divisor, ctx.given, ctx.factor, wanted))
+    dx, *of_parameters = [next(found) if one else None for one in wanted]
+    return dx, None, *of_parameters, None, None, None
+
+
+def _setup_stepped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.fmt, v, high, low, divisor, rates, ctx.bounds, _ = inputs
+    ctx.save_for_backward(x, v, high, low, divisor, rates)
+
+
+def _stepped_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, v, high, low, divisor, rates = ctx.saved_tensors
+    want_x = ctx.needs_input_grad[0]
+    dx = torch.ops.tritonq.tuned_step(
+        x, dy, ctx.fmt, v, high, low, divisor, rates, ctx.bounds, want_x
+    )  # moves v, high and low
+    return dx if want_x else None, *[None for _ in range(8)]
+
+
+torch.library.register_autograd("tritonq::tuned", _tuned_backward, setup_context=_setup_tuned, lib=operators.library)
+torch.library.register_autograd(
+    "tritonq::tuned_stepped", _stepped_backward, setup_context=_setup_stepped, lib=operators.library
+)
+
+
+def _learned(*given: Tensor | None) -> bool:
+    """Whether one of these takes a gradient."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+
+
+def _scale_factor(scale_gradient: float | str, x: Tensor, fmt: Format) -> float:
+    """What the gradients of given scales are multiplied by."""
+    if scale_gradient != "lsq":
+        if isinstance(scale_gradient, str):
+            raise ValueError(f"scale_gradient is a number or 'lsq', got {scale_gradient!r}")
+        return float(scale_gradient)
+    rows, cols = fmt.group
+    columns = x.shape[-1] if cols == -1 else min(cols, x.shape[-1])
+    elements = x.numel() if rows == -1 else columns * min(rows, x.shape[-2] if x.ndim > 1 else 1)
+    return 1.0 / math.sqrt(max(1, elements) * fmt.element.max)
+
+
 def qdq(
     x: Tensor,
     fmt: Format | str,
     *,
+    v: Tensor | None = None,
+    min_scale: Tensor | None = None,
+    max_scale: Tensor | None = None,
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     tensor_scale: Tensor | None = None,
+    step: SignStep | None = None,
+    scale_gradient: float | str = 1.0,
     rounding: str = "nearest",
     generator: torch.Generator | None = None,
     search: str | bool | None = None,
@@ -131,9 +190,21 @@ def qdq(
     Args:
         x: floating tensor [..., K], any strides.
         fmt: a Format or its name.
+        v: offsets of x's shape, in units of one code, added before rounding: y = s * clamp(rne(x / s + v)). bf16, fp16
+            or fp32, any strides; differentiable.
+        min_scale, max_scale: ratios of the shape of the scale (`Format.storage`), bf16, fp16 or fp32, that every scale
+            rule sees the smallest and the largest element of a group multiplied by; differentiable. A negative one
+            counts as 0. `tritonq.tuned_reference` states all gradients; sums over groups are in fp32, in an order that
+            depends on the backend.
+        step: update v, min_scale and max_scale in place during backward instead of giving them gradients, see
+            `SignStep`.
+        scale_gradient: factor of the gradients of a given scale and zero_point, or "lsq" for 1 / sqrt(elements of a
+            group * largest magnitude of a code), as Learned Step Size Quantization has it (Esser et al. 2020).
         scale, zero_point, tensor_scale: used verbatim instead of being computed; shapes as in `Format.storage`. A
             computed scale carries NaN where its group is not finite; a given one cannot, so then NaN and infinity stay
-            only where the element type has a NaN, and else become 0 and the largest number.
+            only where the element type has a NaN, and else become 0 and the largest number. A scale or zero_point that
+            requires a gradient may be bf16, fp16 or fp32 whatever the format stores: the number is used as it is, the
+            zero point rounded and clamped, straight through.
         rounding, generator: as in `tritonq.quantize`; the gradient does not depend on them.
         search, importance: as in `tritonq.quantize`; the gradient takes the scales that were found as given.
 
@@ -145,6 +216,16 @@ def qdq(
         ValueError: unknown format or rounding, or a shape it cannot group. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
+    tuned = v is not None or min_scale is not None or max_scale is not None
+    if tuned or step is not None or _learned(scale, zero_point):
+        if search or importance is not None or rounding != "nearest":
+            raise ValueError(
+                "tuning parameters take rounding to nearest and no search; leave those out, or v and its like"
+            )
+        return _tuned(
+            x, fmt, tuned_ops.check(x, fmt, v, min_scale, max_scale, scale, zero_point, tensor_scale), step,
+            _scale_factor(scale_gradient, x, fmt),
+        )  # fmt: skip
     given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
     if search or importance is not None:
         found = ops.quantize(
@@ -157,6 +238,19 @@ def qdq(
         y: Tensor = _QDQ.apply(x, fmt, how, tuple(present), *present.values())
         return y
     return ops.qdq(x, fmt, **present, rounding=rounding, generator=generator)
+
+
+def _tuned(x: Tensor, fmt: Format, given: Tuning, step: SignStep | None, factor: float) -> Tensor:
+    own = (x, ops._name(fmt), given.v, given.high, given.low, given.tensor_scale)
+    if step is None:
+        y: Tensor = torch.ops.tritonq.tuned(*own, given.given, factor)
+        return y
+    if given.given or not any(t is not None for t in own[2:5]):
+        raise ValueError("a step moves v, min_scale and max_scale; pass at least one of them, and no scale")
+    if step.rates.device != x.device:
+        raise ValueError(f"the step is on {step.rates.device} and the tensor on {x.device}; pass SignStep(device=)")
+    y = torch.ops.tritonq.tuned_stepped(*own, step.rates, list(step.bounds), step.anchor)
+    return y
 
 
 class _Linear(torch.autograd.Function):

@@ -1,0 +1,76 @@
+"""The kernels of tuned QDQ compile for every target; on NVIDIA without spills and with 16-byte accesses of v."""
+
+import re
+from functools import cache
+
+import pytest
+import torch
+from conftest import INTERPRET
+from test_compile import REGISTERS, TARGETS, check
+
+from bench.launches import launched
+from tritonq import tuned_ops
+from tritonq.formats import FORMATS, get_format
+from tritonq.tuned_reference import Tuning, Wanted
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled; run without TRITON_INTERPRET")
+# On all targets; the others of the registry on sm_90.
+EVERYWHERE = ("int4_g128", "nvfp4", "fp8_e4m3_channel", "nf4_g64", "q4_k")
+SHAPE = (64, 14336)
+
+
+@cache
+def launches(name, shape=SHAPE, dtype=torch.bfloat16, of_v=torch.float32):
+    """Forward, backward and step with v and both ratios, and backward of a given scale."""
+    fmt = get_format(name)
+
+    def call():
+        x, v = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=of_v)
+        ratio, divisor = torch.zeros(fmt.scale_shape(shape)), torch.ones(1) if fmt.tensor_scale else None
+        given = Tuning(v, ratio, ratio, False, divisor)
+        tuned_ops.qdq(x, fmt, given)
+        tuned_ops.backward(x, x, fmt, given, Wanted(True, True, True, True))
+        tuned_ops.step(x, x, fmt, given, torch.zeros(2), (-0.5, 0.5, 0.0, 1.0), False)
+        if not fmt.super_group:
+            learned = Tuning(None, ratio, ratio if fmt.zero_point else None, True, divisor)
+            tuned_ops.qdq(x, fmt, learned)
+            tuned_ops.backward(x, x, fmt, learned, Wanted(True, False, True, fmt.zero_point))
+
+    return tuple({one.key: one for one in launched(call)}.values())
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles(target, name, tmp_path):
+    for one in launches(name):
+        check(one, TARGETS[target], tmp_path, REGISTERS)
+
+
+@pytest.mark.parametrize("name", [n for n in FORMATS if n not in EVERYWHERE])
+def test_registry_compiles(name, tmp_path):
+    for one in launches(name):
+        if one.name.endswith("step"):
+            check(one, TARGETS["sm_90"], tmp_path, REGISTERS)
+
+
+@pytest.mark.parametrize(
+    "name,shape,dtype,of_v",
+    [
+        ("int3_g7", (5, 33), torch.float32, torch.bfloat16),
+        ("fp8_e4m3_b256x256", (300, 700), torch.float64, torch.float16),
+    ],
+)
+def test_odd_shapes_and_types_compile(name, shape, dtype, of_v, tmp_path):
+    for one in launches(name, shape, dtype, of_v):
+        check(one, TARGETS["sm_80"], tmp_path, 192)
+
+
+@pytest.mark.parametrize("name", ["int4_g128", "mxfp4", "nvfp4", "fp8_e4m3_channel"])
+def test_accesses_are_16_bytes_wide(name):
+    """x, v, dy, y and dv: anything narrower than 16 bytes belongs to groups."""
+    for one in launches(name):
+        if one.constants.get("HAS_V"):
+            ptx = one.compile(TARGETS["sm_90"]).asm["ptx"]
+            wide = len(re.findall(r"(?:ld|st)\.global[.\w:]*\.v4\.b32", ptx))
+            narrow = len(re.findall(r"(?:ld|st)\.global[.\w:]*\.(?:b16|b8|u8|u16|v2\.b32)", ptx))
+            assert wide >= 4 and narrow == 0, one.name

@@ -1,0 +1,203 @@
+"""QDQ with tuning parameters on plain tensors, and as operators of torch: check, allocate, plan, launch.
+
+`torch.ops.tritonq.tuned` and what belongs to it take max_scale and min_scale as `high` and `low`, or with `given` the
+scale and the zero point; 8-bit floats pass as bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonq import operators, ops, tuned_plans, tuned_tiles
+from tritonq.formats import Format, get_format
+from tritonq.memory import empty
+from tritonq.tuned_reference import Tuning, Wanted
+
+_RATIOS = (torch.bfloat16, torch.float16, torch.float32)
+NAMES = ("dx", "dv", "d_high", "d_low")
+
+
+def check(
+    x: Tensor,
+    fmt: Format,
+    v: Tensor | None,
+    min_scale: Tensor | None,
+    max_scale: Tensor | None,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    tensor_scale: Tensor | None,
+) -> Tuning:
+    """The parameters of a call, or an error that says what they have to be."""
+    ops.check_input(x, fmt)
+    shape = fmt.scale_shape(tuple(x.shape))
+    given = scale is not None or zero_point is not None
+    if given and fmt.super_group:
+        raise ValueError(f"{fmt.name} quantizes its scales again and takes none that are given; leave scale out")
+    if given and (min_scale is not None or max_scale is not None):
+        raise ValueError("min_scale and max_scale shape a scale that is computed; leave them out, or scale")
+    if given and (scale is None or (zero_point is None) == fmt.zero_point):
+        needs = "scale and zero_point together" if fmt.zero_point else "scale without zero_point"
+        raise ValueError(f"{fmt.name} takes {needs}, or neither")
+    for name, value, wanted, types in (
+        ("v", v, tuple(x.shape), ops.FLOATS),
+        ("min_scale", min_scale, shape, _RATIOS), ("max_scale", max_scale, shape, _RATIOS),
+        ("scale", scale, shape, (*_RATIOS, fmt.scale.dtype)),
+        ("zero_point", zero_point, shape, (*_RATIOS, torch.uint8)),
+        ("tensor_scale", tensor_scale, (1,), (torch.float32,)),
+    ):  # fmt: skip
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in types:
+            kinds = ", ".join(str(one).removeprefix("torch.") for one in dict.fromkeys(types))
+            raise TypeError(f"{name} is a tensor of {kinds}, got {getattr(value, 'dtype', type(value).__name__)}")
+        if tuple(value.shape) != wanted and not (name == "tensor_scale" and value.numel() == 1):
+            raise ValueError(
+                f"{name} for {fmt.name} and a tensor of shape {tuple(x.shape)} has shape {wanted}, got "
+                f"{tuple(value.shape)}"
+            )
+        if value.device != x.device:
+            raise ValueError(f"{name} is on {value.device} and the tensor on {x.device}; move one of them")
+    if tensor_scale is not None and not fmt.tensor_scale:
+        raise ValueError(f"{fmt.name} has no tensor_scale; leave it out")
+    if fmt.tensor_scale:
+        divisor = ops.tensor_scale(x.detach(), fmt) if tensor_scale is None else tensor_scale.detach().reshape(1)
+    else:
+        divisor = None
+    if given:
+        assert scale is not None
+        return Tuning(v, ops._bits(scale), zero_point, True, divisor)
+    return Tuning(v, max_scale, min_scale, False, divisor)
+
+
+def _contiguous(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _prepared(given: Tuning) -> Tuning:
+    v = None if given.v is None else given.v.resolve_neg()
+    return Tuning(v, _contiguous(given.high), _contiguous(given.low), given.given, given.tensor_scale)
+
+
+def qdq(x: Tensor, fmt: Format, given: Tuning) -> Tensor:
+    """y of x's shape and dtype, contiguous."""
+    x = x.resolve_neg()
+    y = empty(x.shape, x.dtype, x.device)
+    if x.numel() and x.device.type != "meta":
+        given = _prepared(given)
+        if ops.uses_triton(x):
+            with ops._device_of(x):
+                tuned_plans.run(x, fmt, given, tuned_plans.kind("qdq", given), {"y": y}, None, None)
+        else:
+            tuned_tiles.qdq(x, fmt, given, y)
+    return y
+
+
+def backward(x: Tensor, dy: Tensor, fmt: Format, given: Tuning, wanted: Wanted) -> dict[str, Tensor]:
+    """The gradients that are wanted, by name (`NAMES`), contiguous, in the dtypes of dy and of the parameters."""
+    found = _empty_gradients(x, dy, given.v, given.high, given.low, (wanted.x, wanted.v, wanted.high, wanted.low))
+    if x.numel() == 0:
+        for gradient in found.values():
+            gradient.zero_()
+    elif x.device.type != "meta" and found:
+        _backward(x, dy, fmt, _prepared(given), wanted, found, None)
+    return found
+
+
+def _empty_gradients(
+    x: Tensor, dy: Tensor, v: Tensor | None, high: Tensor | None, low: Tensor | None, wanted: Sequence[bool]
+) -> dict[str, Tensor]:
+    like = ((x.shape, dy), (x.shape, v), (None if high is None else high.shape, high),
+            (None if low is None else low.shape, low))  # fmt: skip
+    return {
+        name: empty(shape, t.dtype, x.device)
+        for name, (shape, t), one in zip(NAMES, like, wanted, strict=True)
+        if one and t is not None and shape is not None
+    }
+
+
+def step(
+    x: Tensor, dy: Tensor, fmt: Format, given: Tuning, rates: Tensor, bounds: Sequence[float], want_x: bool
+) -> Tensor:
+    """v, max_scale and min_scale moved in place; dx, or a tensor without elements."""
+    of_v, of_groups = given.v is not None, (given.high is not None, given.low is not None)
+    wanted = Wanted(want_x, of_v, *of_groups, step=True, bounds=(bounds[0], bounds[1], bounds[2], bounds[3]))
+    found = {"dx": empty(x.shape if want_x else (0,), dy.dtype, x.device)}
+    if x.numel() and x.device.type != "meta":
+        own = _prepared(given)
+        _backward(x, dy, fmt, own, wanted, found if want_x else {}, rates)
+        for target, moved in ((given.v, own.v), (given.high, own.high), (given.low, own.low)):
+            if target is not None and moved is not None and moved is not target:
+                target.copy_(moved)
+    return found["dx"]
+
+
+def _backward(
+    x: Tensor, dy: Tensor, fmt: Format, given: Tuning, wanted: Wanted, out: dict[str, Tensor], rates: Tensor | None
+) -> None:
+    x, dy = x.resolve_neg(), dy.resolve_neg()
+    if ops.uses_triton(x):
+        kind = tuned_plans.kind("step" if wanted.step else "backward", given, wanted)
+        with ops._device_of(x):
+            tuned_plans.run(x, fmt, given, kind, out, dy, rates)
+    else:
+        tuned_tiles.backward(x, dy, fmt, given, wanted, out, rates)
+
+
+# ----------------------------------------------------------------------------------------------------- operators
+
+
+def _tuned(x: Tensor, name: str, v: Any, high: Any, low: Any, divisor: Any, given: bool, factor: float) -> Tensor:
+    return qdq(x, get_format(name), Tuning(v, high, low, given, divisor))
+
+
+def _tuned_backward(
+    x: Tensor, dy: Tensor, name: str, v: Any, high: Any, low: Any, divisor: Any, given: bool, factor: float,
+    wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    of = Wanted(wanted[0], wanted[1], wanted[2], wanted[3], factor)
+    found = backward(x, dy, get_format(name), Tuning(v, high, low, given, divisor), of)
+    return list(found.values())
+
+
+def _tuned_stepped(
+    x: Tensor, name: str, v: Any, high: Any, low: Any, divisor: Any, rates: Tensor, bounds: Any, anchor: Tensor
+) -> Tensor:
+    return qdq(x, get_format(name), Tuning(v, high, low, False, divisor))
+
+
+def _tuned_step(
+    x: Tensor, dy: Tensor, name: str, v: Any, high: Any, low: Any, divisor: Any, rates: Tensor,
+    bounds: Sequence[float], want_x: bool,
+) -> Tensor:  # fmt: skip
+    return step(x, dy, get_format(name), Tuning(v, high, low, False, divisor), rates, bounds, want_x)
+
+
+_PARAMETERS = "Tensor? v, Tensor? high, Tensor? low, Tensor? tensor_scale"
+operators._operator(
+    f"tuned(Tensor x, str format, {_PARAMETERS}, bool given, float factor) -> Tensor",
+    torch.no_grad()(_tuned),
+    lambda x, *_: x.new_empty(x.shape),
+)
+operators._operator(
+    f"tuned_backward(Tensor x, Tensor dy, str format, {_PARAMETERS}, bool given, float factor, bool[4] wanted) "
+    "-> Tensor[]",
+    torch.no_grad()(_tuned_backward),
+    lambda x, dy, name, v, high, low, divisor, given, factor, wanted: list(
+        _empty_gradients(x, dy, v, high, low, wanted).values()
+    ),
+)
+operators._operator(
+    f"tuned_stepped(Tensor x, str format, {_PARAMETERS}, Tensor rates, float[] bounds, Tensor anchor) -> Tensor",
+    torch.no_grad()(_tuned_stepped),
+    lambda x, *_: x.new_empty(x.shape),
+)
+operators._operator(
+    "tuned_step(Tensor x, Tensor dy, str format, Tensor(a!)? v, Tensor(b!)? high, Tensor(c!)? low, "
+    "Tensor? tensor_scale, Tensor rates, float[] bounds, bool want_x) -> Tensor",
+    torch.no_grad()(_tuned_step),
+    lambda x, dy, name, v, high, low, divisor, rates, bounds, want_x: dy.new_empty(x.shape if want_x else (0,)),
+)
