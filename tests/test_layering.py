@@ -10,8 +10,8 @@ import tritonq.formats
 PACKAGE = Path(tritonq.formats.__file__).parent
 LAYERS = (
     ("formats", "codecs"), ("reference", "kernels", "scale_tiles", "rotation"),
-    ("tuning", "tuning_cache", "tuning_files", "tiling", "timing", "launch", "memory", "plans"),
-    ("ops", "operators"), ("autograd", "ste", "tune"), ("tensor",),
+    ("tuning", "tuning_cache", "tuning_files", "boxes", "tiling", "tiles", "timing", "launch", "memory", "plans"),
+    ("ops", "operators"), ("progress", "streams", "scheduler"), ("autograd", "ste", "tune"), ("tensor",),
     ("offload", "nn"), ("calibrate", "io"), ("integrations", "bench", "cli", "demo", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

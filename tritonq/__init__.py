@@ -6,6 +6,7 @@ from tritonq.autograd import qdq
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.model import save_pretrained
+from tritonq.memory import workspace
 from tritonq.nn.linear import QLinear
 from tritonq.nn.quantize import quantize_
 from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
@@ -45,4 +46,5 @@ __all__ = [
     "save_pretrained",
     "swizzle",
     "unswizzle",
+    "workspace",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tritonq import operators, ops
+from tritonq import operators, ops, scheduler
 from tritonq.formats import Format, Shape, get_format
 from tritonq.reference import Parts
 
@@ -125,6 +125,10 @@ def qdq(
     generator: torch.Generator | None = None,
     search: str | bool | None = None,
     importance: Tensor | None = None,
+    device: scheduler.Devices | None = None,
+    output_device: torch.device | str | None = None,
+    out: Tensor | None = None,
+    progress: scheduler.Progress | bool | None = None,
 ) -> Tensor:
     """dequantize(quantize(x, fmt)) in one pass, differentiable straight through.
 
@@ -136,16 +140,23 @@ def qdq(
             only where the element type has a NaN, and else become 0 and the largest number.
         rounding, generator: as in `tritonq.quantize`; the gradient does not depend on them.
         search, importance: as in `tritonq.quantize`; the gradient takes the scales that were found as given.
+        device, output_device, progress: as in `tritonq.quantize`: a tensor that lies elsewhere passes through the
+            device in tiles. There is no gradient then, nor with `out`.
+        out: contiguous tensor of x's shape and dtype that receives the result where it lies.
 
     Returns:
         Contiguous tensor of x's shape and dtype. Its gradient is passed on where |x / scale| is within the element's
         range before rounding, and is 0 elsewhere.
 
     Raises:
-        ValueError: unknown format or rounding, or a shape it cannot group. TypeError: x is not floating.
+        ValueError: unknown format or rounding, a shape it cannot group, or a gradient that is asked for together with
+            `out` or another device. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
     given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
+    if device is not None or output_device is not None or out is not None:
+        options = {**given, "rounding": rounding, "generator": generator, "search": search, "importance": importance}
+        return _qdq_elsewhere(scheduler.source(x), fmt, device, output_device, out, progress, options)
     if search or importance is not None:
         found = ops.quantize(
             x, fmt, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, search=search, importance=importance
@@ -157,6 +168,31 @@ def qdq(
         y: Tensor = _QDQ.apply(x, fmt, how, tuple(present), *present.values())
         return y
     return ops.qdq(x, fmt, **present, rounding=rounding, generator=generator)
+
+
+def _qdq_elsewhere(
+    x: Tensor,
+    fmt: Format,
+    device: scheduler.Devices | None,
+    output_device: torch.device | str | None,
+    out: Tensor | None,
+    progress: scheduler.Progress | bool | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """QDQ into `out`, or of a tensor that is not where it is computed or where the result belongs."""
+    if _differentiates(x):
+        raise ValueError("qdq has no gradient with out, device or output_device; detach x, or move it first")
+    ops.check_input(x, fmt)
+    where = scheduler.placed(x, device, output_device, out)
+    if where is not None:
+        y = scheduler.result(out, tuple(x.shape), x.dtype, where[1])
+        return scheduler.qdq(x, fmt, where[0], y, **options, progress=progress)
+    if out is None:
+        return qdq(x, fmt, **options)
+    search, importance = options.pop("search"), options.pop("importance")
+    if search or importance is not None:
+        return out.copy_(qdq(x, fmt, search=search, importance=importance, **options))
+    return ops.qdq(x, fmt, out=out, **options)
 
 
 class _Linear(torch.autograd.Function):

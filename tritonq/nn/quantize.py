@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from tritonq import ops
@@ -16,15 +13,8 @@ from tritonq.formats import Format
 from tritonq.nn.linear import QLinear
 from tritonq.nn.schemes import Scheme, get_scheme
 from tritonq.nn.select import Selection, linear_modules, sharing_key
+from tritonq.progress import progress_bar
 from tritonq.tensor import QTensor, quantize
-
-
-def progress_bar(enabled: bool) -> Progress:
-    """A bar with an ETA on stderr; silent where stderr is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not (enabled and sys.stderr.isatty())
-    )
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
