@@ -2,7 +2,7 @@
 
 import os
 
-from tritonq.autograd import qdq
+from tritonq.autograd import hadamard, qdq
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.model import save_pretrained
@@ -10,7 +10,6 @@ from tritonq.memory import workspace
 from tritonq.nn.linear import QLinear
 from tritonq.nn.quantize import quantize_
 from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
-from tritonq.ops import hadamard
 from tritonq.scale_tiles import swizzle, unswizzle
 from tritonq.tensor import QTensor, dequantize, quantize, quantize_both
 

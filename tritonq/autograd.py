@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -168,6 +169,53 @@ def qdq(
         y: Tensor = _QDQ.apply(x, fmt, how, tuple(present), *present.values())
         return y
     return ops.qdq(x, fmt, **present, rounding=rounding, generator=generator)
+
+
+def hadamard(
+    x: Tensor,
+    *,
+    seed: int | None = None,
+    signs: Sequence[int] | Tensor | None = None,
+    inverse: bool = False,
+    device: scheduler.Devices | None = None,
+    output_device: torch.device | str | None = None,
+    out: Tensor | None = None,
+    progress: scheduler.Progress | bool | None = None,
+) -> Tensor:
+    """y = H (s * x) / 4 along the last axis in blocks of 16, or with `inverse` x = s * (H y) / 4, which undoes it.
+
+    H is the 16 x 16 Sylvester matrix of +1 and -1. Computed in fp32 and rounded once, to the same bits on every device.
+    Rotating both operands of a matrix product along the axis it contracts leaves the product as it was, and spreads
+    outliers over their block before a cast to few bits. Differentiable: the gradient is rotated back.
+
+    Args:
+        x: floating tensor [..., K], K a multiple of 16, any strides.
+        seed: 0 .. 2^64 - 1; sign i is -1 where bit i of SplitMix64's first output is set (`rotation.seed_bits`).
+        signs: the 16 signs themselves, 1 or -1. Without seed and signs all are 1.
+        inverse: rotate back.
+        device, output_device, progress: as in `tritonq.quantize`: a tensor that lies elsewhere passes through the
+            device in tiles. There is no gradient then, nor with `out`.
+        out: contiguous tensor of x's shape and dtype that receives the result where it lies.
+
+    Returns:
+        Contiguous tensor of x's shape and dtype. A block with a non-finite element, or one whose sums leave fp32, has
+        non-finite elements.
+
+    Raises:
+        ValueError: K is not a multiple of 16, seed and signs together, signs that are not, or a gradient that is asked
+            for together with `out` or another device. TypeError: x is not floating.
+    """
+    if device is None and output_device is None and out is None:
+        return ops.hadamard(x, seed=seed, signs=signs, inverse=inverse)
+    x = scheduler.source(x)
+    if _differentiates(x):
+        raise ValueError("hadamard has no gradient with out, device or output_device; detach x, or move it first")
+    bits = ops.check_hadamard(x, seed, signs)
+    where = scheduler.placed(x, device, output_device, out)
+    y = scheduler.result(out, tuple(x.shape), x.dtype, x.device if where is None else where[1])
+    if where is None:
+        return ops._hadamard(x.detach(), bits, inverse, y)
+    return scheduler.hadamard(x.detach(), bits, inverse, where[0], y, progress)
 
 
 def _qdq_elsewhere(

@@ -1,9 +1,9 @@
 """Cutting a tensor into tiles: boxes of whole groups and whole bytes that fit a budget.
 
 Everything that goes over a tensor piece by piece is planned here: the CPU path (`tiling`), and what streams through
-another device or has to keep its intermediates small (`tiles`, `scheduler`). A tensor is one or more slabs [batch, N, K], a tile
-a range of each axis. Axes are cut from the outermost to the innermost, and one is cut only where all before it are down
-to a granule; so with granules of one row every tile is one piece of a contiguous tensor.
+another device or has to keep its intermediates small (`tiles`, `scheduler`). A tensor is one or more slabs
+[batch, N, K], a tile a range of each axis. Axes are cut from the outermost to the innermost, and one is cut only where
+all before it are down to a granule; so with granules of one row every tile is one piece of a contiguous tensor.
 """
 
 from __future__ import annotations

@@ -633,26 +633,12 @@ def _tensor_scale(x: Tensor, fmt: Format) -> Tensor:
 def hadamard(
     x: Tensor, *, seed: int | None = None, signs: Sequence[int] | Tensor | None = None, inverse: bool = False
 ) -> Tensor:
-    """y = H (s * x) / 4 along the last axis in blocks of 16, or with `inverse` x = s * (H y) / 4, which undoes it.
+    """The random Hadamard transform of blocks of 16 along the last axis; see `tritonq.hadamard`."""
+    return torch.ops.tritonq.hadamard(x, check_hadamard(x, seed, signs), inverse)
 
-    H is the 16 x 16 Sylvester matrix of +1 and -1. Computed in fp32 and rounded once, to the same bits on every device.
-    Rotating both operands of a matrix product along the axis it contracts leaves the product as it was, and spreads
-    outliers over their block before a cast to few bits. Differentiable: the gradient is rotated back.
 
-    Args:
-        x: floating tensor [..., K], K a multiple of 16, any strides.
-        seed: 0 .. 2^64 - 1; sign i is -1 where bit i of SplitMix64's first output is set (`rotation.seed_bits`).
-        signs: the 16 signs themselves, 1 or -1. Without seed and signs all are 1.
-        inverse: rotate back.
-
-    Returns:
-        Contiguous tensor of x's shape and dtype. A block with a non-finite element, or one whose sums leave fp32, has
-        non-finite elements.
-
-    Raises:
-        ValueError: K is not a multiple of 16, seed and signs together, or signs that are not. TypeError: x is not
-            floating.
-    """
+def check_hadamard(x: Tensor, seed: int | None, signs: Sequence[int] | Tensor | None) -> int:
+    """The signs as bits; raises where x cannot be rotated."""
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
@@ -660,12 +646,12 @@ def hadamard(
             f"hadamard rotates bfloat16, float16, float32 and float64 tensors, got {x.dtype}; cast it first"
         )
     rotation.check_shape(tuple(x.shape))
-    return torch.ops.tritonq.hadamard(x, rotation.sign_bits(seed, signs), inverse)
+    return rotation.sign_bits(seed, signs)
 
 
-def _hadamard(x: Tensor, signs: int, inverse: bool) -> Tensor:
+def _hadamard(x: Tensor, signs: int, inverse: bool, out: Tensor | None = None) -> Tensor:
     x = x.resolve_neg()
-    y = empty(x.shape, x.dtype, x.device)
+    y = empty(x.shape, x.dtype, x.device) if out is None else out
     if x.numel():
         if uses_triton(x):
             with _device_of(x):

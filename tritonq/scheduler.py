@@ -27,8 +27,8 @@ from torch import Tensor
 
 from tritonq import memory, ops, streams
 from tritonq.formats import Format, Shape, get_format
-from tritonq.reference import Parts
 from tritonq.progress import progress_bar
+from tritonq.reference import Parts
 from tritonq.streams import Backend, Device, Event
 from tritonq.tiles import Tile, Tiles
 
@@ -36,6 +36,7 @@ Devices = Device | Sequence[Device]
 Progress = Callable[[int, int], object]  # gets elements done, and in all
 _LARGEST_TILE = 32 << 20  # bytes that are copied for a tile; larger ones only delay the first and the last
 _ALIGNMENT = 256
+_BLOCKS = get_format("int8_g16")  # only its geometry: whole blocks of 16 in rows
 
 
 @dataclass(frozen=True)
@@ -192,17 +193,21 @@ def _work(job: Job, backend: Backend, most: int, done: Callable[[int], None]) ->
     slots: list[_Slot] = []
     with backend.current():
         try:
-            limit, count = _limit(job, backend, most), 0
+            limit, count, depth = _limit(job, backend, most), 0, backend.depth
             while (tile := job.tiles.take(limit)) is not None:
                 try:
                     sizes = [_size(_moved(pieces, backend)) for pieces in (job.inputs(tile), job.outputs(tile))]
                     if not slots or any(own < size for own, size in zip(slots[0].sizes, sizes, strict=True)):
                         _finish(slots)
-                        slots += [_Slot(backend, (sizes[0], sizes[1])) for _ in range(backend.depth)]
+                        slots += [_Slot(backend, (sizes[0], sizes[1])) for _ in range(depth)]
                     slots[count % len(slots)].run(tile, job)
                 except torch.OutOfMemoryError as error:
                     _finish(slots)
-                    limit = job.tiles.halved(tile, error, backend.device)
+                    if depth > 1 and not job.tiles.can_be_cut(tile):  # it may fit alone
+                        depth = 1
+                        job.tiles.put_back(tile)
+                    else:
+                        limit = job.tiles.halved(tile, error, backend.device)
                     continue
                 count += 1
                 done(tile.size)
@@ -346,28 +351,46 @@ class _Encoding:
         known = "tensor_scale" if self.fmt.tensor_scale else "scale"
         return 2 if (self.fmt.tensor_scale or self.fmt.group[0] == -1) and known not in self.given else 1
 
+    @property
+    def searches_whole(self) -> bool:
+        """Whether the one scale of the tensor is searched for, which takes more passes than it may stream."""
+        return self.search and self.fmt.group[0] == -1
+
     def look(self, backends: list[Backend], done: Callable[[int], None]) -> None:
         """Find scales that the whole tensor shares."""
         if self.passes == 1:
             return
+        if self.searches_whole:
+            backends = backends[:1]
+        self._keep(backends)
         extremes = _extremes_of_all(self.x, self.fmt, backends, self.fmt.tensor_scale, done)
         with backends[0].current():
             if self.fmt.tensor_scale:
-                self.given["tensor_scale"] = ops._tensor_scale(extremes, self.fmt)
-            if self.fmt.group[0] == -1 and "scale" not in self.given:
+                self.given.setdefault("tensor_scale", ops._tensor_scale(extremes, self.fmt))
+            if self.searches_whole:
+                parts = {**ops._allocate_scales(self.fmt, self.x, ops._SCALES), **self.given}
+                weights = None if self.weights is None else self.weights.to(self.x.device)
+                ops._choose_scales(self.x, self.fmt, parts, True, weights)
+                self.given, self.search = parts, False
+            elif self.fmt.group[0] == -1 and "scale" not in self.given:
                 parts = ops._quantize(extremes, self.fmt, None, None, self.given.get("tensor_scale"))
                 self.given.update({name: part for name, part in parts.items() if name != "qdata"})
 
-    def keep(self, backends: list[Backend]) -> None:
+    def _keep(self, backends: list[Backend]) -> None:
         """Bring a tensor that is gone over several times to the one device, where the budget leaves room for it."""
-        room, size = memory.budget(), self.x.nbytes
-        if len(backends) > 1 or self.passes == 1 or 4 * size > 3 * room or backends[0].holds(self.x):
+        x, room, backend = self.x, memory.budget(), backends[0]
+        fits = len(backends) == 1 and 4 * x.nbytes <= 3 * room
+        if backend.holds(x) or not (fits or self.searches_whole):
             return
-        x, backend = self.x, backends[0]
         try:
-            kept = backend.empty(size).view(x.dtype).view(x.shape)
-        except torch.OutOfMemoryError:
-            return
+            kept = backend.empty(x.nbytes).view(x.dtype).view(x.shape)
+        except torch.OutOfMemoryError as error:
+            if not self.searches_whole:
+                return
+            raise torch.OutOfMemoryError(
+                f"{self.fmt.name}: a search for the one scale of a tensor goes over it many times, and its {x.nbytes} "
+                f"bytes do not fit {backend.device}: {error}. Search on the CPU, or pass a format with groups"
+            ) from error
 
         def compute(tile: Tile, inputs: Parts, outputs: Parts, backend: Backend) -> None:
             outputs["kept"].copy_(inputs["x"])
@@ -376,7 +399,7 @@ class _Encoding:
         job = Job(
             tiles, lambda tile: {"x": tile.of_strided(x)}, lambda tile: {"kept": tile.of_values(kept)}, compute
         )  # fmt: skip
-        with memory.workspace(room - size):
+        with memory.workspace(max(room - x.nbytes, room // 4)):
             _execute(job, backends, lambda elements: None)
         self.x = kept
 
@@ -424,11 +447,6 @@ def _encoding(
     searched = ops.check_search(search, importance, x, given["scale"] is not None)
     if searched and fmt.super_group:
         raise ValueError(f"{fmt.name} quantizes its scales again and has no search; leave search out")
-    if searched and fmt.group[0] == -1:
-        raise ValueError(
-            f"{fmt.name} has one scale for the whole tensor, and a search for it goes over the tensor many times; move "
-            "the tensor to the device first, or leave search out"
-        )
     parts = ops._checked_given(x, fmt, **given, anywhere=True)
     seed = ops._value(ops._seed(rounding, generator, x))
     return _Encoding(x.detach(), fmt, parts, searched, ops._weights(importance, fmt), seed)
@@ -458,12 +476,11 @@ def quantize(
     x, backends = encoding.x, devices_of(device)
     if x.numel() == 0:
         with backends[0].current():
-            parts = ops._quantize(x, fmt, **{name: encoding.given.get(name) for name in given})
+            parts = ops._quantize(x, fmt, *[encoding.given.get(name) for name in given])
         for name, part in parts.items():
             out[name].copy_(part)
         return out
     with _reported(progress, encoding.passes * x.numel()) as done:
-        encoding.keep(backends)
         encoding.look(backends, done)
         x = encoding.x
         own = {name: part for name, part in out.items() if not encoding.shared(name)}
@@ -503,7 +520,6 @@ def qdq(
     x, backends = encoding.x, devices_of(device)
     if x.numel():
         with _reported(progress, encoding.passes * x.numel()) as done:
-            encoding.keep(backends)
             encoding.look(backends, done)
             x = encoding.x
             tiles = Tiles(tuple(x.shape), x.stride(), fmt)
@@ -529,5 +545,36 @@ def dequantize(
         with _reported(progress, out.numel()) as done:
             tiles = Tiles(tuple(out.shape), out.stride(), fmt)
             job = Job(tiles, inputs, lambda tile: {"y": tile.of_values(out)}, compute)
+            _execute(job, devices_of(device), done)
+    return out
+
+
+@torch.no_grad()
+def tensor_scale(x: Tensor, fmt: Format | str, device: Devices) -> Tensor:
+    """`ops.tensor_scale` of a tensor that lies anywhere, computed and left on `device`."""
+    fmt = get_format(fmt)
+    encoding, backends = _Encoding(x.detach(), fmt, {}), devices_of(device)
+    if not fmt.tensor_scale or not x.numel():
+        return ops.tensor_scale(x, fmt).to(backends[0].device)
+    encoding.look(backends, lambda elements: None)
+    return encoding.given["tensor_scale"]
+
+
+@torch.no_grad()
+def hadamard(
+    x: Tensor, signs: int, inverse: bool, device: Devices, out: Tensor, progress: Progress | bool | None = None
+) -> Tensor:
+    """`ops.hadamard` of a tensor that lies anywhere, computed on `device` and left in contiguous `out`. Bit i of
+    `signs` is set where sign i is -1."""
+
+    def compute(tile: Tile, inputs: Parts, outputs: Parts, backend: Backend) -> None:
+        ops._hadamard(inputs["x"], signs, inverse, outputs["y"])
+
+    if x.numel():
+        with _reported(progress, x.numel()) as done:
+            tiles = Tiles(tuple(x.shape), x.stride(), _BLOCKS)
+            job = Job(
+                tiles, lambda tile: {"x": tile.of_strided(x)}, lambda tile: {"y": tile.of_values(out)}, compute
+            )  # fmt: skip
             _execute(job, devices_of(device), done)
     return out

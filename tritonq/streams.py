@@ -1,8 +1,8 @@
 """Where tiles are computed: a device, its memory and its streams, behind the few calls that the scheduler makes.
 
-Work goes to one of three lanes, "in" (copies to the device), "compute" and "out" (copies from it), which run beside each
-other. `submit` returns an event that has passed when the work has ended; work waits on the device for the events it
-names, and the host for an event only in `wait`.
+Work goes to one of three lanes, "in" (copies to the device), "compute" and "out" (copies from it), which run beside
+each other. `submit` returns an event that has passed when the work has ended; work waits on the device for the events
+it names, and the host for an event only in `wait`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tiles of a tensor and of its parts, dealt out one after the other.
 
-A tile is a `Box` in a slab of a tensor of any strides, and what belongs to it are contiguous pieces of contiguous parts:
-its rows of codes and scales, and a scale or divisor of the whole tensor as it is. An operation that runs out of memory
-over a tile puts it back and goes on with smaller ones, so nothing is lost.
+A tile is a `Box` in a slab of a tensor of any strides, and what belongs to it are contiguous pieces of contiguous
+parts: its rows of codes and scales, and a scale or divisor of the whole tensor as it is. An operation that runs out of
+memory over a tile puts it back and goes on with smaller ones, so nothing is lost.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ naive eager code spends most of its time in page faults of fresh intermediates.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 

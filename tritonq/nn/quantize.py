@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from tritonq import ops
+from tritonq import scheduler
 from tritonq.codecs import scale as scales
 from tritonq.formats import Format
 from tritonq.nn.linear import QLinear
@@ -49,7 +49,7 @@ def check_finite(q: QTensor, dense: Tensor, name: str) -> None:
         )
 
 
-def _shared_divisors(weights: list[tuple[str, Tensor, Format]]) -> dict[str, Tensor]:
+def _shared_divisors(weights: list[tuple[str, Tensor, Format]], device: scheduler.Devices | None) -> dict[str, Tensor]:
     """Tensor-wide divisors by module name where several layers share one: the smallest of the set."""
     sets: dict[str, list[tuple[str, Tensor, Format]]] = {}
     for name, weight, fmt in weights:
@@ -58,7 +58,10 @@ def _shared_divisors(weights: list[tuple[str, Tensor, Format]]) -> dict[str, Ten
             sets.setdefault(key, []).append((name, weight, fmt))
     shared = {}
     for members in sets.values():
-        divisors = [ops.tensor_scale(weight.detach(), fmt).cpu() for _, weight, fmt in members]
+        divisors = [
+            scheduler.tensor_scale(weight, fmt, weight.device if device is None else device).cpu()
+            for _, weight, fmt in members
+        ]
         smallest = torch.stack(divisors).amin(0)
         shared.update({name: smallest for name, _, _ in members})
     return shared
@@ -71,7 +74,7 @@ def quantize_(
     ignore: Iterable[str] = (),
     group_size: int | None = None,
     search: str | bool | None = None,
-    device: torch.device | str | None = None,
+    device: scheduler.Devices | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Quantize the linear layers of `model` in place, fused experts (rank-3 parameters) included; returns the model.
@@ -85,7 +88,8 @@ def quantize_(
         group_size: another group size than the scheme's, for schemes with groups of integers or of a table.
         search: scale search of the weights, as in `tritonq.quantize`; None is "mse" for codes of 4 bits and less, False
             the scale rule of the format.
-        device: where to quantize, such as "cuda"; the result stays where the weight was.
+        device: where to quantize, such as "cuda" or a list of devices, through which weights stream that lie elsewhere;
+            the result stays where the weight was.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -120,19 +124,19 @@ def quantize_(
 
     weights = [(name, module.weight) for name, module in linears] + [(n, getattr(m, key)) for n, m, key in experts]
     jobs = [(name, weight, scheme.weight_format(weight.dtype, group_size)) for name, weight in weights]
-    divisors = _shared_divisors(jobs)
+    divisors = _shared_divisors(jobs, device)
     quantized: dict[int, nn.Parameter] = {}  # by identity: tied weights stay tied
     with progress_bar(progress) as bar:
         task = bar.add_task(f"quantizing to {scheme.name}", total=len(jobs))
         for name, weight, fmt in jobs:
             if id(weight) not in quantized:
-                where = weight.device if device is None else torch.device(device)
-                dense = weight.detach().to(where)
                 divisor = divisors.get(name)
-                divisor = None if divisor is None else divisor.to(where)
-                q = quantize(dense, fmt, tensor_scale=divisor, search=search)
-                check_finite(q, dense, name)
-                quantized[id(weight)] = nn.Parameter(q.to(weight.device), requires_grad=False)
+                divisor = None if divisor is None else divisor.to(weight.device)
+                q = quantize(
+                    weight, fmt, tensor_scale=divisor, search=search, device=device, output_device=weight.device
+                )
+                check_finite(q, weight.detach(), name)
+                quantized[id(weight)] = nn.Parameter(q, requires_grad=False)
             bar.advance(task)
     layers = {id(m): QLinear.adopt(m, quantized[id(m.weight)], scheme.input_format) for _, m in linears}
     for parent in list(model.modules()):  # one module may sit in several places
