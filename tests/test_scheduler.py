@@ -15,7 +15,7 @@ from oracle import assert_same, assert_same_parts
 from safetensors.torch import save_file
 
 import tritonq as tq
-from tritonq import boxes, memory, ops, scheduler
+from tritonq import boxes, memory, ops
 from tritonq.formats import get_format
 from tritonq.tiles import Tiles
 
@@ -40,7 +40,7 @@ def generator():
 @st.composite
 def layouts(draw):
     """(contiguous tensor of numbers that count up, the same values with other strides)"""
-    shape = draw(st.lists(st.integers(1, 9), min_size=0, max_size=3)) + [draw(st.integers(1, 700))]
+    shape = [*draw(st.lists(st.integers(1, 9), min_size=0, max_size=3)), draw(st.integers(1, 700))]
     shape = shape if len(shape) > 1 else [draw(st.integers(1, 40)), *shape]
     count = torch.arange(math.prod(shape)).view(shape)
     order = draw(st.permutations(range(len(shape))))
@@ -537,9 +537,9 @@ def test_gpu_devices_share_a_tensor():
     x = dense((4096, 4096))
     for name in ("int4_g128", "nvfp4"):
         wanted = tq.quantize(x, name)
-        for given in (devices, devices * 2):
-            q = tq.quantize(x, name, device=given)
+        for several in (devices, devices * 2):
+            q = tq.quantize(x, name, device=several)
             assert q.device == torch.device("cuda:0")
             assert_same_parts({n: p.cpu() for n, p in q.parts().items()}, wanted.parts())
-            q = tq.quantize(x, name, device=given, output_device="cpu")
+            q = tq.quantize(x, name, device=several, output_device="cpu")
             assert_same_parts(q.parts(), wanted.parts())
