@@ -134,9 +134,9 @@ class _Slot:
             self.from_host |= any(direct[name] and piece.device.type == "cpu" for name, piece in moved.items())
         return device
 
-    def run(self, tile: Tile, job: Job) -> None:
+    def run(self, tile: Tile, inputs: Parts, outputs: Parts, job: Job) -> None:
         """Start a tile. What runs out of memory here can be started again."""
-        backend, inputs, outputs = self.backend, job.inputs(tile), job.outputs(tile)
+        backend = self.backend
         self.land()
         away = _moved(outputs, backend)
         inputs = {**inputs, **self._bring(_moved(inputs, backend))}
@@ -196,11 +196,12 @@ def _work(job: Job, backend: Backend, most: int, done: Callable[[int], None]) ->
             limit, count, depth = _limit(job, backend, most), 0, backend.depth
             while (tile := job.tiles.take(limit)) is not None:
                 try:
-                    sizes = [_size(_moved(pieces, backend)) for pieces in (job.inputs(tile), job.outputs(tile))]
+                    pieces = job.inputs(tile), job.outputs(tile)
+                    sizes = [_size(_moved(side, backend)) for side in pieces]
                     if not slots or any(own < size for own, size in zip(slots[0].sizes, sizes, strict=True)):
                         _finish(slots)
                         slots += [_Slot(backend, (sizes[0], sizes[1])) for _ in range(depth)]
-                    slots[count % len(slots)].run(tile, job)
+                    slots[count % len(slots)].run(tile, *pieces, job)
                 except torch.OutOfMemoryError as error:
                     _finish(slots)
                     if depth > 1 and not job.tiles.can_be_cut(tile):  # it may fit alone
