@@ -52,7 +52,8 @@ def size_rows():
     def below(rows):
         slow = sorted((row for row in rows if row["of_equal_copy"] < 0.85), key=lambda row: row["of_equal_copy"])
         return ", ".join(
-            f"{row['format']}{' (given)' if 'given' in row['op'] else ''} {100 * row['of_equal_copy']:.0f}" for row in slow
+            f"{row['format']}{' (given)' if 'given' in row['op'] else ''} {100 * row['of_equal_copy']:.0f}"
+            for row in slow
         )
 
     return [

@@ -3,15 +3,15 @@
 import os
 
 from tritonq import ste
-from tritonq.autograd import qdq
+from tritonq.autograd import hadamard, qdq
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.model import save_pretrained
+from tritonq.memory import workspace
 from tritonq.nn.fake_quantize import convert_, fake_quantize_, freeze_observers_, remove_fake_quantize_
 from tritonq.nn.linear import QLinear
 from tritonq.nn.quantize import quantize_
 from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
-from tritonq.ops import hadamard
 from tritonq.scale_tiles import swizzle, unswizzle
 from tritonq.sign_step import SignStep
 from tritonq.tensor import QTensor, dequantize, quantize, quantize_both
@@ -54,4 +54,5 @@ __all__ = [
     "ste",
     "swizzle",
     "unswizzle",
+    "workspace",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tritonq import operators, ops, tuned_ops
+from tritonq import operators, ops, scheduler, tuned_ops
 from tritonq.formats import Format, Shape, get_format
 from tritonq.reference import Parts
 from tritonq.sign_step import SignStep
@@ -184,6 +185,10 @@ def qdq(
     generator: torch.Generator | None = None,
     search: str | bool | None = None,
     importance: Tensor | None = None,
+    device: scheduler.Devices | None = None,
+    output_device: torch.device | str | None = None,
+    out: Tensor | None = None,
+    progress: scheduler.Progress | bool | None = None,
 ) -> Tensor:
     """dequantize(quantize(x, fmt)) in one pass, differentiable straight through.
 
@@ -207,13 +212,17 @@ def qdq(
             zero point rounded and clamped, straight through.
         rounding, generator: as in `tritonq.quantize`; the gradient does not depend on them.
         search, importance: as in `tritonq.quantize`; the gradient takes the scales that were found as given.
+        device, output_device, progress: as in `tritonq.quantize`: a tensor that lies elsewhere passes through the
+            device in tiles. There is no gradient then, nor with `out`.
+        out: contiguous tensor of x's shape and dtype that receives the result where it lies.
 
     Returns:
         Contiguous tensor of x's shape and dtype. Its gradient is passed on where |x / scale| is within the element's
         range before rounding, and is 0 elsewhere.
 
     Raises:
-        ValueError: unknown format or rounding, or a shape it cannot group. TypeError: x is not floating.
+        ValueError: unknown format or rounding, a shape it cannot group, or a gradient that is asked for together with
+            `out` or another device. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
     tuned = v is not None or min_scale is not None or max_scale is not None
@@ -227,6 +236,9 @@ def qdq(
             _scale_factor(scale_gradient, x, fmt),
         )  # fmt: skip
     given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
+    if device is not None or output_device is not None or out is not None:
+        options = {**given, "rounding": rounding, "generator": generator, "search": search, "importance": importance}
+        return _qdq_elsewhere(scheduler.source(x), fmt, device, output_device, out, progress, options)
     if search or importance is not None:
         found = ops.quantize(
             x, fmt, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, search=search, importance=importance
@@ -251,6 +263,78 @@ def _tuned(x: Tensor, fmt: Format, given: Tuning, step: SignStep | None, factor:
         raise ValueError(f"the step is on {step.rates.device} and the tensor on {x.device}; pass SignStep(device=)")
     y = torch.ops.tritonq.tuned_stepped(*own, step.rates, list(step.bounds), step.anchor)
     return y
+
+
+def hadamard(
+    x: Tensor,
+    *,
+    seed: int | None = None,
+    signs: Sequence[int] | Tensor | None = None,
+    inverse: bool = False,
+    device: scheduler.Devices | None = None,
+    output_device: torch.device | str | None = None,
+    out: Tensor | None = None,
+    progress: scheduler.Progress | bool | None = None,
+) -> Tensor:
+    """y = H (s * x) / 4 along the last axis in blocks of 16, or with `inverse` x = s * (H y) / 4, which undoes it.
+
+    H is the 16 x 16 Sylvester matrix of +1 and -1. Computed in fp32 and rounded once, to the same bits on every device.
+    Rotating both operands of a matrix product along the axis it contracts leaves the product as it was, and spreads
+    outliers over their block before a cast to few bits. Differentiable: the gradient is rotated back.
+
+    Args:
+        x: floating tensor [..., K], K a multiple of 16, any strides.
+        seed: 0 .. 2^64 - 1; sign i is -1 where bit i of SplitMix64's first output is set (`rotation.seed_bits`).
+        signs: the 16 signs themselves, 1 or -1. Without seed and signs all are 1.
+        inverse: rotate back.
+        device, output_device, progress: as in `tritonq.quantize`: a tensor that lies elsewhere passes through the
+            device in tiles. There is no gradient then, nor with `out`.
+        out: contiguous tensor of x's shape and dtype that receives the result where it lies.
+
+    Returns:
+        Contiguous tensor of x's shape and dtype. A block with a non-finite element, or one whose sums leave fp32, has
+        non-finite elements.
+
+    Raises:
+        ValueError: K is not a multiple of 16, seed and signs together, signs that are not, or a gradient that is asked
+            for together with `out` or another device. TypeError: x is not floating.
+    """
+    if device is None and output_device is None and out is None:
+        return ops.hadamard(x, seed=seed, signs=signs, inverse=inverse)
+    x = scheduler.source(x)
+    if _differentiates(x):
+        raise ValueError("hadamard has no gradient with out, device or output_device; detach x, or move it first")
+    bits = ops.check_hadamard(x, seed, signs)
+    where = scheduler.placed(x, device, output_device, out)
+    y = scheduler.result(out, tuple(x.shape), x.dtype, x.device if where is None else where[1])
+    if where is None:
+        return ops._hadamard(x.detach(), bits, inverse, y)
+    return scheduler.hadamard(x.detach(), bits, inverse, where[0], y, progress)
+
+
+def _qdq_elsewhere(
+    x: Tensor,
+    fmt: Format,
+    device: scheduler.Devices | None,
+    output_device: torch.device | str | None,
+    out: Tensor | None,
+    progress: scheduler.Progress | bool | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """QDQ into `out`, or of a tensor that is not where it is computed or where the result belongs."""
+    if _differentiates(x):
+        raise ValueError("qdq has no gradient with out, device or output_device; detach x, or move it first")
+    ops.check_input(x, fmt)
+    where = scheduler.placed(x, device, output_device, out)
+    if where is not None:
+        y = scheduler.result(out, tuple(x.shape), x.dtype, where[1])
+        return scheduler.qdq(x, fmt, where[0], y, **options, progress=progress)
+    if out is None:
+        return qdq(x, fmt, **options)
+    search, importance = options.pop("search"), options.pop("importance")
+    if search or importance is not None:
+        return out.copy_(qdq(x, fmt, search=search, importance=importance, **options))
+    return ops.qdq(x, fmt, out=out, **options)
 
 
 class _Linear(torch.autograd.Function):

@@ -75,10 +75,10 @@ _Rounding = tuple[int, tuple[int | None, ...]]  # ROUNDING of the kernels, and t
 _NEAREST: _Rounding = (0, (None, None, None))  # no seed, no first element
 
 
-def _stochastic(m: tiling.Matrix, fmt: Format, shape: Shape) -> _Rounding:
+def _stochastic(m: tiling.Matrix, fmt: Format, shape: Shape, before: int) -> _Rounding:
     """Four neighbours share a counter where those of each tile and row begin at a multiple of four, else they take two
-    counters."""
-    cols, first = fmt.group[1], m.first(shape)
+    counters. The tensor of `shape` is what follows `before` elements of a larger one."""
+    cols, first = fmt.group[1], before + m.first(shape)
     whole_tiles = cols & (cols - 1) == 0 or cols < 0 or cols % 4 == 0
     whole_rows = m.columns % 4 == 0 or m.batch * m.rows == 1
     return (1 if whole_tiles and whole_rows and first % 4 == 0 else 2), (first,)
@@ -199,12 +199,12 @@ def _dequantize_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned:
 @_cached
 def _encode_plans(
     shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, mode: str, given: bool, aligned: bool,
-    device: torch.device, stochastic: bool = False, own: bool = False,
+    device: torch.device, stochastic: bool = False, own: bool = False, first: int = 0,
 ) -> Plans:  # fmt: skip
-    """`given`: scales are only read; `own`: they are what the rule gives."""
+    """`given`: scales are only read; `own`: they are what the rule gives; `first`: index of the first element."""
 
     def plan(m: tiling.Matrix) -> Plan:
-        rounding = _stochastic(m, fmt, shape) if stochastic else _NEAREST
+        rounding = _stochastic(m, fmt, shape, first) if stochastic else _NEAREST
         if fmt.super_group:
             return _super_group_plan(m, fmt, mode, dtype, aligned, device, rounding)
         if given:
@@ -335,12 +335,15 @@ def forget() -> None:
         kept.cache_clear()
 
 
-def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None, seed: int | None = None) -> None:
+def encode(
+    x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None, seed: int | None = None, first: int = 0
+) -> None:
     """Codes and scales into `parts`, or values into `y`; scales that are `given` are only read. With a seed, rounding
-    is stochastic."""
+    is stochastic, and `first` is the index of the first element of x in the tensor that it is a tile of."""
     mode = "quantize" if y is None else "qdq"
+    first = 0 if seed is None else first
     if fmt.super_group:
-        return _encode_super_groups(x, fmt, parts, mode, parts["qdata"] if y is None else y, seed)
+        return _encode_super_groups(x, fmt, parts, mode, parts["qdata"] if y is None else y, seed, first)
     own = not given and not tuning.fits(fmt, x.shape[-1], seed is not None)
     if own:
         scales(x, fmt, parts)
@@ -349,8 +352,9 @@ def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None, 
     zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", x)
     aligned = target.data_ptr() % 4 == 0  # to 32-bit words
     words = () if seed is None else philox.halves(seed)
-    found = _encode_plans(
-        x.shape, x.stride(), x.dtype, fmt, mode, given or own, aligned, x.device, seed is not None, own
+    plans_of = _encode_plans if first == 0 else _encode_plans.__wrapped__  # others hardly come again
+    found = plans_of(
+        x.shape, x.stride(), x.dtype, fmt, mode, given or own, aligned, x.device, seed is not None, own, first
     )
     for m, plan in found:
         if m.index or m.offset:
@@ -359,12 +363,16 @@ def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None, 
             plan(x, target, scale, zero, divisor, seed=words)
 
 
-def _encode_super_groups(x: Tensor, fmt: Format, parts: Parts, mode: str, target: Tensor, seed: int | None) -> None:
+def _encode_super_groups(
+    x: Tensor, fmt: Format, parts: Parts, mode: str, target: Tensor, seed: int | None, first: int = 0
+) -> None:
     """One launch a slab; `target` takes codes or values, and stands in for parts that are not written."""
     scales = [parts.get(name, target) for name in _SUPER_SCALES]
     aligned = target.data_ptr() % 4 == 0
     words = () if seed is None else philox.halves(seed)
-    for m, plan in _encode_plans(x.shape, x.stride(), x.dtype, fmt, mode, False, aligned, x.device, seed is not None):
+    plans_of = _encode_plans if first == 0 else _encode_plans.__wrapped__
+    found = plans_of(x.shape, x.stride(), x.dtype, fmt, mode, False, aligned, x.device, seed is not None, False, first)
+    for m, plan in found:
         plan(_view(x, m), _own(target, m), *[_own(part, m) for part in scales], seed=words)
 
 
@@ -377,7 +385,7 @@ def _swizzled_plans(
     stochastic: bool = False,
 ) -> Plans:  # fmt: skip
     def plan(m: tiling.Matrix) -> Plan:
-        rounding = _stochastic(m, fmt, shape) if stochastic else _NEAREST
+        rounding = _stochastic(m, fmt, shape, 0) if stochastic else _NEAREST
         return _group_plan(m, fmt, "quantize", dtype, aligned, device, rounding, swizzled=True)
 
     return tuple((m, plan(m)) for m in tiling.matrices(shape, strides, _MATRICES))

@@ -7,14 +7,13 @@ naive eager code spends most of its time in page faults of fresh intermediates.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tritonq import reference
+from tritonq import boxes, memory, reference
 from tritonq.codecs import philox, super_scale
 from tritonq.codecs import scale as scales
 from tritonq.codecs import search as search_codec
@@ -125,8 +124,10 @@ def _slabs(
     zero_point: Tensor | None,
     fmt: Format,
     parts: reference.Parts | None = None,
+    before: int = 0,
 ) -> Iterator[_Slab]:
-    """2-D slabs of x without copying it; parts are contiguous. `parts` may hold those of super-groups."""
+    """2-D slabs of x without copying it; parts are contiguous. `parts` may hold those of super-groups. So many elements
+    are `before` x in the tensor that it is a tile of."""
     supers = {name: part for name, part in (parts or {}).items() if name in SUPER_PARTS}
     per_tensor = fmt.group[0] == -1
     for m in matrices(tuple(x.shape), x.stride(), fmt):
@@ -136,7 +137,7 @@ def _slabs(
             def part(t: Tensor | None, m: Matrix = m, b: int = b) -> Tensor | None:
                 return None if t is None else t[m.index].reshape(m.batch, -1, t.shape[-1])[b]
 
-            first = m.first(tuple(x.shape)) + b * m.rows * m.columns
+            first = before + m.first(tuple(x.shape)) + b * m.rows * m.columns
             if per_tensor:
                 yield _Slab(view, part(qdata), scale, zero_point, {}, first)
             else:
@@ -153,7 +154,9 @@ def _budget(device: torch.device, fmt: Format, stochastic: bool = False) -> int:
     """Elements of a tile."""
     keeps = max(fmt.element.codec.scratch, 1 if fmt.scale.signed_range else 2)  # |x| beside x
     keeps += _RANDOM * stochastic + bool(fmt.super_group)
-    return SCRATCH // (4 * keeps) * (torch.get_num_threads() if device.type == "cpu" else 64)
+    if device.type != "cpu":
+        return max(1, memory.budget() // (4 * (keeps + 2)))  # buffers are not reused there
+    return SCRATCH // (4 * keeps) * torch.get_num_threads()
 
 
 @dataclass(frozen=True)
@@ -195,57 +198,26 @@ class _Tile:
         return qdata[self.rows, self.cols.start * bits // 8 : -(-self.cols.stop * bits // 8)]
 
 
-def _steps(rows: int, columns: int, fmt: Format, budget: int) -> tuple[int, int] | None:
-    """Tile extents that hold whole groups and whole bytes, or None where a group is larger than a tile."""
-    r, c = fmt.group
-    if r == -1:
-        return None
-    aligned = columns if c == -1 or c >= columns else math.lcm(fmt.super_group or c, 8)
-    aligned = min(aligned, columns)
-    if r * columns <= budget:
-        return max(r, budget // max(1, columns) // r * r), columns
-    if r * aligned <= budget or (c > 0 and c % 8) or fmt.super_group:
-        return r, max(aligned, budget // r // aligned * aligned)
-    return None
-
-
 def _windows(slab: Tensor, fmt: Format, budget: int) -> Iterator[list[_Tile]]:
-    """Tiles of a matrix, listed together where they share one scale."""
+    """Tiles of a matrix, listed together where they share one scale: a group that is larger than a tile."""
     rows, columns = slab.shape
-    r, c = fmt.group
-    steps = _steps(rows, columns, fmt, budget)
-    if steps is not None:
-        row_step, col_step = steps
-        for i in range(0, rows, row_step):
-            for j in range(0, columns, col_step):
-                last_row, last_col = min(i + row_step, rows), min(j + col_step, columns)
-                scale_cols = slice(0, 1) if c == -1 else slice(j // c, -(-last_col // c))
-                yield [_Tile(slice(i, last_row), slice(j, last_col), slice(i // r, -(-last_row // r)), scale_cols, fmt)]
-        return
     if rows == 0 or columns == 0:
         return
-    group_rows, group_cols = (rows if r == -1 else r), (columns if c == -1 else c)
+    r, c = fmt.group
+    row_step, col_step = boxes.granule(fmt, columns)
+    # Groups that do not end at whole bytes cannot be cut, nor can super-groups.
+    if r != -1 and (row_step * col_step <= budget or (c > 0 and c % 8) or fmt.super_group):
+        for (i, j), (last_row, last_col) in boxes.cut(boxes.whole((rows, columns)), (row_step, col_step), budget):
+            scale_cols = slice(0, 1) if c == -1 else slice(j // c, -(-last_col // c))
+            yield [_Tile(slice(i, last_row), slice(j, last_col), slice(i // r, -(-last_row // r)), scale_cols, fmt)]
+        return
     single = replace(fmt, group=(-1, -1))
-    col_step = min(group_cols, budget // 8 * 8)
-    row_step = max(1, budget // max(1, col_step))
-    for i in range(0, rows, group_rows):
-        for j in range(0, columns, group_cols):
-            scale_rows, scale_cols = (
-                slice(i // group_rows, i // group_rows + 1),
-                slice(j // group_cols, j // group_cols + 1),
-            )
-            end_row, end_col = min(i + group_rows, rows), min(j + group_cols, columns)
-            yield [
-                _Tile(
-                    slice(a, min(a + row_step, end_row)),
-                    slice(b, min(b + col_step, end_col)),
-                    scale_rows,
-                    scale_cols,
-                    single,
-                )
-                for a in range(i, end_row, row_step)
-                for b in range(j, end_col, col_step)
-            ]  # fmt: skip
+    group_rows, group_cols = (rows if r == -1 else r), (columns if c == -1 else c)
+    for i, j in itertools.product(range(0, rows, group_rows), range(0, columns, group_cols)):
+        scale = slice(i // group_rows, i // group_rows + 1), slice(j // group_cols, j // group_cols + 1)
+        group = boxes.Box((i, j), (min(i + group_rows, rows), min(j + group_cols, columns)))
+        inside = boxes.cut(group, boxes.granule(single, columns), budget)
+        yield [_Tile(slice(top, end), slice(left, right), *scale, single) for (top, left), (end, right) in inside]
 
 
 def _load(slab: _Slab, tile: _Tile) -> Tensor:
@@ -394,14 +366,15 @@ def clip_gradient(x: Tensor, dy: Tensor, fmt: Format, parts: reference.Parts, dx
 
 def encode(
     x: Tensor, fmt: Format, parts: reference.Parts, given: bool, y: Tensor | None = None, scales_only: bool = False,
-    seed: int | None = None,
+    seed: int | None = None, first: int = 0,
 ) -> None:  # fmt: skip
     """Fill parts["scale"] (and what goes with it) unless `given`, and parts["qdata"], or with `y` that tensor (QDQ).
-    With a seed, rounding is stochastic."""
+    With a seed, rounding is stochastic, and `first` is the index of the first element of x in the tensor that it is a
+    tile of."""
     scale, zero_point = parts["scale"], parts.get("zero_point")
     out = None if scales_only else parts["qdata"] if y is None else y
     budget = _budget(x.device, fmt, seed is not None)
-    slabs = list(_slabs(x, out, scale, zero_point, fmt, parts))
+    slabs = list(_slabs(x, out, scale, zero_point, fmt, parts, first))
     groups = [[(slab, tile) for tile in tiles] for slab in slabs for tiles in _windows(slab.x, fmt, budget)]
     if fmt.group[0] == -1:
         groups = [list(itertools.chain.from_iterable(groups))]

@@ -114,9 +114,9 @@ def row_config(choice: Choice | None = None) -> Config:
 
 
 def _group_choice(elements: int, fmt: Format, mode: str) -> Choice:
-    """Tile and elements of a thread for `elements` in all, as measured on an H100 (bench/NOTES.md): small tiles end, and
-    let others begin, at different times. Where QDQ leaves 16 elements to a thread, loads and stores overlap better; large
-    tables have too much to look up for that, and packing codes into words wants 32."""
+    """Tile and elements of a thread for `elements` in all, as measured on an H100 (bench/NOTES.md): small tiles end,
+    and let others begin, at different times. Where QDQ leaves 16 elements to a thread, loads and stores overlap better;
+    large tables have too much to look up for that, and packing codes into words wants 32."""
     rows, cols = fmt.group
     if rows != 1 or cols == -1:
         return {"TILE": TILE}
@@ -265,7 +265,7 @@ def _block_config(rows: int, columns: int, choice: Choice) -> Config:
 
 
 def _flat_choice(elements: int, fmt: Format, op: str) -> Choice:
-    """Tile and elements of a thread of "apply", "apply_qdq" and "dequantize", as measured on an H100 (bench/NOTES.md)."""
+    """Tile and elements of a thread of "apply", "apply_qdq" and "dequantize", as measured on an H100."""
     small, (rows, cols) = elements <= SMALL, fmt.group
     if op == "apply_qdq":
         return {"TILE": TILE // 4, "PER_THREAD": 8}

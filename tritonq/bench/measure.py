@@ -170,8 +170,8 @@ EQUAL_COPIES = 64 << 20  # largest tensor whose ops are also compared with a cop
 
 @functools.cache
 def _equal_copy_us(nbytes: int, device: torch.device) -> float:
-    """A copy that moves `nbytes` in all. Of small tensors most of the time is a launch's and a wait's, so less bandwidth
-    is within anyone's reach where fewer bytes move."""
+    """A copy that moves `nbytes` in all. Small tensors spend most of their time on a launch and a wait, so where fewer
+    bytes move, less bandwidth is within anyone's reach."""
     us: float = _copy(torch.randn(max(1, nbytes // 4), device=device).to(torch.bfloat16))["us"]
     return us
 

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from tritonq import ops
+from tritonq import ops, scheduler
 from tritonq.codecs import scale as scales
 from tritonq.formats import Format
 from tritonq.nn.linear import QLinear
 from tritonq.nn.schemes import Scheme, get_scheme
 from tritonq.nn.select import Selection, linear_modules, sharing_key
+from tritonq.progress import progress_bar
 from tritonq.tensor import QTensor, quantize
-
-
-def progress_bar(enabled: bool) -> Progress:
-    """A bar with an ETA on stderr; silent where stderr is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not (enabled and sys.stderr.isatty())
-    )
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
@@ -73,17 +63,19 @@ def sharing_sets(weights: list[Weight]) -> list[list[Weight]]:
     return list(sets.values())
 
 
-def smallest_divisor(weights: Iterable[Tensor], fmt: Format) -> Tensor:
-    """The tensor-wide divisor that weights share, fp32 [1]."""
-    divisors = [ops.tensor_scale(weight.detach(), fmt) for weight in weights]
+def smallest_divisor(weights: Iterable[Tensor], fmt: Format, device: scheduler.Devices | None = None) -> Tensor:
+    """The tensor-wide divisor that weights share, fp32 [1], computed on `device` or where they are."""
+    divisors = [
+        ops.tensor_scale(w.detach(), fmt) if device is None else scheduler.tensor_scale(w, fmt, device) for w in weights
+    ]
     return torch.stack([divisor.to(divisors[0].device) for divisor in divisors]).amin(0)
 
 
-def _shared_divisors(weights: list[Weight]) -> dict[str, Tensor]:
+def _shared_divisors(weights: list[Weight], device: scheduler.Devices | None) -> dict[str, Tensor]:
     """Divisors by module name where several layers share one."""
     shared = {}
     for members in sharing_sets(weights):
-        smallest = smallest_divisor([weight for _, weight, _ in members], members[0][2])
+        smallest = smallest_divisor([weight for _, weight, _ in members], members[0][2], device)
         shared.update({name: smallest for name, _, _ in members})
     return shared
 
@@ -145,25 +137,25 @@ def quantize_targets(
     *,
     group_size: int | None,
     search: str | bool,
-    device: torch.device | str | None,
+    device: scheduler.Devices | None,
     progress: bool,
 ) -> dict[int, QLinear]:
     """Quantize what was found; the new layers by the identity of those that they replace. Raises, with the model
     unchanged, where a weight has NaN or infinity."""
     jobs = targets.formats(scheme, group_size)
-    divisors = _shared_divisors(jobs)
+    divisors = _shared_divisors(jobs, device)
     quantized: dict[int, nn.Parameter] = {}  # by identity: tied weights stay tied
     with progress_bar(progress) as bar:
         task = bar.add_task(f"quantizing to {scheme.name}", total=len(jobs))
         for name, weight, fmt in jobs:
             if id(weight) not in quantized:
-                where = weight.device if device is None else torch.device(device)
-                dense = weight.detach().to(where)
                 divisor = divisors.get(name)
-                divisor = None if divisor is None else divisor.to(where)
-                q = quantize(dense, fmt, tensor_scale=divisor, search=search)
-                check_finite(q, dense, name)
-                quantized[id(weight)] = nn.Parameter(q.to(weight.device), requires_grad=False)
+                divisor = None if divisor is None else divisor.to(weight.device)
+                q = quantize(
+                    weight, fmt, tensor_scale=divisor, search=search, device=device, output_device=weight.device
+                )
+                check_finite(q, weight.detach(), name)
+                quantized[id(weight)] = nn.Parameter(q, requires_grad=False)
             bar.advance(task)
     layers = {id(m): QLinear.adopt(m, quantized[id(m.weight)], scheme.input_format) for _, m in targets.linears}
     for parent in list(model.modules()):  # one module may sit in several places
@@ -185,7 +177,7 @@ def quantize_(
     ignore: Iterable[str] = (),
     group_size: int | None = None,
     search: str | bool | None = None,
-    device: torch.device | str | None = None,
+    device: scheduler.Devices | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Quantize the linear layers of `model` in place, fused experts (rank-3 parameters) included; returns the model.
@@ -199,7 +191,8 @@ def quantize_(
         group_size: another group size than the scheme's, for schemes with groups of integers or of a table.
         search: scale search of the weights, as in `tritonq.quantize`; None is "mse" for codes of 4 bits and less, False
             the scale rule of the format.
-        device: where to quantize, such as "cuda"; the result stays where the weight was.
+        device: where to quantize, such as "cuda" or a list of devices, through which weights stream that lie elsewhere;
+            the result stays where the weight was.
         progress: show a progress bar on a terminal.
 
     Raises:
