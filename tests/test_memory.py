@@ -1,7 +1,7 @@
 """Memory is a test: what every operation takes beyond its result, for every format.
 
-Formats that take one pass: 1 MiB on a GPU. Others, searches and gradients: the budget of `tritonq.workspace`. On the CPU
-two threads take 8 MiB, whatever the format.
+Formats that take one pass: 1 MiB on a GPU. Others, searches and gradients: the budget of `tritonq.workspace`. On the
+CPU two threads take 8 MiB, whatever the format.
 """
 
 import pytest
