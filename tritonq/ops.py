@@ -657,7 +657,9 @@ def _hadamard(x: Tensor, signs: int, inverse: bool, out: Tensor | None = None) -
             with _device_of(x):
                 plans.hadamard(x, signs, inverse, y)
         else:
-            rotation.hadamard(x, signs, inverse, y)
+            own = tiles.Tiles(tuple(x.shape), x.stride(), plans._BLOCKS)
+            while (tile := own.take(rotation.STEP)) is not None:
+                rotation.hadamard(tile.of_strided(x), signs, inverse, tile.of_values(y))
     return y
 
 

@@ -150,13 +150,18 @@ def _slabs(
 _RANDOM = 7  # fp32 tensors' worth of scratch of stochastic rounding: counters, u, neighbours
 
 
-def _budget(device: torch.device, fmt: Format, stochastic: bool = False) -> int:
-    """Elements of a tile."""
+# Tiles are smaller where more than fp32 numbers is held of them: making codes, decoding them, gradients.
+_ENCODED, _DECODED, _CLIPPED = 1 / 2, 3 / 4, 1 / 2
+
+
+def _budget(x: Tensor, fmt: Format, stochastic: bool = False, share: float = 1.0) -> int:
+    """Elements of a tile of x."""
     keeps = max(fmt.element.codec.scratch, 1 if fmt.scale.signed_range else 2)  # |x| beside x
+    keeps += fmt.group[1] > 0 and x.shape[-1] % fmt.group[1] > 0  # padded groups are copies
     keeps += _RANDOM * stochastic + bool(fmt.super_group)
-    if device.type != "cpu":
+    if x.device.type != "cpu":
         return max(1, memory.budget() // (4 * (keeps + 2)))  # buffers are not reused there
-    return SCRATCH // (4 * keeps) * torch.get_num_threads()
+    return int(SCRATCH // (4 * keeps) * torch.get_num_threads() * share)
 
 
 @dataclass(frozen=True)
@@ -277,7 +282,7 @@ def _apply(
 def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
     """The tensor-wide divisor, fp32 [1], tile by tile."""
     amax = torch.zeros((), device=x.device)
-    budget = _budget(x.device, fmt)
+    budget = _budget(x, fmt)
     whole = replace(fmt, group=(-1, -1))
     with reuse():
         for slab in list(_slabs(x, None, amax.reshape(1), None, whole)):
@@ -356,7 +361,7 @@ def clip_gradient(x: Tensor, dy: Tensor, fmt: Format, parts: reference.Parts, dx
     scale, zero_point, divisor = parts["scale"], parts.get("zero_point"), parts.get("tensor_scale")
     gradients = _slabs(dy, dx, scale, zero_point, fmt)
     for slab, gradient in zip(_slabs(x, dx, scale, zero_point, fmt, parts), gradients, strict=True):
-        for tiles in _windows(slab.x, fmt, _budget(x.device, fmt)):
+        for tiles in _windows(slab.x, fmt, _budget(x, fmt, share=_CLIPPED)):
             for tile in tiles:
                 tile_scale, tile_zero = tile.loaded(slab)
                 assert slab.qdata is not None
@@ -373,7 +378,7 @@ def encode(
     tile of."""
     scale, zero_point = parts["scale"], parts.get("zero_point")
     out = None if scales_only else parts["qdata"] if y is None else y
-    budget = _budget(x.device, fmt, seed is not None)
+    budget = _budget(x, fmt, seed is not None, 1.0 if scales_only or y is not None else _ENCODED)
     slabs = list(_slabs(x, out, scale, zero_point, fmt, parts, first))
     groups = [[(slab, tile) for tile in tiles] for slab in slabs for tiles in _windows(slab.x, fmt, budget)]
     if fmt.group[0] == -1:
@@ -388,7 +393,7 @@ def encode(
 
 def decode(fmt: Format, parts: reference.Parts, y: Tensor) -> None:
     """Fill contiguous y with dequantized values."""
-    divisor, budget = parts.get("tensor_scale"), _budget(y.device, fmt)
+    divisor, budget = parts.get("tensor_scale"), _budget(y, fmt, share=_DECODED)
     slabs = list(_slabs(y, parts["qdata"], parts["scale"], parts.get("zero_point"), fmt, parts))
     tiles = [(slab, tile) for slab in slabs for group in _windows(slab.x, fmt, budget) for tile in group]
     with reuse():
