@@ -79,12 +79,13 @@ def trained(model, steps=1, rate=0.05):
 @pytest.mark.parametrize("kind", ["llama", "qwen3moe"])
 def test_conversion_changes_no_output(kind, scheme, built, device):
     """Fake-quantized, converted, and quantized without training: one output. Divisors that NVFP4 shares included."""
+    options = {} if (kind, scheme) == ("llama", "MXFP4") else {"search": False}  # a search takes the CPU long
     model = built(kind, device=device)
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.weight.mul_(3)
-    dense, quantized = output(model), tq.quantize_(copy.deepcopy(model), scheme, progress=False)
+    dense, quantized = output(model), tq.quantize_(copy.deepcopy(model), scheme, progress=False, **options)
     names = list(dict(model.named_parameters()))
-    assert tq.fake_quantize_(model, scheme) is model
+    assert tq.fake_quantize_(model, scheme, **options) is model
     assert list(model.state_dict()) == names
     fake = output(model)
     assert not torch.equal(fake, dense) and torch.isfinite(fake).all()
@@ -103,7 +104,7 @@ def test_conversion_changes_no_output(kind, scheme, built, device):
         assert getattr(model, name) == getattr(quantized, name)
 
 
-@pytest.mark.parametrize("options", [{"group_size": 16}, {"search": False}, {"ignore": ["down_proj", "re:.*q_proj"]}])
+@pytest.mark.parametrize("options", [{"group_size": 16}, {"search": False, "ignore": ["down_proj", "re:.*q_proj"]}])
 def test_options_of_quantize(options, built):
     model = built(dtype=torch.bfloat16)
     quantized = tq.quantize_(copy.deepcopy(model), "W4A16", progress=False, **options)
@@ -152,6 +153,33 @@ def test_gradients_of_one_layer(device):
     ):  # fmt: skip
         torch.testing.assert_close(got.detach().cpu().double(), expected, rtol=1e-4, atol=1e-4)
     assert not inside[0].all()  # where rounding met the end of the range, the gradient is 0
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "NVFP4", "MXFP4", "FP8_BLOCK"])
+def test_no_rounded_copy_is_kept(scheme, device):
+    """Backward keeps the parameter and the rounded input; gradients, twice over, are those of plain autograd."""
+    module = tq.fake_quantize_(layer(device=device), scheme)
+    linear, scheme = module["a"], tq.get_scheme(scheme)
+    fmt, inputs = scheme.weight_format(torch.float32), scheme.input_format
+    given = {"tensor_scale": torch.ones(1, device=device)} if inputs is not None and inputs.tensor_scale else {}
+    found, saved = [], []
+    for plain in (False, True):
+        x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            if plain:
+                values = x if inputs is None else tq.qdq(x, inputs, **given)
+                y = nn.functional.linear(values, tq.qdq(linear.weight, fmt, search=scheme.search(None)), linear.bias)
+            else:
+                y = linear(x)
+                assert all(t is linear.weight or t.numel() < linear.weight.numel() for t in saved)
+        leaves = (x, linear.weight, linear.bias)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        found.append([y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    assert all(torch.equal(a, b) for a, b in zip(*[f[:2] for f in found], strict=True)) or device == "cuda"
+    with pytest.raises(TypeError, match=r"bfloat16 and the weight torch\.float32"):
+        linear(x.detach().bfloat16())
 
 
 @pytest.mark.parametrize("kind,scheme", [("llama", "W4A16"), ("llama", "NVFP4"), ("qwen3moe", "FP8_DYNAMIC")])

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq import ops
-from tritonq.autograd import qdq
+from tritonq.autograd import qdq, qdq_linear
 from tritonq.formats import Format
 from tritonq.nn.linear import STATIC
 from tritonq.nn.quantize import Targets, find_targets, quantize_targets, sharing_sets, smallest_divisor
@@ -56,12 +56,9 @@ class FakeQuantization:
     def __deepcopy__(self, memo: dict[int, Any]) -> FakeQuantization:
         return self
 
-    def weight(self, weight: Tensor, sharing: tuple[nn.Linear, ...] = ()) -> Tensor:
-        """The values that the quantized weight will have; `sharing` are the layers with the same tensor-wide
-        divisor."""
-        fmt = self.formats[weight.dtype]
-        divisor = smallest_divisor([layer.weight for layer in sharing], fmt) if sharing else None
-        return qdq(weight, fmt, tensor_scale=divisor, search=self.search)
+    def weight(self, weight: Tensor) -> Tensor:
+        """The values that the quantized weight will have."""
+        return qdq(weight, self.formats[weight.dtype], search=self.search)
 
 
 class FakeQuantLinear(nn.Linear):
@@ -72,7 +69,7 @@ class FakeQuantLinear(nn.Linear):
     """
 
     fake: FakeQuantization
-    sharing: tuple[nn.Linear, ...]  # no submodules
+    sharing: tuple[nn.Linear, ...]  # the layers with one tensor-wide divisor, this one too; no submodules
     dense_class: type[nn.Linear]
     input_range: Tensor | None
     observing: bool
@@ -84,7 +81,9 @@ class FakeQuantLinear(nn.Linear):
             if self.input_range is not None and self.training and self.observing and input.numel():
                 self.observe(input)
             input = qdq(input, fmt, **self.input_parts(fmt, input.device))
-        return nn.functional.linear(input, self.fake.weight(self.weight, self.sharing), self.bias)
+        own = self.fake.formats[self.weight.dtype]
+        divisor = smallest_divisor([layer.weight for layer in self.sharing], own) if self.sharing else None
+        return qdq_linear(input, self.weight, self.bias, own, tensor_scale=divisor, search=self.fake.search)
 
     @torch.no_grad()
     def observe(self, input: Tensor) -> None:
