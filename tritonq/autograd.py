@@ -169,6 +169,16 @@ def _scale_factor(scale_gradient: float | str, x: Tensor, fmt: Format) -> float:
     return 1.0 / math.sqrt(max(1, elements) * fmt.element.max)
 
 
+def _present(
+    x: Tensor, fmt: Format, given: dict[str, Tensor | None], search: str | bool | None, importance: Tensor | None
+) -> dict[str, Tensor]:
+    """The parts that are given, with those that a search finds."""
+    if search or importance is not None:
+        found = ops.quantize(x, fmt, **given, search=search, importance=importance)  # type: ignore[arg-type]
+        return {name: part for name, part in found.items() if name != "qdata"}
+    return {name: part for name, part in given.items() if part is not None}
+
+
 def qdq(
     x: Tensor,
     fmt: Format | str,
@@ -239,12 +249,7 @@ def qdq(
     if device is not None or output_device is not None or out is not None:
         options = {**given, "rounding": rounding, "generator": generator, "search": search, "importance": importance}
         return _qdq_elsewhere(scheduler.source(x), fmt, device, output_device, out, progress, options)
-    if search or importance is not None:
-        found = ops.quantize(
-            x, fmt, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, search=search, importance=importance
-        )
-        given = {name: part for name, part in found.items() if name != "qdata"}
-    present = {name: value for name, value in given.items() if value is not None}
+    present = _present(x, fmt, given, search, importance)
     if _differentiates(x):
         how = {"rounding": rounding, "generator": generator}
         y: Tensor = _QDQ.apply(x, fmt, how, tuple(present), *present.values())
@@ -365,3 +370,57 @@ def linear(x: Tensor, parts: Parts, fmt: Format, shape: Shape, bias: Tensor | No
     if torch.is_grad_enabled() and x.requires_grad:
         return _Linear.apply(x, bias, fmt, shape, tuple(parts), *parts.values())
     return torch.nn.functional.linear(x, ops.dequantize(parts, fmt, shape, x.dtype), bias)
+
+
+class _QDQLinear(torch.autograd.Function):
+    """x @ qdq(weight).T + bias; backward rounds the weight again instead of keeping its rounded copy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fmt: Format, names: tuple[str, ...], *given: Tensor
+    ) -> Tensor:
+        ctx.fmt, ctx.names = fmt, names
+        ctx.save_for_backward(x, weight, *given)
+        values = ops.qdq(weight, fmt, **dict(zip(names, given, strict=True)))  # type: ignore[arg-type]
+        return torch.nn.functional.linear(x, values.to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (dy,), (x, weight, *given) = grads, ctx.saved_tensors
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            values = qdq(weight, ctx.fmt, **dict(zip(ctx.names, given, strict=True)))
+            dx = dy @ values.to(dy.dtype)
+        if ctx.needs_input_grad[1]:
+            dweight = (dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+            if ctx.fmt.saturates:
+                dweight = _Unclipped.apply(weight, dweight, ctx.fmt, ctx.names, *given)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+        return (dx, dweight, dbias, None, None, *[None for _ in given])
+
+
+def qdq_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    fmt: Format,
+    *,
+    tensor_scale: Tensor | None = None,
+    search: str | bool | None = None,
+) -> Tensor:
+    """x [..., K] times qdq(weight) [N, K] transposed, plus bias [N]; for an eager backward without a rounded copy of
+    the weight in memory. Gradients, straight through, reach all three."""
+    given = {"scale": None, "zero_point": None, "tensor_scale": tensor_scale}
+    seen = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not seen or ops.traced(x) or ops.traced(weight) or forward_ad._current_level >= 0:
+        values = qdq(weight, fmt, tensor_scale=tensor_scale, search=search)
+        return torch.nn.functional.linear(x, values, bias)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if bias is None else bias.to(x.dtype)
+    elif x.dtype is not weight.dtype:
+        raise TypeError(f"x is {x.dtype} and the weight {weight.dtype}; cast one of them, or use torch.autocast")
+    present = _present(weight, fmt, given, search, None)
+    y: Tensor = _QDQLinear.apply(x, weight, bias, fmt, tuple(present), *present.values())
+    return y

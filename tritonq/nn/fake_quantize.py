@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq import ops
-from tritonq.autograd import qdq
+from tritonq.autograd import qdq, qdq_linear
 from tritonq.formats import Format
 from tritonq.nn.linear import STATIC
 from tritonq.nn.quantize import Targets, find_targets, quantize_targets, sharing_sets, smallest_divisor
@@ -42,6 +42,7 @@ class FakeQuantization:
         averaging: of a static observer: None keeps the extremes, a number a in (0, 1) moves to a * old + (1 - a) * new.
         static: whether the scales of inputs come from an observer.
         formats: of weights, by their dtype.
+        input_format: that of the scheme.
     """
 
     scheme: Scheme
@@ -50,16 +51,14 @@ class FakeQuantization:
     averaging: float | None
     static: bool
     formats: dict[torch.dtype, Format]
+    input_format: Format | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FakeQuantization:
         return self
 
-    def weight(self, weight: Tensor, sharing: tuple[nn.Linear, ...] = ()) -> Tensor:
-        """The values that the quantized weight will have; `sharing` are the layers with the same tensor-wide
-        divisor."""
-        fmt = self.formats[weight.dtype]
-        divisor = smallest_divisor([layer.weight for layer in sharing], fmt) if sharing else None
-        return qdq(weight, fmt, tensor_scale=divisor, search=self.search)
+    def weight(self, weight: Tensor) -> Tensor:
+        """The values that the quantized weight will have."""
+        return qdq(weight, self.formats[weight.dtype], search=self.search)
 
 
 class FakeQuantLinear(nn.Linear):
@@ -70,18 +69,21 @@ class FakeQuantLinear(nn.Linear):
     """
 
     fake: FakeQuantization
-    sharing: tuple[nn.Linear, ...]  # no submodules
+    sharing: tuple[nn.Linear, ...]  # the layers with one tensor-wide divisor, this one too; no submodules
     dense_class: type[nn.Linear]
     input_range: Tensor | None
     observing: bool
+    observed: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        input_format = self.fake.scheme.input_format
-        if input_format is not None:
+        fmt = self.fake.input_format
+        if fmt is not None:
             if self.input_range is not None and self.training and self.observing and input.numel():
                 self.observe(input)
-            input = qdq(input, input_format, **self.input_parts(input_format, input.device))
-        return nn.functional.linear(input, self.fake.weight(self.weight, self.sharing), self.bias)
+            input = qdq(input, fmt, **self.input_parts(fmt, input.device))
+        own = self.fake.formats[self.weight.dtype]
+        divisor = smallest_divisor([layer.weight for layer in self.sharing], own) if self.sharing else None
+        return qdq_linear(input, self.weight, self.bias, own, tensor_scale=divisor, search=self.fake.search)
 
     @torch.no_grad()
     def observe(self, input: Tensor) -> None:
@@ -99,7 +101,14 @@ class FakeQuantLinear(nn.Linear):
     def input_parts(self, fmt: Format, device: torch.device) -> dict[str, Any]:
         """The parts that inputs are quantized with; empty where each call computes its own."""
         if self.input_range is None:
-            return {"tensor_scale": torch.ones(1, device=device)} if fmt.tensor_scale else {}
+            return {"tensor_scale": torch.ones(1, dtype=torch.float32, device=device)} if fmt.tensor_scale else {}
+        if not self.observed and not torch.compiler.is_compiling():
+            if bool(self.input_range.isnan().any()):  # asked once: the answer has to come from the device
+                raise ValueError(
+                    "a layer with static scales of inputs has seen no finite ones in training mode; call model.train() "
+                    "and run some"
+                )
+            self.observed = True
         if fmt.tensor_scale:
             return {"tensor_scale": ops.tensor_scale(self.input_range, fmt)}
         return {name: part for name, part in ops.quantize(self.input_range, fmt).items() if name != "qdata"}
@@ -169,7 +178,7 @@ def fake_quantize_(
     targets = find_targets(model, ignore)
     targets.experts = [found for found in targets.experts if not hasattr(found[1], "fake")]
     formats = {dtype: scheme.weight_format(dtype, group_size) for dtype in ops.FLOATS}
-    fake = FakeQuantization(scheme, group_size, search, averaging, inputs == "static", formats)
+    fake = FakeQuantization(scheme, group_size, search, averaging, inputs == "static", formats, scheme.input_format)
     for name, module in targets.linears:
         if "forward" in module.__dict__:
             raise ValueError(f"the forward of {name} was replaced by {module.forward!r}; fake-quantize before that")
@@ -178,7 +187,8 @@ def fake_quantize_(
     sharing = {id(layer): tuple(layers) for layers in sets for layer in layers}
     for _, module in targets.linears:
         module.dense_class, module.fake = type(module), fake  # type: ignore[assignment]
-        module.sharing, module.observing = sharing.get(id(module), ()), True  # type: ignore[assignment]
+        module.sharing = sharing.get(id(module), ())  # type: ignore[assignment]
+        module.observing, module.observed = True, False  # type: ignore[assignment]
         unknown = torch.full((2,), torch.nan, dtype=torch.float32, device=module.weight.device) if fake.static else None
         module.register_buffer("input_range", unknown)
         module.__class__ = FakeQuantLinear
@@ -187,7 +197,8 @@ def fake_quantize_(
         keys.setdefault(id(parent), (parent, []))[1].append(key)
     for experts, own in keys.values():
         experts.fake, experts.fake_values = fake, {}
-        experts.__class__ = _experts_class(type(experts), tuple(own))
+        kind: Any = type(experts)
+        experts.__class__ = _experts_class(kind, tuple(own))
     return model
 
 
@@ -226,7 +237,7 @@ def remove_fake_quantize_(model: nn.Module) -> nn.Module:
 def _restore(module: Any) -> None:
     module.__class__ = module.dense_class
     module._buffers.pop("input_range", None)
-    for name in ("fake", "sharing", "dense_class", "observing", "fake_values"):
+    for name in ("fake", "sharing", "dense_class", "observing", "observed", "fake_values"):
         module.__dict__.pop(name, None)
 
 
@@ -248,7 +259,9 @@ def convert_(model: nn.Module, *, device: torch.device | str | None = None, prog
         raise ValueError(f"{type(model).__name__} has no fake-quantized layer; call tritonq.fake_quantize_ first")
     for name, module in found:
         if getattr(module, "input_range", None) is not None and bool(module.input_range.isnan().any()):
-            raise ValueError(f"{name} has seen no input in training mode, so its static scale is unknown; run some")
+            raise ValueError(
+                f"{name} has seen no finite input in training mode, which its static scale comes from; run some"
+            )
     left_alone = [name for name, layer in linear_modules(model).items() if not isinstance(layer.weight, QTensor)]
     for fake in dict.fromkeys(module.fake for _, module in found):
         own = [(name, module) for name, module in found if module.fake is fake]
@@ -260,7 +273,7 @@ def convert_(model: nn.Module, *, device: torch.device | str | None = None, prog
         )  # fmt: skip
         for _, layer in linears:
             if layer.input_range is not None:
-                for name, part in layer.input_parts(fake.scheme.input_format, layer.weight.device).items():
+                for name, part in layer.input_parts(fake.input_format, layer.weight.device).items():
                     layers[id(layer)].register_buffer(STATIC[name], part)
         for _, module in own:
             if not isinstance(module, FakeQuantLinear):
