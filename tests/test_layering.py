@@ -14,7 +14,7 @@ LAYERS = (
      "tuned_tiles", "tuned_plans"),
     ("ops", "operators", "tuned_ops"), ("progress", "streams", "scheduler"),
     ("sign_step", "autograd", "ste", "tune"), ("tensor",),
-    ("offload", "nn"), ("calibrate", "io"), ("integrations", "bench", "cli", "demo", "__main__"),
+    ("offload", "nn", "best"), ("calibrate", "io"), ("integrations", "bench", "cli", "demo", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

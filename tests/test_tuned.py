@@ -256,6 +256,47 @@ def test_forward_keeps_only_its_inputs(device):
     assert not tq.qdq(x, "nvfp4", v=v.detach()).requires_grad
 
 
+# ------------------------------------------------------------------------------------------------------- packed codes
+
+
+def check_packed(x, fmt, device, **parameters):
+    """dequantize(quantize(x, v, ...)) == qdq(x, v, ...), bit for bit, in the bytes that the format declares."""
+    own = {name: t.to(device) for name, t in parameters.items()}
+    packed, y = tq.quantize(x.to(device), fmt, **own), tq.qdq(x.to(device), fmt, **own)
+    tuned_oracle.oracle.assert_same(packed.dequantize(), y, fmt.name)
+    storage = fmt.storage(tuple(x.shape))
+    assert {name: (tuple(t.shape), t.dtype) for name, t in packed.parts().items()} == storage
+
+
+@pytest.mark.parametrize("name", [*KINDS, "int3_g7", "int8_g128", "fp8_e4m3_b256x256"])
+def test_packed(name, device):
+    fmt, shape = get_format(name), (8, 200)
+    x, v = awkward(shape), numbers(shape, 1, scale=0.4)
+    x[6, 3], x[7, 199] = torch.nan, -torch.inf
+    v[0, 5] = torch.nan
+    check_packed(x, fmt, device, v=v, min_scale=ratios(fmt, shape, 2), max_scale=ratios(fmt, shape, 3))
+
+
+def test_packed_otherwise(device):
+    """Parts of the parameters, other strides, given scales, several matrices, nothing at all."""
+    fmt, shape = get_format("int4_g32_asym"), (2, 6, 64)
+    x, v = numbers(shape, dtype=torch.bfloat16), numbers(shape, 1, scale=0.4)
+    check_packed(x.mT.contiguous().mT, fmt, device, v=v)
+    check_packed(x, fmt, device, max_scale=ratios(fmt, shape, 3, torch.bfloat16))
+    parts = ops.quantize(x, fmt)
+    check_packed(x, fmt, device, v=v, scale=parts["scale"], zero_point=parts["zero_point"])
+    fp8 = get_format("fp8_e4m3_channel")
+    y = x.clone()
+    y[0, 0, 0], y[1, 1, 1] = torch.nan, torch.inf
+    check_packed(y, fp8, device, v=v, scale=ops.quantize(x, fp8)["scale"])
+    empty = tq.quantize(torch.empty(0, 64, device=device), fmt, v=torch.empty(0, 64, device=device))
+    assert empty.shape == (0, 64)
+    with pytest.raises(ValueError, match="nearest"):
+        tq.quantize(x.to(device), fmt, v=v.to(device), search="mse")
+    with pytest.raises(TypeError, match="stored as"):
+        tq.quantize(x.to(device), "mxfp4", v=v.to(device), scale=torch.ones(2, 6, 2, device=device))
+
+
 # ------------------------------------------------------------------------------------------------------- sign descent
 
 
@@ -306,6 +347,25 @@ def test_step_needs_no_leaf(device):
         assert not tq.qdq(x, "int4_g32", v=v, step=step).requires_grad
     frozen = tq.qdq(x.detach(), "int4_g32", v=v, step=step)
     assert frozen.requires_grad
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "nvfp4", "q4_k"])
+def test_best(name, device):
+    """Of several losses the smallest decides, and NaN never; the data is packed."""
+    fmt, shape = get_format(name), (4, 256)
+    x = numbers(shape).to(device)
+    best = tq.Best(x, fmt)
+    assert torch.equal(best.value.dequantize(), tq.qdq(x, fmt)) and best.loss == torch.inf
+    seen = []
+    for i, loss in enumerate([3.0, float("nan"), 1.0, 2.0]):
+        v = numbers(shape, i, scale=0.3).to(device)
+        ratio = ratios(fmt, shape, i).to(device)
+        best.update(torch.tensor([loss], device=device), x, v=v, max_scale=ratio)
+        seen.append(tq.qdq(x, fmt, v=v, max_scale=ratio))
+        assert torch.equal(best.value.dequantize(), seen[0 if i < 2 else 2])
+    assert best.loss == 1.0 and not torch.equal(seen[2], seen[3])
+    with pytest.raises(ValueError, match="one element"):
+        best.update(x, x, v=v)
 
 
 # ---------------------------------------------------------------------------------------------- what torch makes of it
@@ -401,6 +461,8 @@ def test_gpu_equals_cpu(name, shape):
     sizes = weights(x, fmt, dy, None)
     for one in ("d_high", "d_low"):
         close(found[one], expected[one].double(), sizes, one)
+    packed = tuned_ops.quantized(x.cuda(), fmt, here)
+    tuned_oracle.oracle.assert_same_parts({n: t.cpu() for n, t in packed.items()}, tuned_ops.quantized(x, fmt, host))
     again = tuned_ops.backward(x.cuda(), dy.cuda(), fmt, here, wanted)
     assert all(torch.equal(found[one], again[one]) for one in found), "not deterministic"
 

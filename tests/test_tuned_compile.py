@@ -9,7 +9,7 @@ from conftest import INTERPRET
 from test_compile import REGISTERS, TARGETS, check
 
 from bench.launches import launched
-from tritonq import tuned_ops
+from tritonq import ops, tuned_ops
 from tritonq.formats import FORMATS, get_format
 from tritonq.tuned_reference import Tuning, Wanted
 
@@ -21,7 +21,7 @@ SHAPE = (64, 14336)
 
 @cache
 def launches(name, shape=SHAPE, dtype=torch.bfloat16, of_v=torch.float32):
-    """Forward, backward and step with v and both ratios, and backward of a given scale."""
+    """Forward, backward, step and quantize with v and both ratios, and what a given scale takes."""
     fmt = get_format(name)
 
     def call():
@@ -30,11 +30,15 @@ def launches(name, shape=SHAPE, dtype=torch.bfloat16, of_v=torch.float32):
         given = Tuning(v, ratio, ratio, False, divisor)
         tuned_ops.qdq(x, fmt, given)
         tuned_ops.backward(x, x, fmt, given, Wanted(True, True, True, True))
+        tuned_ops.quantized(x, fmt, given)
         tuned_ops.step(x, x, fmt, given, torch.zeros(2), (-0.5, 0.5, 0.0, 1.0), False)
         if not fmt.super_group:
             learned = Tuning(None, ratio, ratio if fmt.zero_point else None, True, divisor)
             tuned_ops.qdq(x, fmt, learned)
             tuned_ops.backward(x, x, fmt, learned, Wanted(True, False, True, fmt.zero_point))
+            stored = {name: torch.zeros(s, dtype=d) for name, (s, d) in fmt.storage(shape).items()}
+            scale = ops._bits(stored["scale"])
+            tuned_ops.quantized(x, fmt, Tuning(v, scale, stored.get("zero_point"), True, divisor))
 
     return tuple({one.key: one for one in launched(call)}.values())
 
@@ -69,7 +73,7 @@ def test_odd_shapes_and_types_compile(name, shape, dtype, of_v, tmp_path):
 def test_accesses_are_16_bytes_wide(name):
     """x, v, dy, y and dv: anything narrower than 16 bytes belongs to groups."""
     for one in launches(name):
-        if one.constants.get("HAS_V"):
+        if one.constants.get("HAS_V") and one.constants.get("MODE") in ("qdq", "backward", "step"):
             ptx = one.compile(TARGETS["sm_90"]).asm["ptx"]
             wide = len(re.findall(r"(?:ld|st)\.global[.\w:]*\.v4\.b32", ptx))
             narrow = len(re.findall(r"(?:ld|st)\.global[.\w:]*\.(?:b16|b8|u8|u16|v2\.b32)", ptx))

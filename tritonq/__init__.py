@@ -4,6 +4,7 @@ import os
 
 from tritonq import ste
 from tritonq.autograd import hadamard, qdq
+from tritonq.best import Best
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.model import save_pretrained
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FORMATS",
     "SCHEMES",
+    "Best",
     "ElementType",
     "Format",
     "QLinear",

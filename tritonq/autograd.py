@@ -241,6 +241,11 @@ def qdq(
             raise ValueError(
                 "tuning parameters take rounding to nearest and no search; leave those out, or v and its like"
             )
+        if not (device is None and output_device is None and out is None):
+            raise ValueError(
+                "tuning parameters go with a tensor that is computed where it lies, into a new one; leave out, device "
+                "and output_device out"
+            )
         return _tuned(
             x, fmt, tuned_ops.check(x, fmt, v, min_scale, max_scale, scale, zero_point, tensor_scale), step,
             _scale_factor(scale_gradient, x, fmt),

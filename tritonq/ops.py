@@ -242,6 +242,9 @@ def quantize(
     generator: torch.Generator | None = None,
     search: str | bool | None = None,
     importance: Tensor | None = None,
+    v: Tensor | None = None,
+    min_scale: Tensor | None = None,
+    max_scale: Tensor | None = None,
     out: Parts | None = None,
     swizzled: bool = False,
 ) -> Parts:
@@ -255,6 +258,8 @@ def quantize(
         search: "mse" takes the scale (and zero point) of each group with the smallest squared error (of rounding to
             nearest), see `tritonq.codecs.search`; None or False the format's rule.
         importance: weights [K] >= 0 of the columns in that error; the result does not depend on their unit.
+        v, min_scale, max_scale: tuning parameters as `tritonq.qdq` takes them: the parts dequantize to what that gives,
+            bit for bit.
         swizzled: write the scales as `swizzle` orders them, for the matrix multiplications of Blackwell; formats with
             one byte a scale and groups of one row, x of >= 2 dimensions, without `scale` or `out`.
 
@@ -262,6 +267,15 @@ def quantize(
         ValueError: unknown format or rounding, or parts of another shape. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
+    if v is not None or min_scale is not None or max_scale is not None:
+        from tritonq import tuned_ops
+
+        if search or importance is not None or rounding != "nearest" or swizzled:
+            raise ValueError(
+                "v, min_scale and max_scale take rounding to nearest, no search, and scales in their order"
+            )
+        given = tuned_ops.check(x, fmt, v, min_scale, max_scale, scale, zero_point, tensor_scale)
+        return tuned_ops.quantized(x, fmt, given, out)
     if swizzled:
         if not (scale is None and zero_point is None and out is None):
             raise ValueError("swizzled orders scales as they are computed; swizzle those that are given, and leave out")

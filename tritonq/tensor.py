@@ -583,6 +583,9 @@ def quantize(
     generator: torch.Generator | None = None,
     search: str | bool | None = None,
     importance: Tensor | None = None,
+    v: Tensor | None = None,
+    min_scale: Tensor | None = None,
+    max_scale: Tensor | None = None,
     device: scheduler.Devices | None = None,
     output_device: torch.device | str | None = None,
     out: QTensor | None = None,
@@ -609,6 +612,8 @@ def quantize(
             one of the format's rule; see `tritonq.codecs.search` for the candidates. None and False: the rule. The
             error is that of rounding to nearest, whatever `rounding` is.
         importance: weights [K] >= 0 of the columns in that error, such as mean squared activations.
+        v, min_scale, max_scale: tuning parameters as `tritonq.qdq` takes them; the result dequantizes to what that
+            gives for them, bit for bit. They lie where x does, which then has to be computed on.
         device: where to compute; default x's device. A tensor that lies elsewhere, in host memory of any kind or mapped
             from a file, passes through the device in tiles, so that besides the result no more than the budget of
             `tritonq.workspace` is taken there. Several devices share the tensor. The bytes are always the same.
@@ -629,6 +634,9 @@ def quantize(
     ops.check_input(x, fmt)
     x = x.detach()
     where = scheduler.placed(x, device, output_device, out)
+    tuned: dict[str, Any] = {"v": v, "min_scale": min_scale, "max_scale": max_scale}
+    if where is not None and any(t is not None for t in tuned.values()):
+        raise ValueError("v, min_scale and max_scale go with a tensor that is computed where it lies; move them first")
     target = x.device if where is None else where[1]
     result = (
         _checked_out(out, x, fmt, target)
@@ -640,7 +648,7 @@ def quantize(
         "generator": generator, "search": search, "importance": importance,
     }  # fmt: skip
     if where is None:
-        ops.quantize(x, fmt, **options, out=result.parts())
+        ops.quantize(x, fmt, **options, **tuned, out=result.parts())
     else:
         scheduler.quantize(x, fmt, where[0], result.parts(), **options, progress=progress)
     return result

@@ -15,7 +15,7 @@ from torch import Tensor
 from tritonq import operators, ops, tuned_plans, tuned_tiles
 from tritonq.formats import Format, get_format
 from tritonq.memory import empty
-from tritonq.tuned_reference import Tuning, Wanted
+from tritonq.tuned_reference import Parts, Tuning, Wanted
 
 _RATIOS = (torch.bfloat16, torch.float16, torch.float32)
 NAMES = ("dx", "dv", "d_high", "d_low")
@@ -96,6 +96,28 @@ def qdq(x: Tensor, fmt: Format, given: Tuning) -> Tensor:
     return y
 
 
+def quantize(x: Tensor, fmt: Format, given: Tuning, parts: Parts) -> None:
+    """Codes and scales of what `qdq` gives, into contiguous parts: dequantized they are y bit for bit."""
+    x = x.detach().resolve_neg()
+    if "tensor_scale" in parts and given.tensor_scale is not None:
+        parts["tensor_scale"].copy_(given.tensor_scale)
+    if x.device.type == "meta":
+        return
+    if given.given:
+        for name, part in (("scale", given.high), ("zero_point", given.low)):
+            if part is not None:
+                parts[name].copy_(part.view(parts[name].dtype))
+    if x.numel() == 0:
+        ops._run(x, fmt, parts, given.given, True, None)
+        return
+    given = _prepared(given)
+    if ops.uses_triton(x):
+        with ops._device_of(x):
+            tuned_plans.quantize(x, fmt, given, parts)
+    else:
+        tuned_tiles.quantize(x, fmt, given, parts)
+
+
 def backward(x: Tensor, dy: Tensor, fmt: Format, given: Tuning, wanted: Wanted) -> dict[str, Tensor]:
     """The gradients that are wanted, by name (`NAMES`), contiguous, in the dtypes of dy and of the parameters."""
     found = _empty_gradients(x, dy, given.v, given.high, given.low, (wanted.x, wanted.v, wanted.high, wanted.low))
@@ -147,6 +169,25 @@ def _backward(
         tuned_tiles.backward(x, dy, fmt, given, wanted, out, rates)
 
 
+def quantized(x: Tensor, fmt: Format, given: Tuning, out: Parts | None = None) -> Parts:
+    """`quantize` into new parts, or into `out`."""
+    stored = (fmt.scale.dtype, torch.uint8)
+    for name, part, dtype in zip(("scale", "zero_point"), (given.high, given.low), stored, strict=True):
+        if given.given and part is not None and part.dtype not in (dtype, torch.uint8):
+            raise TypeError(
+                f"{name} of {fmt.name} is stored as {dtype}, got {part.dtype}; cast it, it is used verbatim"
+            )
+    if ops.traced(x):
+        own = (given.v, given.high, given.low, given.tensor_scale)
+        values = torch.ops.tritonq.tuned_quantize(x.detach(), ops._name(fmt), *own, given.given)
+        made = ops._typed(values, fmt, tuple(x.shape))
+        return made if out is None else {name: part.copy_(made[name]) for name, part in out.items()}
+    parts = ops.allocate(fmt, tuple(x.shape), x.device) if out is None else ops._checked_out(out, fmt, x)
+    with torch.no_grad():
+        quantize(x, fmt, given, parts)
+    return parts
+
+
 # ----------------------------------------------------------------------------------------------------- operators
 
 
@@ -161,6 +202,13 @@ def _tuned_backward(
     of = Wanted(wanted[0], wanted[1], wanted[2], wanted[3], factor)
     found = backward(x, dy, get_format(name), Tuning(v, high, low, given, divisor), of)
     return list(found.values())
+
+
+def _tuned_quantize(x: Tensor, name: str, v: Any, high: Any, low: Any, divisor: Any, given: bool) -> list[Tensor]:
+    fmt = get_format(name)
+    parts = ops.allocate(fmt, tuple(x.shape), x.device)
+    quantize(x, fmt, Tuning(v, high, low, given, divisor), parts)
+    return [ops._bits(part) for part in parts.values()]
 
 
 def _tuned_stepped(
@@ -189,6 +237,11 @@ operators._operator(
     lambda x, dy, name, v, high, low, divisor, given, factor, wanted: list(
         _empty_gradients(x, dy, v, high, low, wanted).values()
     ),
+)
+operators._operator(
+    f"tuned_quantize(Tensor x, str format, {_PARAMETERS}, bool given) -> Tensor[]",
+    torch.no_grad()(_tuned_quantize),
+    lambda x, name, *_: operators._quantize_fake(x, name),
 )
 operators._operator(
     f"tuned_stepped(Tensor x, str format, {_PARAMETERS}, Tensor rates, float[] bounds, Tensor anchor) -> Tensor",

@@ -257,4 +257,98 @@ def _owner(fmt: Format) -> Callable[[Tensor, tiling.Matrix], Tensor]:
     return plans._own
 
 
-__all__ = ["Kind", "Launches", "Parts", "fits", "kind", "run"]
+# ----------------------------------------------------------------------------------------------------- packed codes
+
+_PARTS = ("scale", "zero_point", "super_scale", "group_minimum", "super_minimum")  # as the kernel takes them
+
+
+def _in_one_launch(fmt: Format, columns: int) -> bool:
+    """Whether tiles hold whole groups, and nothing else, that begin at whole bytes."""
+    if fmt.super_group or not fits(fmt, columns):
+        return fmt.super_group > 0
+    cols = fmt.group[1]
+    return tuning.fits(fmt, columns) and (cols == -1 or cols & (cols - 1) == 0)
+
+
+@_cached
+def _quantize_plans(
+    shape: Shape, strides: Shapes, types: tuple[torch.dtype, ...], fmt: Format, mode: str, of: Kind, aligned: bool
+) -> tuple[tuple[Slab, Plan], ...]:
+    from tritonq.kernels.tuned_quantize import tuned_quantize_kernel
+
+    def plan(slab: Slab) -> Plan:
+        m = slab[0]
+        config, tiles = _config(m.rows, m.columns, fmt, "qdq")
+        both = tuple(stride for own in slab for stride in own.strides)
+        extents = (config[k] for k in ("S", "M", "R", "GROUPS", "W"))
+        return Plan(
+            tuned_quantize_kernel,
+            m.batch * tiles[0] * tiles[1],
+            (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *both),
+            (fmt, mode, *of.has, *plans._packing(m, fmt, config, mode, aligned), plans._axes(m, tiles), *extents),
+            {"num_warps": config["num_warps"]},
+            (2, 6, 7, 8, 9, 10),
+        )
+
+    return tuple((slab, plan(slab)) for slab in _slabs(shape, strides, fmt))
+
+
+@_cached
+def _apply_plans(
+    shape: Shape, strides: Shapes, types: tuple[torch.dtype, ...], fmt: Format, of: Kind, aligned: bool
+) -> tuple[tuple[Slab, Plan], ...]:
+    from tritonq.kernels.tuned_quantize import tuned_apply_kernel
+
+    def plan(slab: Slab) -> Plan:
+        m = slab[0]
+        config = tuning.flat_config(m.rows, m.columns, fmt, "apply")
+        tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
+        both = tuple(stride for own in slab for stride in own.strides)
+        packing = plans._packing(m, fmt, config, "quantize", aligned)
+        return Plan(
+            tuned_apply_kernel,
+            m.batch * tiles[0] * tiles[1],
+            (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *both),
+            (fmt, of.given, of.has[0], *packing, plans._axes(m, tiles), config["BLOCK_M"], config["BLOCK_N"]),
+            {"num_warps": config["num_warps"]},
+            (2, 3, 4),
+        )
+
+    return tuple((slab, plan(slab)) for slab in _slabs(shape, strides, fmt))
+
+
+@_cached
+def _choose_plan(groups: int, types: tuple[torch.dtype, ...], fmt: Format, of: Kind) -> Plan:
+    from tritonq.kernels.tuned_quantize import tuned_choose_kernel
+
+    return Plan(tuned_choose_kernel, -(-groups // 256), (groups,), (fmt, *of.has[1:], 256), {"num_warps": 4}, (4, 5))
+
+
+def quantize(x: Tensor, fmt: Format, given: Tuning, parts: Parts) -> None:
+    """Codes and scales of what `run` makes of x, into contiguous parts; scales that are given lie there."""
+    of, qdata, scale = kind("quantize", given), parts["qdata"], parts["scale"]
+    v, high, low = (x if t is None else t for t in (given.v, given.high, given.low))
+    divisor = x if given.tensor_scale is None else given.tensor_scale
+    shape, strides, types = tuple(x.shape), (tuple(x.stride()), tuple(v.stride())), (x.dtype, v.dtype)
+    aligned, own = qdata.data_ptr() % 4 == 0, _owner(fmt)
+    whole = not given.given and _in_one_launch(fmt, x.shape[-1])
+    by_group = (*types, high.dtype, low.dtype)
+    if given.given:
+        pass  # scales are there
+    elif whole or fits(fmt, x.shape[-1]):
+        mode = "quantize" if whole else "scale"
+        for slab, plan in _quantize_plans(shape, strides, by_group, fmt, mode, of, aligned):
+            m, views = slab[0], [plans._view(t, each) for t, each in zip((x, v), slab, strict=True)]
+            found = [own(parts.get(name, scale), m) for name in _PARTS]
+            plan(*views, plans._own(qdata, m), own(high, m), own(low, m), divisor, *found)
+    else:
+        zero = parts.get("zero_point", scale)
+        _choose_plan(scale.numel(), by_group, fmt, of)(_keys(x, fmt), high, low, divisor, scale, zero)
+    if not whole:
+        for slab, plan in _apply_plans(shape, strides, types, fmt, of, aligned):
+            m, views = slab[0], [plans._view(t, each) for t, each in zip((x, v), slab, strict=True)]
+            zero = parts.get("zero_point", scale)
+            plan(*views, plans._own(qdata, m), own(scale, m), own(zero, m), divisor)
+
+
+__all__ = ["Kind", "Launches", "Parts", "fits", "kind", "quantize", "run"]

@@ -202,12 +202,18 @@ def values(x: Tensor, found: Elements, chosen: Chosen, fmt: Format, dtype: torch
         y = y - reference.spread(chosen.minimum, fmt)
     limit = torch.finfo(torch.float32 if dtype is torch.float64 else dtype).max
     y = reference.ungrouped(y.clamp_(-limit, limit), tuple(x.shape), fmt)
-    if not chosen.parts and fmt.element.nan_code >= 0:  # given scales, which say nothing about x
-        factor = reference.ungrouped(
-            reference.spread(chosen.factor, fmt).expand(reference.grouped(x, fmt).shape), tuple(x.shape), fmt
-        )
-        y = y.masked_fill(~torch.isfinite(x) & ~torch.isnan(factor), torch.nan)
-    return y
+    gone = lost(x, chosen, fmt)
+    return y if gone is None else y.masked_fill(gone, torch.nan)
+
+
+def lost(x: Tensor, chosen: Chosen, fmt: Format) -> Tensor | None:
+    """What given scales, which say nothing about x, leave NaN in element types that have one; None for nothing."""
+    if chosen.parts or fmt.element.nan_code < 0:
+        return None
+    groups = reference.grouped(x, fmt)
+    return reference.ungrouped(
+        ~torch.isfinite(groups) & ~torch.isnan(reference.spread(chosen.factor, fmt)), tuple(x.shape), fmt
+    )
 
 
 @dataclass(frozen=True)

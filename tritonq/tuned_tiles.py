@@ -40,7 +40,7 @@ _Member = tuple[Views, tiling._Tile]
 def _shared(tensors: Views, fmt: Format) -> list[list[_Member]]:
     """Tiles of whole groups, each alone, or those that make up one large group."""
     x = tensors["x"]
-    budget = tiling._budget(x.device, fmt) // _INTERMEDIATES
+    budget = tiling._budget(x, fmt) // _INTERMEDIATES
     found = [
         [(slab, tile) for tile in tiles]
         for slab in _slabs(tensors, fmt)
@@ -108,6 +108,9 @@ def quantize(x: Tensor, fmt: Format, tuning: Tuning, parts: Parts) -> None:
             bad = reference.spread(chosen.bad, tile.fmt)
             codes = fmt.element.codec.encode_ref(found.u.masked_fill(bad, 0.0), found.zero, fmt.element)
             codes = reference.ungrouped(codes, tuple(tile_x.shape), tile.fmt)
+            lost = tuned_reference.lost(tile_x, chosen, tile.fmt)
+            if lost is not None:
+                codes = codes.masked_fill(lost, fmt.element.nan_code)
             if fmt.sign_flip:
                 codes = codes ^ fmt.sign_flip
             tile.codes(views["qdata"]).copy_(pack.pack(codes, fmt.bits).view(fmt.qdtype))

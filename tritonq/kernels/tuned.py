@@ -134,13 +134,19 @@ def load_given(high_ptr, low_ptr, index, mask, tensor_scale, FMT: tl.constexpr):
 
 
 @triton.jit
-def element(quotient, v, zero, HAS_V: tl.constexpr, FMT: tl.constexpr):
-    """(x / s + v, the number that it rounds to); NaN, which the scale carries, counts as 0."""
-    ELEM: tl.constexpr = FMT.element
+def shifted(quotient, v, HAS_V: tl.constexpr):
+    """x / s + v; NaN, which the scale carries, counts as 0."""
     u = quotient
     if HAS_V:
         u = u + v
-    u = tl.where(u == u, u, 0.0)
+    return tl.where(u == u, u, 0.0)
+
+
+@triton.jit
+def element(quotient, v, zero, HAS_V: tl.constexpr, FMT: tl.constexpr):
+    """(x / s + v, the number that it rounds to)."""
+    ELEM: tl.constexpr = FMT.element
+    u = shifted(quotient, v, HAS_V)
     return u, ELEM.codec.round(u, zero, ELEM)
 
 

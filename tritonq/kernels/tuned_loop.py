@@ -36,7 +36,7 @@ def _choose(
 
 
 @triton.jit
-def _load_keys(keys_ptr, index, mask):
+def load_keys(keys_ptr, index, mask):
     """Bits of max(x, 0) and max(-x, 0)."""
     high = tl.load(keys_ptr + 2 * index, mask, other=0)
     low = tl.load(keys_ptr + 2 * index + 1, mask, other=0).to(tl.uint32, bitcast=True)
@@ -105,7 +105,7 @@ def tuned_loop_kernel(
     if GIVEN:
         pass
     elif SPLIT:
-        positive, negative = _load_keys(keys_ptr, index, mask_one)
+        positive, negative = load_keys(keys_ptr, index, mask_one)
     else:
         high_key = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
         low_key = tl.zeros([BLOCK_M, BLOCK_N], tl.uint32)
@@ -212,7 +212,7 @@ def tuned_finish_kernel(
         rate = tl.load(rates_ptr + 1)
     positive, negative = tl.zeros([1], tl.int32), tl.zeros([1], tl.int32)
     if not GIVEN:
-        positive, negative = _load_keys(keys_ptr, index, mask)
+        positive, negative = load_keys(keys_ptr, index, mask)
     high, low, factor, _, free, bad = _choose(
         positive, negative, high_ptr, low_ptr, index, mask, tensor_scale, GIVEN, HAS_HIGH, HAS_LOW, FMT
     )
