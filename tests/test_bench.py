@@ -183,6 +183,7 @@ def test_rows_of_a_format(monkeypatch):
     for row in rows:
         assert row["us"] == 10 and row["eager_us"] == 20 and row["verified"] == "all" and row["inputs"] == 2
         assert row["of_copy"] == pytest.approx(row["bytes"] / 10 / 1e3 / 3000, abs=1e-4)
+        assert row["of_equal_copy"] == 1
         peer = row["peers"]["torch.compile"]
         assert peer["mismatch"] == 0 and peer["comparable"] and peer["speedup"] == 1
 

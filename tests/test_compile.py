@@ -81,17 +81,21 @@ def check(one, target, folder, registers=REGISTERS):
     return compiled
 
 
+LARGE = (4096, 8192)  # tiles are not those of a small tensor
+
+
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles(target, name, tmp_path):
-    """Every code path on every target."""
-    for one in launches(name):
+    """Every code path on every target, with the tiles of small tensors and those of large ones."""
+    shape = LARGE if target in ("sm_90", "sm_120", "gfx950") else (64, 4096)
+    for one in launches(name, shape):
         check(one, TARGETS[target], tmp_path)
 
 
 @pytest.mark.parametrize("name", [n for n in FORMATS if n not in REPRESENTATIVE])
 def test_registry_compiles(name, tmp_path):
-    for one in launches(name):
+    for one in launches(name, LARGE):
         check(one, TARGETS["sm_90"], tmp_path)
 
 
@@ -134,9 +138,10 @@ def test_every_kernel_is_covered():
         seen |= {one.name for one in launches("int8_channel", (2, columns))}
     from test_both import launches as both
     from test_hadamard import launches as hadamard
+    from test_ste import launches as cast
     from test_tuned_compile import launches as tuned
 
-    seen |= {one.name for one in (*both("mxfp8", (64, 64)), *hadamard((64, 64)))}
+    seen |= {one.name for one in (*both("mxfp8", (64, 64)), *hadamard((64, 64)), *cast((64, 64)))}
     seen |= {one.name for name in ("int4_g128", "fp8_e4m3_tensor") for one in tuned(name)}
     kernels = set()
     for file in (Path(ops.__file__).parent / "kernels").glob("*.py"):

@@ -87,7 +87,7 @@ def test_any_tile(device, monkeypatch):
     expected = torch.from_numpy(staged(x.float().numpy().reshape(-1, 16), SIGNS, False)).reshape(37, 80).bfloat16()
     for size in (1 << 11, 1 << 16) if INTERPRET else (128, 1 << 12, 1 << 14):
         monkeypatch.setattr(tuning, "TILE", size)
-        monkeypatch.setattr(rotation, "_STEP", size // 32)
+        monkeypatch.setattr(rotation, "STEP", size // 2)
         plans.forget()
         assert_same(tq.hadamard(x.to(device), signs=SIGNS).cpu(), expected, f"tile {size}")
 

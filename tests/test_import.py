@@ -48,6 +48,7 @@ for name in ("int4_g128", "int3_g64_asym", "fp8_e4m3_channel", "mxfp4", "nvfp4")
     parts = ops.quantize(x, name)
     assert torch.equal(ops.dequantize(parts, name, (4, 256), x.dtype), ops.qdq(x, name))
 assert not any(m.split(".")[0] == "triton" and sys.modules[m] is not None for m in sys.modules)
+assert torch.equal(tritonq.ste.cast(x, "e4m3"), x.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype))
 if hasattr(tritonq, "qdq"):
     assert torch.equal(tritonq.qdq(x, "int4_g128"), ops.qdq(x, "int4_g128"))
     assert torch.equal(tritonq.quantize(x, "int4_g128").dequantize(), ops.qdq(x, "int4_g128"))

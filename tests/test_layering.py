@@ -10,9 +10,10 @@ import tritonq.formats
 PACKAGE = Path(tritonq.formats.__file__).parent
 LAYERS = (
     ("formats", "codecs"), ("reference", "tuned_reference", "kernels", "scale_tiles", "rotation"),
-    ("tuning", "tuning_cache", "tuning_files", "tiling", "timing", "launch", "memory", "plans",
+    ("tuning", "tuning_cache", "tuning_files", "boxes", "tiling", "tiles", "timing", "launch", "memory", "plans",
      "tuned_tiles", "tuned_plans"),
-    ("ops", "operators", "tuned_ops"), ("sign_step", "autograd", "ste", "tune"), ("tensor",),
+    ("ops", "operators", "tuned_ops"), ("progress", "streams", "scheduler"),
+    ("sign_step", "autograd", "ste", "tune"), ("tensor",),
     ("offload", "nn", "best"), ("calibrate", "io"), ("integrations", "bench", "cli", "demo", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 SPEED = ROOT / "docs" / "speed.md"
 KERNELS = ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3" / "kernels.json"
+SIZES = KERNELS.with_name("sizes.json")
 
 
 def speed_rows():
@@ -34,12 +35,42 @@ def limit_rows():
     return instructions.document_rows(counted, json.loads(KERNELS.read_text(encoding="utf-8")))
 
 
+def size_rows():
+    """Small tensors: lowest and median share of a copy, and what is below 85% of a copy that moves as many bytes."""
+    from statistics import median
+
+    from tritonq.bench.report import size_text, tensor_bytes
+
+    groups = {}
+    for row in json.loads(SIZES.read_text(encoding="utf-8"))["rows"]:
+        groups.setdefault((size_text(tensor_bytes(row)), row["op"].partition(",")[0]), []).append(row)
+
+    def shares(rows, key):
+        values = [row[key] for row in rows]
+        return f"{100 * min(values):.0f}%, {100 * median(values):.0f}%"
+
+    def below(rows):
+        slow = sorted((row for row in rows if row["of_equal_copy"] < 0.85), key=lambda row: row["of_equal_copy"])
+        return ", ".join(
+            f"{row['format']}{' (given)' if 'given' in row['op'] else ''} {100 * row['of_equal_copy']:.0f}"
+            for row in slow
+        )
+
+    return [
+        {
+            "tensor": size, "op": op, "rows": str(len(rows)), "of copy": shares(rows, "of_copy"),
+            "of an equal copy": shares(rows, "of_equal_copy"), "below 85% of an equal copy": below(rows),
+        }
+        for (size, op), rows in groups.items()
+    ]  # fmt: skip
+
+
 def tables(path):
     from tritonq.integrations.tables import format_rows, markdown, scheme_rows
 
     rows = {
         README: {"schemes": scheme_rows, "formats": format_rows, "speed": speed_rows},
-        SPEED: {"limits": limit_rows},
+        SPEED: {"limits": limit_rows, "sizes": size_rows},
     }
     return {name: markdown(of()) for name, of in rows[path].items()}
 
@@ -50,8 +81,8 @@ def marked(name):
 
 @pytest.mark.parametrize(
     "path,name",
-    [(README, "schemes"), (README, "formats"), (README, "speed"), (SPEED, "limits")],
-    ids=["schemes", "formats", "speed", "limits"],
+    [(README, "schemes"), (README, "formats"), (README, "speed"), (SPEED, "limits"), (SPEED, "sizes")],
+    ids=["schemes", "formats", "speed", "limits", "sizes"],
 )
 def test_table_is_current(path, name):
     found = marked(name).search(path.read_text(encoding="utf-8"))

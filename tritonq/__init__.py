@@ -2,15 +2,17 @@
 
 import os
 
-from tritonq.autograd import qdq
+from tritonq import ste
+from tritonq.autograd import hadamard, qdq
 from tritonq.best import Best
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.model import save_pretrained
+from tritonq.memory import workspace
+from tritonq.nn.fake_quantize import convert_, fake_quantize_, freeze_observers_, remove_fake_quantize_
 from tritonq.nn.linear import QLinear
 from tritonq.nn.quantize import quantize_
 from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
-from tritonq.ops import hadamard
 from tritonq.scale_tiles import swizzle, unswizzle
 from tritonq.sign_step import SignStep
 from tritonq.tensor import QTensor, dequantize, quantize, quantize_both
@@ -33,7 +35,10 @@ __all__ = [
     "ScaleType",
     "Scheme",
     "SignStep",
+    "convert_",
     "dequantize",
+    "fake_quantize_",
+    "freeze_observers_",
     "get_format",
     "get_scheme",
     "hadamard",
@@ -46,7 +51,10 @@ __all__ = [
     "quantize_both",
     "quantize_checkpoint",
     "register",
+    "remove_fake_quantize_",
     "save_pretrained",
+    "ste",
     "swizzle",
     "unswizzle",
+    "workspace",
 ]

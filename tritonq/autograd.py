@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from tritonq import operators, ops, tuned_ops
+from tritonq import operators, ops, scheduler, tuned_ops
 from tritonq.formats import Format, Shape, get_format
 from tritonq.reference import Parts
 from tritonq.sign_step import SignStep
@@ -219,6 +220,16 @@ def _scale_factor(scale_gradient: float | str, x: Tensor, fmt: Format) -> float:
     return 1.0 / math.sqrt(max(1, elements) * fmt.element.max)
 
 
+def _present(
+    x: Tensor, fmt: Format, given: dict[str, Tensor | None], search: str | bool | None, importance: Tensor | None
+) -> dict[str, Tensor]:
+    """The parts that are given, with those that a search finds."""
+    if search or importance is not None:
+        found = ops.quantize(x, fmt, **given, search=search, importance=importance)  # type: ignore[arg-type]
+        return {name: part for name, part in found.items() if name != "qdata"}
+    return {name: part for name, part in given.items() if part is not None}
+
+
 def qdq(
     x: Tensor,
     fmt: Format | str,
@@ -235,6 +246,10 @@ def qdq(
     generator: torch.Generator | None = None,
     search: str | bool | None = None,
     importance: Tensor | None = None,
+    device: scheduler.Devices | None = None,
+    output_device: torch.device | str | None = None,
+    out: Tensor | None = None,
+    progress: scheduler.Progress | bool | None = None,
 ) -> Tensor:
     """dequantize(quantize(x, fmt)) in one pass, differentiable straight through.
 
@@ -258,13 +273,17 @@ def qdq(
             zero point rounded and clamped, straight through.
         rounding, generator: as in `tritonq.quantize`; the gradient does not depend on them.
         search, importance: as in `tritonq.quantize`; the gradient takes the scales that were found as given.
+        device, output_device, progress: as in `tritonq.quantize`: a tensor that lies elsewhere passes through the
+            device in tiles. There is no gradient then, nor with `out`.
+        out: contiguous tensor of x's shape and dtype that receives the result where it lies.
 
     Returns:
         Contiguous tensor of x's shape and dtype. Its gradient is passed on where |x / scale| is within the element's
         range before rounding, and is 0 elsewhere.
 
     Raises:
-        ValueError: unknown format or rounding, or a shape it cannot group. TypeError: x is not floating.
+        ValueError: unknown format or rounding, a shape it cannot group, or a gradient that is asked for together with
+            `out` or another device. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
     tuned = v is not None or min_scale is not None or max_scale is not None
@@ -273,17 +292,20 @@ def qdq(
             raise ValueError(
                 "tuning parameters take rounding to nearest and no search; leave those out, or v and its like"
             )
+        if not (device is None and output_device is None and out is None):
+            raise ValueError(
+                "tuning parameters go with a tensor that is computed where it lies, into a new one; leave out, device "
+                "and output_device out"
+            )
         return _tuned(
             x, fmt, tuned_ops.check(x, fmt, v, min_scale, max_scale, scale, zero_point, tensor_scale), step,
             _scale_factor(scale_gradient, x, fmt),
         )  # fmt: skip
     given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
-    if search or importance is not None:
-        found = ops.quantize(
-            x, fmt, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, search=search, importance=importance
-        )
-        given = {name: part for name, part in found.items() if name != "qdata"}
-    present = {name: value for name, value in given.items() if value is not None}
+    if device is not None or output_device is not None or out is not None:
+        options = {**given, "rounding": rounding, "generator": generator, "search": search, "importance": importance}
+        return _qdq_elsewhere(scheduler.source(x), fmt, device, output_device, out, progress, options)
+    present = _present(x, fmt, given, search, importance)
     if _differentiates(x):
         how = {"rounding": rounding, "generator": generator}
         y: Tensor = _QDQ.apply(x, fmt, how, tuple(present), *present.values())
@@ -317,6 +339,78 @@ def _tuned(x: Tensor, fmt: Format, given: Tuning, step: SignStep | None, factor:
     return y
 
 
+def hadamard(
+    x: Tensor,
+    *,
+    seed: int | None = None,
+    signs: Sequence[int] | Tensor | None = None,
+    inverse: bool = False,
+    device: scheduler.Devices | None = None,
+    output_device: torch.device | str | None = None,
+    out: Tensor | None = None,
+    progress: scheduler.Progress | bool | None = None,
+) -> Tensor:
+    """y = H (s * x) / 4 along the last axis in blocks of 16, or with `inverse` x = s * (H y) / 4, which undoes it.
+
+    H is the 16 x 16 Sylvester matrix of +1 and -1. Computed in fp32 and rounded once, to the same bits on every device.
+    Rotating both operands of a matrix product along the axis it contracts leaves the product as it was, and spreads
+    outliers over their block before a cast to few bits. Differentiable: the gradient is rotated back.
+
+    Args:
+        x: floating tensor [..., K], K a multiple of 16, any strides.
+        seed: 0 .. 2^64 - 1; sign i is -1 where bit i of SplitMix64's first output is set (`rotation.seed_bits`).
+        signs: the 16 signs themselves, 1 or -1. Without seed and signs all are 1.
+        inverse: rotate back.
+        device, output_device, progress: as in `tritonq.quantize`: a tensor that lies elsewhere passes through the
+            device in tiles. There is no gradient then, nor with `out`.
+        out: contiguous tensor of x's shape and dtype that receives the result where it lies.
+
+    Returns:
+        Contiguous tensor of x's shape and dtype. A block with a non-finite element, or one whose sums leave fp32, has
+        non-finite elements.
+
+    Raises:
+        ValueError: K is not a multiple of 16, seed and signs together, signs that are not, or a gradient that is asked
+            for together with `out` or another device. TypeError: x is not floating.
+    """
+    if device is None and output_device is None and out is None:
+        return ops.hadamard(x, seed=seed, signs=signs, inverse=inverse)
+    x = scheduler.source(x)
+    if _differentiates(x):
+        raise ValueError("hadamard has no gradient with out, device or output_device; detach x, or move it first")
+    bits = ops.check_hadamard(x, seed, signs)
+    where = scheduler.placed(x, device, output_device, out)
+    y = scheduler.result(out, tuple(x.shape), x.dtype, x.device if where is None else where[1])
+    if where is None:
+        return ops._hadamard(x.detach(), bits, inverse, y)
+    return scheduler.hadamard(x.detach(), bits, inverse, where[0], y, progress)
+
+
+def _qdq_elsewhere(
+    x: Tensor,
+    fmt: Format,
+    device: scheduler.Devices | None,
+    output_device: torch.device | str | None,
+    out: Tensor | None,
+    progress: scheduler.Progress | bool | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """QDQ into `out`, or of a tensor that is not where it is computed or where the result belongs."""
+    if _differentiates(x):
+        raise ValueError("qdq has no gradient with out, device or output_device; detach x, or move it first")
+    ops.check_input(x, fmt)
+    where = scheduler.placed(x, device, output_device, out)
+    if where is not None:
+        y = scheduler.result(out, tuple(x.shape), x.dtype, where[1])
+        return scheduler.qdq(x, fmt, where[0], y, **options, progress=progress)
+    if out is None:
+        return qdq(x, fmt, **options)
+    search, importance = options.pop("search"), options.pop("importance")
+    if search or importance is not None:
+        return out.copy_(qdq(x, fmt, search=search, importance=importance, **options))
+    return ops.qdq(x, fmt, out=out, **options)
+
+
 class _Linear(torch.autograd.Function):
     """x @ dequantize(weight).T + bias; backward dequantizes again instead of keeping the dense weight."""
 
@@ -345,3 +439,57 @@ def linear(x: Tensor, parts: Parts, fmt: Format, shape: Shape, bias: Tensor | No
     if torch.is_grad_enabled() and x.requires_grad:
         return _Linear.apply(x, bias, fmt, shape, tuple(parts), *parts.values())
     return torch.nn.functional.linear(x, ops.dequantize(parts, fmt, shape, x.dtype), bias)
+
+
+class _QDQLinear(torch.autograd.Function):
+    """x @ qdq(weight).T + bias; backward rounds the weight again instead of keeping its rounded copy."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fmt: Format, names: tuple[str, ...], *given: Tensor
+    ) -> Tensor:
+        ctx.fmt, ctx.names = fmt, names
+        ctx.save_for_backward(x, weight, *given)
+        values = ops.qdq(weight, fmt, **dict(zip(names, given, strict=True)))  # type: ignore[arg-type]
+        return torch.nn.functional.linear(x, values.to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (dy,), (x, weight, *given) = grads, ctx.saved_tensors
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            values = qdq(weight, ctx.fmt, **dict(zip(ctx.names, given, strict=True)))
+            dx = dy @ values.to(dy.dtype)
+        if ctx.needs_input_grad[1]:
+            dweight = (dy.reshape(-1, dy.shape[-1]).mT @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+            if ctx.fmt.saturates:
+                dweight = _Unclipped.apply(weight, dweight, ctx.fmt, ctx.names, *given)
+        if ctx.needs_input_grad[2]:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+        return (dx, dweight, dbias, None, None, *[None for _ in given])
+
+
+def qdq_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    fmt: Format,
+    *,
+    tensor_scale: Tensor | None = None,
+    search: str | bool | None = None,
+) -> Tensor:
+    """x [..., K] times qdq(weight) [N, K] transposed, plus bias [N]; for an eager backward without a rounded copy of
+    the weight in memory. Gradients, straight through, reach all three."""
+    given = {"scale": None, "zero_point": None, "tensor_scale": tensor_scale}
+    seen = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not seen or ops.traced(x) or ops.traced(weight) or forward_ad._current_level >= 0:
+        values = qdq(weight, fmt, tensor_scale=tensor_scale, search=search)
+        return torch.nn.functional.linear(x, values, bias)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype is not torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if bias is None else bias.to(x.dtype)
+    elif x.dtype is not weight.dtype:
+        raise TypeError(f"x is {x.dtype} and the weight {weight.dtype}; cast one of them, or use torch.autocast")
+    present = _present(weight, fmt, given, search, None)
+    y: Tensor = _QDQLinear.apply(x, weight, bias, fmt, tuple(present), *present.values())
+    return y

@@ -250,6 +250,7 @@ AF4 = lookup("af4", (
 _TABLES = {element.name: element for element in (NF4, AF4)}
 
 
+@functools.cache
 def minifloat(ebits: int, mbits: int, special: str = "", signed: bool = True, name: str | None = None) -> ElementType:
     """A float of `ebits` exponent and `mbits` mantissa bits; see `ElementType.special` for the four kinds."""
     bits = signed + ebits + mbits
@@ -555,7 +556,8 @@ class Format:
 _SUPER_SCALE = ScaleType("f16", "absmax")
 
 _ELEMENT = re.compile(
-    r"(?:int(?P<int>\d)(?:f(?P<fraction>[1-9]))?|(?:fp8_)?e(?P<e>\d)m(?P<m>\d)(?P<special>fn|ieee|fnuz)?)$"
+    r"(?:int(?P<int>\d)(?:f(?P<fraction>[1-9]))?|(?:fp8_)?(?P<unsigned>u)?e(?P<e>\d)m(?P<m>\d)"
+    r"(?P<special>fn|ieee|fnuz)?)$"
 )
 _NAME = re.compile(
     rf"(?P<element>int\d(?:f[1-9])?|(?:fp8_)?e\dm\d(?:fnuz|fn|ieee)?|{'|'.join(_TABLES)})_"
@@ -571,27 +573,36 @@ _K_QUANTS = {2: (16, "u4", "minmax"), 3: (16, "i6", "full_range"), 4: (32, "u6",
              6: (16, "i8", "full_range")}  # fmt: skip
 
 
+def float_fields(name: str) -> tuple[int, int, str, bool] | None:
+    """The arguments of `minifloat` (exponent and mantissa bits, special codes, sign) for a name such as `e2m1`,
+    `fp8_e5m2` or `ue5m3`; None for other names."""
+    match = _ELEMENT.match(name)
+    if not match or match["int"]:
+        return None
+    e, m, special = int(match["e"]), int(match["m"]), match["special"]
+    if special is None:
+        special = {(4, 3): "fn", (5, 3): "fn", (5, 2): "ieee"}.get((e, m), "")
+    return e, m, special, not match["unsigned"]
+
+
 def get_element(name: str) -> ElementType:
     """Element type by name: `int4`, `int8f6` (6 fractional bits), `e2m1`, `e4m3` (which is e4m3fn), `e5m2` (IEEE-like),
-    `e4m3fnuz`, `fp8_e5m2`, `nf4`, `af4`."""
+    `e4m3fnuz`, `fp8_e5m2`, `ue5m3` (no sign, all ones is NaN), `nf4`, `af4`."""
     if name in _TABLES:
         return _TABLES[name]
-    match = _ELEMENT.match(name)
+    match, fields = _ELEMENT.match(name), float_fields(name)
     if not match:
         raise ValueError(
             f"unknown element type {name!r}; write intB (B = 2..8), eXmY or {' or '.join(_TABLES)}, such as int4, "
             "e4m3, e2m1"
         )
-    if match["int"]:
+    if fields is None:
         return integer(int(match["int"]), int(match["fraction"] or 0))
-    e, m = int(match["e"]), int(match["m"])
-    if 1 + e + m > 8 or (name.startswith("fp8_") and 1 + e + m != 8):
-        raise ValueError(f"{name!r} has {1 + e + m} bits; element types have at most 8, and fp8 ones exactly 8")
-    special = match["special"]
-    if special is None:
-        special = {(4, 3): "fn", (5, 2): "ieee"}.get((e, m), "")
-        return minifloat(e, m, special, name=f"e{e}m{m}")
-    return minifloat(e, m, special)
+    e, m, _, signed = fields
+    bits = signed + e + m
+    if bits > 8 or (name.startswith("fp8_") and bits != 8):
+        raise ValueError(f"{name!r} has {bits} bits; element types have at most 8, and fp8 ones exactly 8")
+    return minifloat(*fields, name=f"{'' if signed else 'u'}e{e}m{m}{match['special'] or ''}")
 
 
 def _parse(name: str) -> Format | None:

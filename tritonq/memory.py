@@ -1,4 +1,4 @@
-"""Allocating results.
+"""Allocating results, and the budget of what is allocated besides.
 
 A large result on the CPU is written once, front to back, and with pages of 4 KiB the page faults take longer than the
 arithmetic. Huge pages are asked for from 4 MiB on, as NumPy does for its arrays; an operating system that has none to
@@ -7,15 +7,54 @@ give ignores the request.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 HUGE = 4 << 20
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_workspace: ContextVar[int] = ContextVar("tritonq_workspace", default=64 << 20)
+
+
+def parse_size(size: int | str, name: str) -> int:
+    """Bytes of a number or of a text such as "2GB" (10^9) or "256MiB" (2^20). ValueError, with the name of the
+    argument, for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise ValueError(f"{name} {size!r} is not a size; write bytes, or a number with MB, GB, MiB or GiB such as 2GB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+@contextlib.contextmanager
+def workspace(nbytes: int | str) -> Iterator[int]:
+    """Within, operations take at most `nbytes` of memory a device besides their results: a number of bytes, or a text
+    such as "256MiB". The default is 64 MiB.
+
+    It bounds the tiles in which tensors stream through another device and the intermediates of formats that take
+    several passes. Holds for this thread (or task of asyncio) and can be nested. A group of one row, or a row of
+    blocks, is the smallest tile, and is taken whole even where it is larger.
+
+    Raises:
+        ValueError: not a size.
+    """
+    size = parse_size(nbytes, "workspace")
+    token = _workspace.set(size)
+    try:
+        yield size
+    finally:
+        _workspace.reset(token)
+
+
+def budget() -> int:
+    """Bytes that an operation may take besides its result; see `workspace`."""
+    return _workspace.get()
 
 
 def empty(shape: tuple[int, ...] | int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tritonq import ops, scale_tiles
-from tritonq.formats import SUPER_PARTS, Format, get_format
+from tritonq.formats import SUPER_PARTS, Format, get_format, minifloat
 
 library = torch.library.Library("tritonq", "DEF")
 _GIVEN = "Tensor? scale=None, Tensor? zero_point=None, Tensor? tensor_scale=None"
@@ -122,6 +122,16 @@ _operator(
     ops._hadamard,
     lambda x, signs, inverse: x.new_empty(x.shape),
 )
+# An element type crosses a schema by its fields, so that none has to have a name that is known.
+_operator(
+    "cast(Tensor x, int ebits, int mbits, str special, bool signed) -> Tensor",
+    lambda x, *fields: ops._cast(x, minifloat(*fields)),
+    lambda x, *fields: torch.empty_like(x),
+)
+torch.library.register_vmap(
+    "tritonq::cast", lambda info, dims, x, *fields: (torch.ops.tritonq.cast(x, *fields), dims[0]), lib=library
+)
+library.impl("cast", torch.library.fallthrough_kernel, "Autograd")  # differentiated by the functions of `ste` around it
 _operator(
     f"quantize_swizzled(Tensor x, str format, Tensor? tensor_scale=None, {_SEED}) -> Tensor[]",
     _quantize_swizzled_operator,

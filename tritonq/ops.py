@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tritonq import plans, rotation, scale_tiles, tiling, tuning
-from tritonq.formats import SUPER_PARTS, Format, Shape, get_format
+from tritonq import memory, plans, rotation, scale_tiles, tiles, tiling, tuning
+from tritonq.formats import SUPER_PARTS, ElementType, Format, Shape, get_format, minifloat
 from tritonq.memory import empty, empty_on_gpu
 from tritonq.reference import Parts
 
@@ -51,7 +52,7 @@ def check_input(x: Tensor, fmt: Format) -> None:
     fmt.scale_shape(tuple(x.shape))  # raises where the format cannot share scales over this shape
 
 
-def _check_given(name: str, value: Tensor, fmt: Format, x: Tensor) -> Tensor:
+def _check_given(name: str, value: Tensor, fmt: Format, x: Tensor, anywhere: bool = False) -> Tensor:
     shape, dtype = fmt.storage(tuple(x.shape)).get(name, (None, None))
     if shape is None:
         raise ValueError(f"{fmt.name} has no {name}; leave it out")
@@ -63,7 +64,7 @@ def _check_given(name: str, value: Tensor, fmt: Format, x: Tensor) -> Tensor:
         raise TypeError(
             f"{name} of {fmt.name} is stored as {dtype}, got {value.dtype}; cast it, it is then used verbatim"
         )
-    if value.device != x.device:
+    if value.device != x.device and not anywhere:
         raise ValueError(f"{name} is on {value.device} and the tensor on {x.device}; move one of them")
     return value.reshape(shape)
 
@@ -81,10 +82,16 @@ def _checked_out(out: Parts, fmt: Format, x: Tensor) -> Parts:
     return out
 
 
-def _fill_given(
-    parts: Parts, x: Tensor, fmt: Format, scale: Tensor | None, zero_point: Tensor | None, tensor_scale: Tensor | None
-) -> bool:
-    """Copy precomputed parts into place; whether the scales are among them."""
+def _checked_given(
+    x: Tensor,
+    fmt: Format,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    tensor_scale: Tensor | None,
+    *,
+    anywhere: bool = False,
+) -> Parts:
+    """Precomputed parts by name, contiguous; on x's device unless they may lie `anywhere`."""
     if fmt.super_group and scale is not None:
         raise ValueError(
             f"{fmt.name} quantizes its scales again, in super-groups of {fmt.super_group} elements, and takes none "
@@ -92,9 +99,19 @@ def _fill_given(
         )
     if fmt.zero_point and (scale is None) != (zero_point is None):
         raise ValueError(f"{fmt.name} needs scale and zero_point together, or neither")
-    for name, value in (("scale", scale), ("zero_point", zero_point), ("tensor_scale", tensor_scale)):
-        if value is not None:
-            parts[name].copy_(_check_given(name, value, fmt, x)) if name in parts else _check_given(name, value, fmt, x)
+    given = (("scale", scale), ("zero_point", zero_point), ("tensor_scale", tensor_scale))
+    return {
+        name: _check_given(name, value, fmt, x, anywhere).contiguous() for name, value in given if value is not None
+    }
+
+
+def _fill_given(
+    parts: Parts, x: Tensor, fmt: Format, scale: Tensor | None, zero_point: Tensor | None, tensor_scale: Tensor | None
+) -> bool:
+    """Copy precomputed parts into place; whether the scales are among them."""
+    for name, value in _checked_given(x, fmt, scale, zero_point, tensor_scale).items():
+        if name in parts:
+            parts[name].copy_(value)
     return scale is not None
 
 
@@ -312,8 +329,9 @@ def _quantize(
     parts = allocate(fmt, tuple(x.shape), x.device) if out is None else _checked_out(out, fmt, x)
     if x.device.type == "meta":
         return parts
+    weights = _weights(importance, fmt)  # refused before anything is written
     given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
-    _run(x, fmt, parts, given, tensor_scale is not None, None, search=search, importance=importance, seed=seed)
+    _run(x, fmt, parts, given, tensor_scale is not None, None, search=search, weights=weights, seed=seed)
     return parts
 
 
@@ -479,6 +497,7 @@ def _qdq(
     tensor_scale: Tensor | None,
     *,
     seed: int | None = None,
+    first: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
     x = x.resolve_neg()
@@ -487,9 +506,36 @@ def _qdq(
         return y
     one_pass = tuning.fits(fmt, x.shape[-1], seed is not None)
     inside = scale is None and uses_triton(x) and one_pass  # scales never leave the kernel
-    parts = _allocate_scales(fmt, x, ("tensor_scale",) if inside else _SCALES)
-    given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
-    _run(x, fmt, parts, given, tensor_scale is not None, y, seed=seed)
+    given = _checked_given(x, fmt, scale, zero_point, tensor_scale)
+    names = ("tensor_scale",) if inside else tuple(name for name in _SCALES if name not in given)
+    scratch = 0 if inside or "scale" in given else _scale_bytes(fmt, tuple(x.shape), names)
+    if scratch > max(memory.budget(), _SMALL):
+        return _qdq_in_tiles(x, fmt, given.get("tensor_scale"), seed, first, y, scratch)
+    parts = {**_allocate_scales(fmt, x, names), **given}
+    _run(x, fmt, parts, "scale" in given, "tensor_scale" in given, y, seed=seed, first=first)
+    return y
+
+
+_SMALL = 1 << 20  # bytes of scales that any budget allows
+
+
+def _scale_bytes(fmt: Format, shape: Shape, names: tuple[str, ...]) -> int:
+    return sum(math.prod(s) * d.itemsize for name, (s, d) in fmt.storage(shape).items() if name in names)
+
+
+def _qdq_in_tiles(
+    x: Tensor, fmt: Format, tensor_scale: Tensor | None, seed: int | None, first: int, y: Tensor, scratch: int
+) -> Tensor:
+    """QDQ that leaves its scales in memory for a while, those of as many elements as the budget allows."""
+    if fmt.tensor_scale and tensor_scale is None:
+        tensor_scale = _tensor_scale(x, fmt)
+
+    def step(tile: tiles.Tile) -> None:
+        piece, target = tile.of_strided(x), tile.of_values(y)
+        _qdq(piece, fmt, None, None, tensor_scale, seed=seed, first=first + tile.first, out=target)
+
+    limit = x.numel() * max(memory.budget(), _SMALL) // (2 * scratch)
+    tiles.in_tiles(tiles.Tiles(tuple(x.shape), x.stride(), fmt), limit, x.device, step)
     return y
 
 
@@ -601,26 +647,12 @@ def _tensor_scale(x: Tensor, fmt: Format) -> Tensor:
 def hadamard(
     x: Tensor, *, seed: int | None = None, signs: Sequence[int] | Tensor | None = None, inverse: bool = False
 ) -> Tensor:
-    """y = H (s * x) / 4 along the last axis in blocks of 16, or with `inverse` x = s * (H y) / 4, which undoes it.
+    """The random Hadamard transform of blocks of 16 along the last axis; see `tritonq.hadamard`."""
+    return torch.ops.tritonq.hadamard(x, check_hadamard(x, seed, signs), inverse)
 
-    H is the 16 x 16 Sylvester matrix of +1 and -1. Computed in fp32 and rounded once, to the same bits on every device.
-    Rotating both operands of a matrix product along the axis it contracts leaves the product as it was, and spreads
-    outliers over their block before a cast to few bits. Differentiable: the gradient is rotated back.
 
-    Args:
-        x: floating tensor [..., K], K a multiple of 16, any strides.
-        seed: 0 .. 2^64 - 1; sign i is -1 where bit i of SplitMix64's first output is set (`rotation.seed_bits`).
-        signs: the 16 signs themselves, 1 or -1. Without seed and signs all are 1.
-        inverse: rotate back.
-
-    Returns:
-        Contiguous tensor of x's shape and dtype. A block with a non-finite element, or one whose sums leave fp32, has
-        non-finite elements.
-
-    Raises:
-        ValueError: K is not a multiple of 16, seed and signs together, or signs that are not. TypeError: x is not
-            floating.
-    """
+def check_hadamard(x: Tensor, seed: int | None, signs: Sequence[int] | Tensor | None) -> int:
+    """The signs as bits; raises where x cannot be rotated."""
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
@@ -628,18 +660,53 @@ def hadamard(
             f"hadamard rotates bfloat16, float16, float32 and float64 tensors, got {x.dtype}; cast it first"
         )
     rotation.check_shape(tuple(x.shape))
-    return torch.ops.tritonq.hadamard(x, rotation.sign_bits(seed, signs), inverse)
+    return rotation.sign_bits(seed, signs)
 
 
-def _hadamard(x: Tensor, signs: int, inverse: bool) -> Tensor:
+def _hadamard(x: Tensor, signs: int, inverse: bool, out: Tensor | None = None) -> Tensor:
     x = x.resolve_neg()
-    y = empty(x.shape, x.dtype, x.device)
+    y = empty(x.shape, x.dtype, x.device) if out is None else out
     if x.numel():
         if uses_triton(x):
             with _device_of(x):
                 plans.hadamard(x, signs, inverse, y)
         else:
-            rotation.hadamard(x, signs, inverse, y)
+            own = tiles.Tiles(tuple(x.shape), x.stride(), plans._BLOCKS)
+            while (tile := own.take(rotation.STEP)) is not None:
+                rotation.hadamard(tile.of_strided(x), signs, inverse, tile.of_values(y))
+    return y
+
+
+def cast(x: Tensor, ebits: int, mbits: int, special: str, signed: bool, *, in_place: bool = False) -> Tensor:
+    """x rounded to numbers of `minifloat(ebits, mbits, special, signed)`, of at most 8 bits, in x's dtype;
+    `tritonq.ste.cast` says how. Strides are those that torch's elementwise functions give; in place, x is returned."""
+    if traced(x):
+        y: Tensor = torch.ops.tritonq.cast(x, ebits, mbits, special, signed)
+        return x.copy_(y) if in_place else y
+    return _cast(x, minifloat(ebits, mbits, special, signed), in_place)
+
+
+@torch.no_grad()
+def _cast(x: Tensor, element: ElementType, in_place: bool = False) -> Tensor:
+    if in_place:
+        if torch._debug_has_internal_overlap(x) == 1:
+            raise RuntimeError(
+                f"elements of x, of shape {tuple(x.shape)} and strides {x.stride()}, share memory; clone it first"
+            )
+        torch.autograd.graph.increment_version(x)
+        if x.is_neg():
+            return x.copy_(_cast(x.resolve_neg(), element))
+    y = x if in_place else torch.empty_like(x)
+    if x.numel() and x.device.type != "meta":
+        source, target = x.resolve_neg(), y
+        if not y.is_contiguous():
+            order = sorted(range(y.ndim), key=y.stride, reverse=True)  # in which the elements of y lie in memory
+            source, target = source.permute(order), y.permute(order)
+        if uses_triton(x):
+            with _device_of(x):
+                plans.cast(source if x.ndim else source.view(1), element, target if x.ndim else target.view(1))
+        else:
+            tiling.cast(source, target, element)
     return y
 
 
@@ -652,10 +719,11 @@ def _run(
     y: Tensor | None,
     *,
     search: bool = False,
-    importance: Tensor | None = None,
+    weights: Tensor | None = None,
     seed: int | None = None,
+    first: int = 0,
 ) -> None:
-    weights = _weights(importance, fmt)  # refused before anything is written
+    """Codes, or values of `y`; parts["scale"] and what goes with it are there if `given`. `weights`: see `_weights`."""
     triton = uses_triton(x) and x.numel() > 0
     with _device_of(x):
         if fmt.tensor_scale and not given_tensor_scale:
@@ -670,7 +738,7 @@ def _run(
         if search:
             _choose_scales(x, fmt, parts, True, weights)
         encode = plans.encode if triton else tiling.encode
-        encode(x, fmt, parts, given or search, y, seed=seed)
+        encode(x, fmt, parts, given or search, y, seed=seed, first=first)
 
 
 def _choose_scales(x: Tensor, fmt: Format, parts: Parts, search: bool = False, weights: Tensor | None = None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tritonq import scale_tiles, tiling, tuning, tuning_cache
 from tritonq.codecs import philox, search
-from tritonq.formats import Format, Shape, get_format
+from tritonq.formats import ElementType, Format, Shape, get_format
 from tritonq.launch import Plan
 from tritonq.reference import Parts
 
@@ -75,10 +75,10 @@ _Rounding = tuple[int, tuple[int | None, ...]]  # ROUNDING of the kernels, and t
 _NEAREST: _Rounding = (0, (None, None, None))  # no seed, no first element
 
 
-def _stochastic(m: tiling.Matrix, fmt: Format, shape: Shape) -> _Rounding:
+def _stochastic(m: tiling.Matrix, fmt: Format, shape: Shape, before: int) -> _Rounding:
     """Four neighbours share a counter where those of each tile and row begin at a multiple of four, else they take two
-    counters."""
-    cols, first = fmt.group[1], m.first(shape)
+    counters. The tensor of `shape` is what follows `before` elements of a larger one."""
+    cols, first = fmt.group[1], before + m.first(shape)
     whole_tiles = cols & (cols - 1) == 0 or cols < 0 or cols % 4 == 0
     whole_rows = m.columns % 4 == 0 or m.batch * m.rows == 1
     return (1 if whole_tiles and whole_rows and first % 4 == 0 else 2), (first,)
@@ -163,7 +163,7 @@ def _apply_plan(
     from tritonq.kernels.quantize import apply_kernel
 
     op = "apply" if mode == "quantize" else "apply_qdq"
-    config = tuning.flat_config(m.rows, m.columns, fmt, _choice(op, m, fmt, dtype, device))
+    config = tuning.flat_config(m.rows, m.columns, fmt, op, _choice(op, m, fmt, dtype, device))
     tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
     (partial, words), axes = _packing(m, fmt, config, mode, aligned), _axes(m, tiles)
     return Plan(
@@ -182,7 +182,8 @@ def _dequantize_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned:
     else:
         from tritonq.kernels.dequantize import dequantize_kernel as kernel
 
-    config = tuning.flat_config(m.rows, m.columns, fmt, _choice("dequantize", m, fmt, dtype, device))
+    choice = _choice("dequantize", m, fmt, dtype, device)
+    config = tuning.flat_config(m.rows, m.columns, fmt, "dequantize", choice)
     tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
     words = aligned and tuning.in_words(fmt, m.columns, config)
     return Plan(
@@ -198,12 +199,12 @@ def _dequantize_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned:
 @_cached
 def _encode_plans(
     shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, mode: str, given: bool, aligned: bool,
-    device: torch.device, stochastic: bool = False, own: bool = False,
+    device: torch.device, stochastic: bool = False, own: bool = False, first: int = 0,
 ) -> Plans:  # fmt: skip
-    """`given`: scales are only read; `own`: they are what the rule gives."""
+    """`given`: scales are only read; `own`: they are what the rule gives; `first`: index of the first element."""
 
     def plan(m: tiling.Matrix) -> Plan:
-        rounding = _stochastic(m, fmt, shape) if stochastic else _NEAREST
+        rounding = _stochastic(m, fmt, shape, first) if stochastic else _NEAREST
         if fmt.super_group:
             return _super_group_plan(m, fmt, mode, dtype, aligned, device, rounding)
         if given:
@@ -329,17 +330,20 @@ def forget() -> None:
     """Drop the plans that are kept: what they were made from (tile sizes, measured choices) has changed."""
     for kept in (
         _encode_plans, single, _decode_plans, single_decode, _keys_plans, _choose_plan, _scale_plans,
-        _search_plans, _pick_plans, _both_plans, _swizzled_plans, _hadamard_plans,
+        _search_plans, _pick_plans, _both_plans, _swizzled_plans, _hadamard_plans, _cast_plans,
     ):  # fmt: skip
         kept.cache_clear()
 
 
-def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None, seed: int | None = None) -> None:
+def encode(
+    x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None, seed: int | None = None, first: int = 0
+) -> None:
     """Codes and scales into `parts`, or values into `y`; scales that are `given` are only read. With a seed, rounding
-    is stochastic."""
+    is stochastic, and `first` is the index of the first element of x in the tensor that it is a tile of."""
     mode = "quantize" if y is None else "qdq"
+    first = 0 if seed is None else first
     if fmt.super_group:
-        return _encode_super_groups(x, fmt, parts, mode, parts["qdata"] if y is None else y, seed)
+        return _encode_super_groups(x, fmt, parts, mode, parts["qdata"] if y is None else y, seed, first)
     own = not given and not tuning.fits(fmt, x.shape[-1], seed is not None)
     if own:
         scales(x, fmt, parts)
@@ -348,8 +352,9 @@ def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None, 
     zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", x)
     aligned = target.data_ptr() % 4 == 0  # to 32-bit words
     words = () if seed is None else philox.halves(seed)
-    found = _encode_plans(
-        x.shape, x.stride(), x.dtype, fmt, mode, given or own, aligned, x.device, seed is not None, own
+    plans_of = _encode_plans if first == 0 else _encode_plans.__wrapped__  # others hardly come again
+    found = plans_of(
+        x.shape, x.stride(), x.dtype, fmt, mode, given or own, aligned, x.device, seed is not None, own, first
     )
     for m, plan in found:
         if m.index or m.offset:
@@ -358,12 +363,16 @@ def encode(x: Tensor, fmt: Format, parts: Parts, given: bool, y: Tensor | None, 
             plan(x, target, scale, zero, divisor, seed=words)
 
 
-def _encode_super_groups(x: Tensor, fmt: Format, parts: Parts, mode: str, target: Tensor, seed: int | None) -> None:
+def _encode_super_groups(
+    x: Tensor, fmt: Format, parts: Parts, mode: str, target: Tensor, seed: int | None, first: int = 0
+) -> None:
     """One launch a slab; `target` takes codes or values, and stands in for parts that are not written."""
     scales = [parts.get(name, target) for name in _SUPER_SCALES]
     aligned = target.data_ptr() % 4 == 0
     words = () if seed is None else philox.halves(seed)
-    for m, plan in _encode_plans(x.shape, x.stride(), x.dtype, fmt, mode, False, aligned, x.device, seed is not None):
+    plans_of = _encode_plans if first == 0 else _encode_plans.__wrapped__
+    found = plans_of(x.shape, x.stride(), x.dtype, fmt, mode, False, aligned, x.device, seed is not None, False, first)
+    for m, plan in found:
         plan(_view(x, m), _own(target, m), *[_own(part, m) for part in scales], seed=words)
 
 
@@ -376,7 +385,7 @@ def _swizzled_plans(
     stochastic: bool = False,
 ) -> Plans:  # fmt: skip
     def plan(m: tiling.Matrix) -> Plan:
-        rounding = _stochastic(m, fmt, shape) if stochastic else _NEAREST
+        rounding = _stochastic(m, fmt, shape, 0) if stochastic else _NEAREST
         return _group_plan(m, fmt, "quantize", dtype, aligned, device, rounding, swizzled=True)
 
     return tuple((m, plan(m)) for m in tiling.matrices(shape, strides, _MATRICES))
@@ -426,6 +435,32 @@ def hadamard(x: Tensor, bits: int, inverse: bool, y: Tensor) -> None:
     """Rotated blocks of 16 into contiguous y."""
     for m, plan in _hadamard_plans(x.shape, x.stride(), x.dtype, bits, inverse, x.device):
         plan(_view(x, m), _own(y, m))
+
+
+@_cached
+def _cast_plans(
+    shape: Shape, strides: Shape, dtype: torch.dtype, element: ElementType, in_place: bool, device: torch.device
+) -> Plans:
+    from tritonq.kernels.cast import cast_kernel
+
+    result = []
+    for m in _geometry(shape, strides, _ONE_GROUP):
+        config = tuning.cast_config(m.rows, m.columns)
+        tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
+        target = m.strides if in_place else (m.rows * m.columns, m.columns, 1)
+        integers = (m.rows, m.columns, *tiles, *m.strides, *target)
+        constants = (element, _limit(dtype), _axes(m, tiles), config["BLOCK_M"], config["BLOCK_N"])
+        programs = m.batch * tiles[0] * tiles[1]
+        result.append((m, Plan(cast_kernel, programs, integers, constants, _options(config, dtype))))
+    return tuple(result)
+
+
+def cast(x: Tensor, element: ElementType, y: Tensor) -> None:
+    """x rounded to numbers of a minifloat into y, contiguous or x itself."""
+    in_place = y.data_ptr() == x.data_ptr()
+    for m, plan in _cast_plans(x.shape, x.stride(), x.dtype, element, in_place, x.device):
+        view = _view(x, m)
+        plan(view, view if in_place else _own(y, m))
 
 
 def decode(parts: Parts, fmt: Format, y: Tensor) -> None:

@@ -19,7 +19,7 @@ from tritonq.codecs import pack as bits
 from tritonq.codecs import philox, super_scale
 from tritonq.codecs import scale as scales
 from tritonq.codecs.scratch import buffer
-from tritonq.formats import Format, Shape
+from tritonq.formats import ElementType, Format, Shape
 
 Parts = dict[str, Tensor]
 
@@ -31,6 +31,28 @@ def to_float32(x: Tensor) -> Tensor:
         largest = torch.finfo(torch.float32).max
         y = torch.where(torch.isinf(y) & torch.isfinite(x), torch.full_like(y, largest).copysign_(y), y)
     return y
+
+
+def to_odd(x: Tensor) -> Tensor:
+    """A contiguous fp32 copy; fp64 is rounded to odd (towards zero, and the last bit set where that was inexact), after
+    which rounding to half of its bits or fewer gives what rounding x gives (Boldo, Melquiond 2008)."""
+    y = buffer("x", x, torch.float32).copy_(x)
+    if x.dtype is torch.float64:
+        back, bits = y.to(torch.float64), y.view(torch.int32)
+        bits.sub_((back.abs() > x.abs()).to(torch.int32)).bitwise_or_((back != x).to(torch.int32))
+    return y
+
+
+def cast(x: Tensor, element: ElementType, dtype: torch.dtype) -> Tensor:
+    """x rounded to numbers of a minifloat, fp32: half to even, saturating at its range and that of `dtype`; NaN
+    stays."""
+    values = to_odd(x)
+    bad = torch.isnan(values)
+    y: Tensor = element.codec.round_ref(values, element.zero_code, element)
+    largest = torch.finfo(dtype).max
+    if element.max > largest:
+        y.clamp_(-largest, largest)
+    return y.masked_fill_(bad, torch.nan)
 
 
 def _padding(shape: Shape, fmt: Format) -> tuple[int, int]:

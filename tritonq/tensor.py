@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from tritonq import autograd, ops
+from tritonq import autograd, ops, scheduler
 from tritonq.formats import Format, Shape, get_format
 from tritonq.memory import empty
 from tritonq.reference import Parts
@@ -586,14 +586,17 @@ def quantize(
     v: Tensor | None = None,
     min_scale: Tensor | None = None,
     max_scale: Tensor | None = None,
-    device: torch.device | str | None = None,
+    device: scheduler.Devices | None = None,
+    output_device: torch.device | str | None = None,
     out: QTensor | None = None,
+    progress: scheduler.Progress | bool | None = None,
 ) -> QTensor:
     """Quantize a tensor.
 
     Args:
         x: floating tensor [..., K] of >= 1 dimension, any strides, any size. Groups run along the last axis, blocks
-            along the last two; a last group that is not full is a shorter group.
+            along the last two; a last group that is not full is a shorter group. Also a slice of a safetensors file,
+            `safe_open(...).get_slice(name)`.
         fmt: a Format or its name, such as "int4_g128", "mxfp4", "nvfp4", "fp8_e4m3_b128x128", "e3m4_g48".
         scale, zero_point, tensor_scale: used verbatim instead of being computed; shapes and dtypes as
             `fmt.storage(x.shape)`.
@@ -610,25 +613,44 @@ def quantize(
             error is that of rounding to nearest, whatever `rounding` is.
         importance: weights [K] >= 0 of the columns in that error, such as mean squared activations.
         v, min_scale, max_scale: tuning parameters as `tritonq.qdq` takes them; the result dequantizes to what that
-            gives for them, bit for bit.
-        device: where to compute and keep the result; default x's device.
-        out: a QTensor of this format, x's shape, dtype and device that receives the result and is returned.
+            gives for them, bit for bit. They lie where x does, which then has to be computed on.
+        device: where to compute; default x's device. A tensor that lies elsewhere, in host memory of any kind or mapped
+            from a file, passes through the device in tiles, so that besides the result no more than the budget of
+            `tritonq.workspace` is taken there. Several devices share the tensor. The bytes are always the same.
+        output_device: where to leave the result; default `device`, or the first of several.
+        out: a QTensor of this format and x's shape and dtype, which receives the result where it lies and is returned.
+        progress: called as progress(done, total) with elements as tiles are started, for a tensor that passes through
+            a device; formats that go over it twice count it twice. True shows a bar on a terminal.
 
     Returns:
         A QTensor of x's shape and dtype.
 
     Raises:
         ValueError: unknown format or rounding, a shape it cannot group, parts, importance or out that do not fit.
-        TypeError: x is not floating.
+        TypeError: x is not floating. torch.OutOfMemoryError: not even the smallest tile, a row of groups, fits the
+            device, or the result does not.
     """
-    fmt = get_format(fmt)
+    fmt, x = get_format(fmt), scheduler.source(x)
     ops.check_input(x, fmt)
-    x = x.detach() if device is None else x.detach().to(device)
-    result = _fresh_for(x, fmt) if out is None else _checked_out(out, x, fmt)
-    ops.quantize(
-        x, fmt, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, rounding=rounding, generator=generator,
-        search=search, importance=importance, v=v, min_scale=min_scale, max_scale=max_scale, out=result.parts(),
-    )  # fmt: skip
+    x = x.detach()
+    where = scheduler.placed(x, device, output_device, out)
+    tuned: dict[str, Any] = {"v": v, "min_scale": min_scale, "max_scale": max_scale}
+    if where is not None and any(t is not None for t in tuned.values()):
+        raise ValueError("v, min_scale and max_scale go with a tensor that is computed where it lies; move them first")
+    target = x.device if where is None else where[1]
+    result = (
+        _checked_out(out, x, fmt, target)
+        if out is not None
+        else scheduler.allocated(lambda: _fresh_for(x, fmt, target))
+    )
+    options: dict[str, Any] = {
+        "scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale, "rounding": rounding,
+        "generator": generator, "search": search, "importance": importance,
+    }  # fmt: skip
+    if where is None:
+        ops.quantize(x, fmt, **options, **tuned, out=result.parts())
+    else:
+        scheduler.quantize(x, fmt, where[0], result.parts(), **options, progress=progress)
     return result
 
 
@@ -668,28 +690,51 @@ def quantize_both(
     return rows, columns
 
 
-def _fresh_for(x: Tensor, fmt: Format) -> QTensor:
+def _fresh_for(x: Tensor, fmt: Format, device: torch.device) -> QTensor:
     layout = Layout.of(fmt, tuple(x.shape))
-    return QTensor._wrap(empty(layout.nbytes, torch.uint8, x.device), layout, x.dtype)
+    return QTensor._wrap(empty(layout.nbytes, torch.uint8, device), layout, x.dtype)
 
 
-def _checked_out(out: QTensor, x: Tensor, fmt: Format) -> QTensor:
+def _checked_out(out: QTensor, x: Tensor, fmt: Format, device: torch.device) -> QTensor:
     if not isinstance(out, QTensor):
         raise TypeError(f"out is a QTensor, got {type(out).__name__}; make one with tritonq.quantize")
-    wanted = (fmt, tuple(x.shape), x.dtype, x.device)
+    wanted = (fmt, tuple(x.shape), x.dtype, device)
     if (out.format, tuple(out.shape), out.dtype, out.device) != wanted:
         raise ValueError(
-            f"out has to be a {fmt.name} tensor of shape {tuple(x.shape)}, {x.dtype} on {x.device}, got "
+            f"out has to be a {fmt.name} tensor of shape {tuple(x.shape)}, {x.dtype} on {device}, got "
             f"{out.format.name} of shape {tuple(out.shape)}, {out.dtype} on {out.device}"
         )
     return out
 
 
-def dequantize(q: QTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Dense tensor of a QTensor; see `QTensor.dequantize`."""
+def dequantize(
+    q: QTensor,
+    dtype: torch.dtype | None = None,
+    *,
+    device: scheduler.Devices | None = None,
+    output_device: torch.device | str | None = None,
+    out: Tensor | None = None,
+    progress: scheduler.Progress | bool | None = None,
+) -> Tensor:
+    """Dense tensor of a QTensor; see `QTensor.dequantize`.
+
+    Args:
+        dtype: of the result, bfloat16, float16, float32 or float64; default `out`'s, or q's.
+        device, output_device, progress: as in `quantize`.
+        out: contiguous tensor of q's shape that receives the result where it lies.
+    """
     if not isinstance(q, QTensor):
         raise TypeError(f"expected a QTensor, got {type(q).__name__}")
-    return q.dequantize(dtype)
+    dtype = dtype or (q.dtype if out is None else out.dtype)
+    where = scheduler.placed(q._buf, device, output_device, out)
+    if where is None and out is None:
+        return q.dequantize(dtype)
+    parts = {name: part.contiguous() for name, part in q.parts().items()}
+    if where is None:
+        return ops.dequantize(parts, q.format, tuple(q.shape), dtype, out=out)
+    backends, target = where
+    y = scheduler.result(out, tuple(q.shape), dtype, target)
+    return scheduler.dequantize(parts, q.format, backends, y, progress=progress)
 
 
 torch.serialization.add_safe_globals([QTensor, _rebuild])

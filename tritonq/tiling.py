@@ -7,19 +7,18 @@ naive eager code spends most of its time in page faults of fresh intermediates.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from tritonq import reference
+from tritonq import boxes, memory, reference
 from tritonq.codecs import philox, super_scale
 from tritonq.codecs import scale as scales
 from tritonq.codecs import search as search_codec
 from tritonq.codecs.scratch import reuse
-from tritonq.formats import SUPER_PARTS, Format, Shape
+from tritonq.formats import SUPER_PARTS, ElementType, Format, Shape
 
 SCRATCH = 3 << 20  # bytes of fp32 intermediates of a CPU tile, per thread
 
@@ -125,8 +124,10 @@ def _slabs(
     zero_point: Tensor | None,
     fmt: Format,
     parts: reference.Parts | None = None,
+    before: int = 0,
 ) -> Iterator[_Slab]:
-    """2-D slabs of x without copying it; parts are contiguous. `parts` may hold those of super-groups."""
+    """2-D slabs of x without copying it; parts are contiguous. `parts` may hold those of super-groups. So many elements
+    are `before` x in the tensor that it is a tile of."""
     supers = {name: part for name, part in (parts or {}).items() if name in SUPER_PARTS}
     per_tensor = fmt.group[0] == -1
     for m in matrices(tuple(x.shape), x.stride(), fmt):
@@ -136,7 +137,7 @@ def _slabs(
             def part(t: Tensor | None, m: Matrix = m, b: int = b) -> Tensor | None:
                 return None if t is None else t[m.index].reshape(m.batch, -1, t.shape[-1])[b]
 
-            first = m.first(tuple(x.shape)) + b * m.rows * m.columns
+            first = before + m.first(tuple(x.shape)) + b * m.rows * m.columns
             if per_tensor:
                 yield _Slab(view, part(qdata), scale, zero_point, {}, first)
             else:
@@ -149,11 +150,18 @@ def _slabs(
 _RANDOM = 7  # fp32 tensors' worth of scratch of stochastic rounding: counters, u, neighbours
 
 
-def _budget(device: torch.device, fmt: Format, stochastic: bool = False) -> int:
-    """Elements of a tile."""
+# Tiles are smaller where more than fp32 numbers is held of them: making codes, decoding them, gradients.
+_ENCODED, _DECODED, _CLIPPED = 1 / 2, 3 / 4, 1 / 2
+
+
+def _budget(x: Tensor, fmt: Format, stochastic: bool = False, share: float = 1.0) -> int:
+    """Elements of a tile of x."""
     keeps = max(fmt.element.codec.scratch, 1 if fmt.scale.signed_range else 2)  # |x| beside x
+    keeps += fmt.group[1] > 0 and x.shape[-1] % fmt.group[1] > 0  # padded groups are copies
     keeps += _RANDOM * stochastic + bool(fmt.super_group)
-    return SCRATCH // (4 * keeps) * (torch.get_num_threads() if device.type == "cpu" else 64)
+    if x.device.type != "cpu":
+        return max(1, memory.budget() // (4 * (keeps + 2)))  # buffers are not reused there
+    return int(SCRATCH // (4 * keeps) * torch.get_num_threads() * share)
 
 
 @dataclass(frozen=True)
@@ -195,57 +203,26 @@ class _Tile:
         return qdata[self.rows, self.cols.start * bits // 8 : -(-self.cols.stop * bits // 8)]
 
 
-def _steps(rows: int, columns: int, fmt: Format, budget: int) -> tuple[int, int] | None:
-    """Tile extents that hold whole groups and whole bytes, or None where a group is larger than a tile."""
-    r, c = fmt.group
-    if r == -1:
-        return None
-    aligned = columns if c == -1 or c >= columns else math.lcm(fmt.super_group or c, 8)
-    aligned = min(aligned, columns)
-    if r * columns <= budget:
-        return max(r, budget // max(1, columns) // r * r), columns
-    if r * aligned <= budget or (c > 0 and c % 8) or fmt.super_group:
-        return r, max(aligned, budget // r // aligned * aligned)
-    return None
-
-
 def _windows(slab: Tensor, fmt: Format, budget: int) -> Iterator[list[_Tile]]:
-    """Tiles of a matrix, listed together where they share one scale."""
+    """Tiles of a matrix, listed together where they share one scale: a group that is larger than a tile."""
     rows, columns = slab.shape
-    r, c = fmt.group
-    steps = _steps(rows, columns, fmt, budget)
-    if steps is not None:
-        row_step, col_step = steps
-        for i in range(0, rows, row_step):
-            for j in range(0, columns, col_step):
-                last_row, last_col = min(i + row_step, rows), min(j + col_step, columns)
-                scale_cols = slice(0, 1) if c == -1 else slice(j // c, -(-last_col // c))
-                yield [_Tile(slice(i, last_row), slice(j, last_col), slice(i // r, -(-last_row // r)), scale_cols, fmt)]
-        return
     if rows == 0 or columns == 0:
         return
-    group_rows, group_cols = (rows if r == -1 else r), (columns if c == -1 else c)
+    r, c = fmt.group
+    row_step, col_step = boxes.granule(fmt, columns)
+    # Groups that do not end at whole bytes cannot be cut, nor can super-groups.
+    if r != -1 and (row_step * col_step <= budget or (c > 0 and c % 8) or fmt.super_group):
+        for (i, j), (last_row, last_col) in boxes.cut(boxes.whole((rows, columns)), (row_step, col_step), budget):
+            scale_cols = slice(0, 1) if c == -1 else slice(j // c, -(-last_col // c))
+            yield [_Tile(slice(i, last_row), slice(j, last_col), slice(i // r, -(-last_row // r)), scale_cols, fmt)]
+        return
     single = replace(fmt, group=(-1, -1))
-    col_step = min(group_cols, budget // 8 * 8)
-    row_step = max(1, budget // max(1, col_step))
-    for i in range(0, rows, group_rows):
-        for j in range(0, columns, group_cols):
-            scale_rows, scale_cols = (
-                slice(i // group_rows, i // group_rows + 1),
-                slice(j // group_cols, j // group_cols + 1),
-            )
-            end_row, end_col = min(i + group_rows, rows), min(j + group_cols, columns)
-            yield [
-                _Tile(
-                    slice(a, min(a + row_step, end_row)),
-                    slice(b, min(b + col_step, end_col)),
-                    scale_rows,
-                    scale_cols,
-                    single,
-                )
-                for a in range(i, end_row, row_step)
-                for b in range(j, end_col, col_step)
-            ]  # fmt: skip
+    group_rows, group_cols = (rows if r == -1 else r), (columns if c == -1 else c)
+    for i, j in itertools.product(range(0, rows, group_rows), range(0, columns, group_cols)):
+        scale = slice(i // group_rows, i // group_rows + 1), slice(j // group_cols, j // group_cols + 1)
+        group = boxes.Box((i, j), (min(i + group_rows, rows), min(j + group_cols, columns)))
+        inside = boxes.cut(group, boxes.granule(single, columns), budget)
+        yield [_Tile(slice(top, end), slice(left, right), *scale, single) for (top, left), (end, right) in inside]
 
 
 def _load(slab: _Slab, tile: _Tile) -> Tensor:
@@ -305,7 +282,7 @@ def _apply(
 def tensor_scale(x: Tensor, fmt: Format) -> Tensor:
     """The tensor-wide divisor, fp32 [1], tile by tile."""
     amax = torch.zeros((), device=x.device)
-    budget = _budget(x.device, fmt)
+    budget = _budget(x, fmt)
     whole = replace(fmt, group=(-1, -1))
     with reuse():
         for slab in list(_slabs(x, None, amax.reshape(1), None, whole)):
@@ -384,7 +361,7 @@ def clip_gradient(x: Tensor, dy: Tensor, fmt: Format, parts: reference.Parts, dx
     scale, zero_point, divisor = parts["scale"], parts.get("zero_point"), parts.get("tensor_scale")
     gradients = _slabs(dy, dx, scale, zero_point, fmt)
     for slab, gradient in zip(_slabs(x, dx, scale, zero_point, fmt, parts), gradients, strict=True):
-        for tiles in _windows(slab.x, fmt, _budget(x.device, fmt)):
+        for tiles in _windows(slab.x, fmt, _budget(x, fmt, share=_CLIPPED)):
             for tile in tiles:
                 tile_scale, tile_zero = tile.loaded(slab)
                 assert slab.qdata is not None
@@ -394,14 +371,15 @@ def clip_gradient(x: Tensor, dy: Tensor, fmt: Format, parts: reference.Parts, dx
 
 def encode(
     x: Tensor, fmt: Format, parts: reference.Parts, given: bool, y: Tensor | None = None, scales_only: bool = False,
-    seed: int | None = None,
+    seed: int | None = None, first: int = 0,
 ) -> None:  # fmt: skip
     """Fill parts["scale"] (and what goes with it) unless `given`, and parts["qdata"], or with `y` that tensor (QDQ).
-    With a seed, rounding is stochastic."""
+    With a seed, rounding is stochastic, and `first` is the index of the first element of x in the tensor that it is a
+    tile of."""
     scale, zero_point = parts["scale"], parts.get("zero_point")
     out = None if scales_only else parts["qdata"] if y is None else y
-    budget = _budget(x.device, fmt, seed is not None)
-    slabs = list(_slabs(x, out, scale, zero_point, fmt, parts))
+    budget = _budget(x, fmt, seed is not None, 1.0 if scales_only or y is not None else _ENCODED)
+    slabs = list(_slabs(x, out, scale, zero_point, fmt, parts, first))
     groups = [[(slab, tile) for tile in tiles] for slab in slabs for tiles in _windows(slab.x, fmt, budget)]
     if fmt.group[0] == -1:
         groups = [list(itertools.chain.from_iterable(groups))]
@@ -415,7 +393,7 @@ def encode(
 
 def decode(fmt: Format, parts: reference.Parts, y: Tensor) -> None:
     """Fill contiguous y with dequantized values."""
-    divisor, budget = parts.get("tensor_scale"), _budget(y.device, fmt)
+    divisor, budget = parts.get("tensor_scale"), _budget(y, fmt, share=_DECODED)
     slabs = list(_slabs(y, parts["qdata"], parts["scale"], parts.get("zero_point"), fmt, parts))
     tiles = [(slab, tile) for slab in slabs for group in _windows(slab.x, fmt, budget) for tile in group]
     with reuse():
@@ -427,4 +405,16 @@ def decode(fmt: Format, parts: reference.Parts, y: Tensor) -> None:
             window.copy_(reference.decode(codes, scale, zero, divisor, tile.fmt, shape, y.dtype))
 
 
-__all__ = ["Matrix", "Shape", "decode", "encode", "matrices", "tensor_scale"]
+@reuse()
+def cast(x: Tensor, y: Tensor, element: ElementType) -> None:
+    """Fill y, of x's shape and dtype, with x rounded to numbers of a minifloat; any strides, and y may be x."""
+    budget = SCRATCH // (4 * element.codec.scratch) * (torch.get_num_threads() if x.device.type == "cpu" else 64)
+    if x.numel() <= budget:
+        y.copy_(reference.cast(x, element, y.dtype))
+        return
+    step = max(1, budget * len(x) // x.numel())
+    for source, target in zip(x.split(step), y.split(step), strict=True):
+        cast(source[0], target[0], element) if len(source) == 1 else cast(source, target, element)
+
+
+__all__ = ["Matrix", "Shape", "cast", "decode", "encode", "matrices", "tensor_scale"]

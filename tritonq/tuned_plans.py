@@ -301,7 +301,7 @@ def _apply_plans(
 
     def plan(slab: Slab) -> Plan:
         m = slab[0]
-        config = tuning.flat_config(m.rows, m.columns, fmt)
+        config = tuning.flat_config(m.rows, m.columns, fmt, "apply")
         tiles = -(-m.rows // config["BLOCK_M"]), -(-m.columns // config["BLOCK_N"])
         both = tuple(stride for own in slab for stride in own.strides)
         packing = plans._packing(m, fmt, config, "quantize", aligned)

@@ -40,7 +40,7 @@ _Member = tuple[Views, tiling._Tile]
 def _shared(tensors: Views, fmt: Format) -> list[list[_Member]]:
     """Tiles of whole groups, each alone, or those that make up one large group."""
     x = tensors["x"]
-    budget = tiling._budget(x.device, fmt) // _INTERMEDIATES
+    budget = tiling._budget(x, fmt) // _INTERMEDIATES
     found = [
         [(slab, tile) for tile in tiles]
         for slab in _slabs(tensors, fmt)

@@ -17,13 +17,14 @@ from tritonq.codecs.pack import chunk
 from tritonq.formats import Format
 from tritonq.tuning_files import KNOBS, OPS, Choice
 
-TILE = 4096  # elements a program handles where the group does not ask for more
+TILE = 4096  # elements a program handles at most where the group does not ask for more
+SMALL = 1 << 22  # elements of a tensor of which multiprocessors get so little that waits count more than instructions
 LARGEST_TILE = 32768  # elements of the largest group that stays in the registers of one program
 LONG_ROW = 1 << 17  # rows in between are read twice, the second time from the cache; longer ones by several programs
 ROW_TILE = 4096
 ROW_WARPS = 16
 ELEMENTS_PER_THREAD = 32
-WRITTEN_SLICE = 32  # 64 bytes of bf16
+WRITTEN_SLICE = 16  # a sector of bf16
 PADDED_SLICES = 8  # of a group that is no power of two
 ROW_REGISTERS = 80  # of a thread with 64 elements of a row: fewer than the compiler takes, so that more threads fit
 
@@ -112,7 +113,29 @@ def row_config(choice: Choice | None = None) -> Config:
     return {"BLOCK_N": ROW_TILE, "num_warps": ROW_WARPS}
 
 
-def _slices(columns: int, fmt: Format, mode: str, wanted: int | None = None) -> int:
+def _group_choice(elements: int, fmt: Format, mode: str) -> Choice:
+    """Tile and elements of a thread for `elements` in all, as measured on an H100 (bench/NOTES.md): small tiles end,
+    and let others begin, at different times. Where QDQ leaves 16 elements to a thread, loads and stores overlap better;
+    large tables have too much to look up for that, and packing codes into words wants 32."""
+    rows, cols = fmt.group
+    if rows != 1 or cols == -1:
+        return {"TILE": TILE}
+    if cols != _power(cols):
+        if mode == "qdq":
+            return {"TILE": TILE // 4}
+        return {"TILE": TILE // 4, "PER_THREAD": 32} if elements <= 2 * SMALL else {"TILE": TILE}
+    small = elements <= SMALL
+    if mode == "qdq":
+        looks_up = fmt.element.cells is not None and not small
+        return {"TILE": TILE // 4, "PER_THREAD": 32} if looks_up else {"TILE": TILE // 2, "PER_THREAD": 16}
+    if fmt.bits == 8:
+        return {"TILE": TILE // 2, "PER_THREAD": 16}
+    return {"TILE": TILE // 4, "PER_THREAD": 16 if small and 8 % fmt.bits == 0 else 32}
+
+
+def _slices(
+    columns: int, fmt: Format, mode: str, wanted: int | None = None, per_thread: int = ELEMENTS_PER_THREAD
+) -> int:
     """Into how many slices a group is cut that lie above each other in a tile of `group_kernel`: as many as one thread
     holds, which then works out the scales of fewer groups. An odd multiple of a power of two has slices of that length,
     of which those that are padding cost nothing: 96 elements are three of four slices of 32."""
@@ -124,7 +147,7 @@ def _slices(columns: int, fmt: Format, mode: str, wanted: int | None = None) -> 
         slices = _power(cols // length)
         while mode != "qdq" and length > 16 and 2 * slices <= PADDED_SLICES:  # down to whole sectors
             length, slices = length // 2, 2 * slices
-        fitting = length >= (WRITTEN_SLICE // 2 if mode == "qdq" else 8) and slices <= PADDED_SLICES
+        fitting = length >= (WRITTEN_SLICE if mode == "qdq" else 8) and slices <= PADDED_SLICES
         return slices if fitting and wanted != 1 else 1
     if columns % cols:
         return 1
@@ -133,7 +156,7 @@ def _slices(columns: int, fmt: Format, mode: str, wanted: int | None = None) -> 
     # What a thread reads side by side: 8 elements, or 16 where it then writes 16 codes of 8 bits. Slices of values have
     # to be whole sectors, because values are written as they lie; codes are brought into the order of memory first.
     width = 16 if fmt.bits == 8 and mode != "qdq" else 8
-    return max(1, min(ELEMENTS_PER_THREAD // width, cols // (WRITTEN_SLICE if mode == "qdq" else width)))
+    return max(1, min(per_thread // width, cols // (WRITTEN_SLICE if mode == "qdq" else width)))
 
 
 def _codes_of_words(bits: int) -> int:
@@ -158,16 +181,16 @@ def group_config(
     rows: int, columns: int, fmt: Format, mode: str, choice: Choice | None = None
 ) -> tuple[Config, tuple[int, int]]:
     """Tile of `group_kernel` or `super_group_kernel`, and how many tiles cover [rows, columns]."""
-    choice = _chosen("group", choice)
+    choice = _chosen("group", choice) or _group_choice(rows * columns, fmt, mode)
     r, c = _padded_group(fmt, columns)
     group_columns = 1 if fmt.group[1] == -1 else -(-columns // fmt.group[1])
     group_rows = -(-rows // fmt.group[0])
-    target = max(1, choice.get("TILE", TILE) // (r * c))
+    target = max(1, choice["TILE"] // (r * c))
     groups = max(min(target, _power(group_columns)), fmt.super_group // c)
     m = min(max(1, target // groups), _power(group_rows))
     if c * groups < 8:  # packing works on runs of eight codes
         groups = 8 // c
-    slices = _slices(columns, fmt, mode, choice.get("SLICES"))
+    slices = _slices(columns, fmt, mode, choice.get("SLICES"), choice.get("PER_THREAD", ELEMENTS_PER_THREAD))
     per_thread = 8 * slices if slices > PADDED_SLICES // 2 else None  # slices are for threads, not for warps
     warps = _warps(m * r * groups * c, choice.get("PER_THREAD", per_thread))
     config = {"S": slices, "M": m, "R": r, "GROUPS": groups, "W": c // slices, "num_warps": warps}
@@ -189,7 +212,7 @@ WRITTEN_COLUMNS = 64  # rows of x in a tile of its transpose, at least: bytes th
 
 def both_config(rows: int, columns: int, fmt: Format) -> tuple[Config, tuple[int, int], Config, tuple[int, int]]:
     """Tiles of `both_kernel` of x and of its transpose, and how many of each there are; as many warps for both."""
-    own, tiles = group_config(rows, columns, fmt, "quantize")
+    own, tiles = group_config(rows, columns, fmt, "quantize", {"TILE": TILE})
     r, c = _padded_group(fmt, rows)
     group_rows, group_columns = -(-columns // fmt.group[0]), -(-rows // fmt.group[1])
     groups = max(min(max(1, WRITTEN_COLUMNS // c), _power(group_columns)), 8 // c)
@@ -205,6 +228,11 @@ def hadamard_config(blocks: int) -> Config:
     return {"BLOCKS": taken, "num_warps": _warps(16 * taken)}
 
 
+def cast_config(rows: int, columns: int) -> Config:
+    """Tile of `cast_kernel`, which moves what "apply_qdq" does."""
+    return _block_config(rows, columns, {"TILE": TILE // 4, "PER_THREAD": 8})
+
+
 SEARCH_SCALES = 4  # candidates of one group that a thread holds
 
 
@@ -216,31 +244,52 @@ def search_config(count: int, groups: int) -> Config:
     return {"M": m, "Q": scales, "L": lanes, "num_warps": max(1, min(4, m * lanes // 32))}
 
 
-def _block_n(columns: int) -> int:
+def _block_n(columns: int, tile: int) -> int:
     """The widest tile that wastes at most a sixteenth of its lanes on a row; a narrow one where none does."""
-    for block in (TILE, TILE // 2, TILE // 4):
+    for block in (tile, tile // 2, tile // 4):
         if -columns % block <= columns // 16:
             return block
-    return min(TILE, max(8, _power(columns)))
+    return min(tile, max(8, _power(columns)))
 
 
 def _block_config(rows: int, columns: int, choice: Choice) -> Config:
-    block_n = min(choice["BLOCK_N"], max(8, _power(columns))) if choice else _block_n(columns)
-    while choice and block_n > 256 and -columns % block_n > columns // 16:  # measured where more columns divide by it
-        block_n //= 2
-    block_m = min(max(1, choice.get("TILE", TILE) // block_n), _power(rows))
-    return {
-        "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": _warps(block_m * block_n, choice.get("PER_THREAD"))
-    }  # fmt: skip
+    """A choice without BLOCK_N, a heuristic's, takes what suits the rows."""
+    if "BLOCK_N" not in choice:
+        block_n = _block_n(columns, choice["TILE"])
+    else:
+        block_n = min(choice["BLOCK_N"], max(8, _power(columns)))
+        while block_n > 256 and -columns % block_n > columns // 16:  # measured where more columns divide by it
+            block_n //= 2
+    block_m = min(max(1, choice["TILE"] // block_n), _power(rows))
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": _warps(block_m * block_n, choice["PER_THREAD"])}
 
 
-def flat_config(rows: int, columns: int, fmt: Format, choice: Choice | None = None) -> Config:
-    """Tile of `apply_kernel` and `dequantize_kernel`."""
-    return _block_config(rows, columns, _chosen("flat", choice))
+def _flat_choice(elements: int, fmt: Format, op: str) -> Choice:
+    """Tile and elements of a thread of "apply", "apply_qdq" and "dequantize", as measured on an H100."""
+    small, (rows, cols) = elements <= SMALL, fmt.group
+    if op == "apply_qdq":
+        return {"TILE": TILE // 4, "PER_THREAD": 8}
+    if op == "apply":
+        return {"TILE": TILE // 4, "PER_THREAD": 16 if small and 8 % fmt.bits == 0 else 32}
+    if elements <= SMALL // 4 and 8 % fmt.bits == 0 and not fmt.super_group:
+        return {"TILE": TILE // 4, "PER_THREAD": 16 if fmt.bits == 8 else 8}
+    if small:
+        return {"TILE": TILE // 4, "PER_THREAD": 32}
+    if elements > 4 * SMALL and rows == 1 and cols > 0 and not fmt.super_group:  # from 64 MiB of bf16 on
+        if fmt.bits == 8 or (fmt.bits == 4 and cols >= 64):
+            return {"TILE": TILE // 4, "PER_THREAD": 8}  # each store of a warp is whole lines
+        if fmt.bits != 4:
+            return {"TILE": TILE // 4, "PER_THREAD": 32}
+    return {"TILE": TILE, "PER_THREAD": 32}
+
+
+def flat_config(rows: int, columns: int, fmt: Format, op: str, choice: Choice | None = None) -> Config:
+    """Tile of `apply_kernel` ("apply", "apply_qdq") and `dequantize_kernel` ("dequantize")."""
+    return _block_config(rows, columns, _chosen("flat", choice) or _flat_choice(rows * columns, fmt, op))
 
 
 def keys_config(rows: int, columns: int, choice: Choice | None = None) -> Config:
-    return _block_config(rows, columns, _chosen("keys", choice))
+    return _block_config(rows, columns, _chosen("keys", choice) or {"TILE": TILE // 2, "PER_THREAD": 16})
 
 
 def splits(groups: int, rows: int, columns: int, config: Config, processors: int) -> int:
@@ -274,10 +323,10 @@ def configure(op: str, fmt: Format, rows: int, columns: int, choice: Choice) -> 
         return group_config(rows, columns, fmt, op, choice)[0]
     if kernel == "row":
         return row_config(choice)
-    return flat_config(rows, columns, fmt, choice) if kernel == "flat" else keys_config(rows, columns, choice)
+    return flat_config(rows, columns, fmt, op, choice) if kernel == "flat" else keys_config(rows, columns, choice)
 
 
-_QUICK = {"TILE": (2048, 4096, 8192), "PER_THREAD": (16, 32), "SLICES": (1, 2, 4), "BLOCK_N": (1024, 4096)}
+_QUICK = {"TILE": (1024, 2048, 4096), "PER_THREAD": (8, 16, 32), "SLICES": (1, 2, 4), "BLOCK_N": (1024, 4096)}
 
 
 def candidates(op: str, fmt: Format, rows: int, columns: int, quick: bool = False) -> list[Choice]:

@@ -30,7 +30,7 @@ Choice = dict[str, int]  # all knobs of a kernel, or none: the heuristic
 KNOBS: dict[str, dict[str, tuple[int, ...]]] = {
     "group": {"TILE": (1024, 2048, 4096, 8192), "PER_THREAD": (16, 32, 64), "SLICES": (1, 2, 4, 8)},
     "row": {"TILE": (2048, 4096, 8192), "PER_THREAD": (8, 16, 32)},
-    "flat": {"TILE": (1024, 2048, 4096, 8192), "PER_THREAD": (16, 32, 64), "BLOCK_N": (256, 1024, 2048, 4096, 8192)},
+    "flat": {"TILE": (1024, 2048, 4096, 8192), "PER_THREAD": (8, 16, 32, 64), "BLOCK_N": (256, 1024, 2048, 4096, 8192)},
     "keys": {"TILE": (2048, 4096, 8192), "PER_THREAD": (16, 32, 64), "BLOCK_N": (1024, 2048, 4096, 8192)},
 }
 # Op, which is a kernel in one mode and the name of a file -> kernel.

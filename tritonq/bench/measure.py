@@ -165,6 +165,17 @@ def _copy(x: Tensor) -> Row:
     }  # fmt: skip
 
 
+EQUAL_COPIES = 64 << 20  # largest tensor whose ops are also compared with a copy that moves as many bytes
+
+
+@functools.cache
+def _equal_copy_us(nbytes: int, device: torch.device) -> float:
+    """A copy that moves `nbytes` in all. Small tensors spend most of their time on a launch and a wait, so where fewer
+    bytes move, less bandwidth is within anyone's reach."""
+    us: float = _copy(torch.randn(max(1, nbytes // 4), device=device).to(torch.bfloat16))["us"]
+    return us
+
+
 def bench_format(fmt: Format, x: Tensor, copy_gb_per_s: float, labels: tuple[str, ...]) -> list[Row]:
     """A row for every operation of one format. Raises Mismatch where the GPU and the CPU path differ."""
     verified, rows = verify(fmt, x), []
@@ -178,10 +189,11 @@ def bench_format(fmt: Format, x: Tensor, copy_gb_per_s: float, labels: tuple[str
         del arguments
         nbytes = cases.moved_bytes(fmt, op, shape, x.dtype.itemsize)
         speed = nbytes / us / 1e3
+        equal = {"of_equal_copy": round(_equal_copy_us(nbytes, x.device) / us, 4)} if x.nbytes <= EQUAL_COPIES else {}
         rows.append({
             "format": fmt.name, "op": op, "shape": list(shape), "dtype": str(x.dtype).removeprefix("torch."),
             "us": round(us, 2), "eager_us": round(eager_us, 2), "bytes": nbytes, "gb_per_s": round(speed, 1),
-            "of_copy": round(speed / copy_gb_per_s, 4), "verified": verified, "inputs": len(inputs),
+            "of_copy": round(speed / copy_gb_per_s, 4), **equal, "verified": verified, "inputs": len(inputs),
             "peers": {
                 one.label: _against(one, inputs, expected, us) for one in peers.peers(fmt, op, x, labels)
             },

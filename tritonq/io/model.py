@@ -50,6 +50,14 @@ def save_pretrained(
         raise ValueError(f"this {type(model).__name__} is not quantized; call tritonq.quantize_(model, scheme) first")
     if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
         raise ValueError(f"{type(model).__name__} has no transformers config; only transformers models can be saved")
+    for name, module in model.named_modules():
+        if getattr(module, "input_scale", None) is not None or not _covers_all(
+            getattr(module, "input_global_scale", None)
+        ):
+            raise ValueError(
+                f"{name} has static scales of inputs, which exports do not hold yet; train with inputs='dynamic', or "
+                "keep the model with torch.save"
+            )
     limit = writer.parse_size(max_shard_size)
     destination = folder.Destination(dst, force)
     quantized, dense = _parameters(model)
@@ -88,6 +96,11 @@ def save_pretrained(
         )
         (path / "README.md").write_text(text, encoding="utf-8")
     return destination.path
+
+
+def _covers_all(divisor: Tensor | None) -> bool:
+    """Whether a tensor-wide divisor of inputs is the one that is written, of a model without calibration."""
+    return divisor is None or bool((divisor == 1).all())
 
 
 def _is_quantized(value: Any) -> bool:

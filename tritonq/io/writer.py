@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from tritonq import memory
 from tritonq.formats import Shape
 from tritonq.io.source import DTYPES, INDEX, SINGLE, natural
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _TILE = 1 << 22  # elements that are converted at a time
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,7 @@ def _nbytes(shape: Shape, dtype: torch.dtype) -> int:
 
 def parse_size(size: int | str) -> int:
     """Bytes of a number or of a text such as "2GB" (10^9) or "256MiB" (2^20). ValueError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise ValueError(
-            f"max_shard_size {size!r} is not a size; write bytes, or a number with MB, GB, MiB or GiB such as 2GB"
-        )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return memory.parse_size(size, "max_shard_size")
 
 
 def split(entries: Iterable[Entry], max_bytes: int) -> dict[str, list[Entry]]:

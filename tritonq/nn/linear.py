@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -11,15 +9,22 @@ from tritonq.autograd import qdq
 from tritonq.formats import Format
 from tritonq.tensor import QTensor
 
+# Parts of a Format that inputs may be given, and the buffers that hold them.
+STATIC = {"scale": "input_scale", "zero_point": "input_zero_point", "tensor_scale": "input_global_scale"}
+
 
 class QLinear(nn.Linear):
     """nn.Linear with a quantized weight [out_features, in_features] and, optionally, inputs quantized on the fly.
 
     `input_format` is the Format of the inputs (None leaves them alone); with a two-level format `input_global_scale` is
     its tensor-wide divisor, fp32 [1]. Without calibration data that is 1, which covers inputs up to 2688 in magnitude.
+    `input_scale` (and `input_zero_point`) are static scales of the inputs where calibration or training found some, in
+    the shape and dtype of `Format.storage`; None has each call compute its own.
     """
 
     input_format: Format | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
     input_global_scale: Tensor | None
 
     @classmethod
@@ -33,6 +38,8 @@ class QLinear(nn.Linear):
         self.input_format = input_format
         needs_divisor = input_format is not None and input_format.tensor_scale
         divisor = torch.ones(1, dtype=torch.float32, device=weight.device) if needs_divisor else None
+        self.register_buffer("input_scale", None)
+        self.register_buffer("input_zero_point", None)
         self.register_buffer("input_global_scale", divisor, persistent=needs_divisor)
         self.train(linear.training)
         for name, hook in linear.__dict__.items():
@@ -42,10 +49,8 @@ class QLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.input_format is not None:
-            given: dict[str, Any] = {}
-            if self.input_global_scale is not None:
-                given["tensor_scale"] = self.input_global_scale
-            input = qdq(input, self.input_format, **given)
+            parts = {name: getattr(self, buffer) for name, buffer in STATIC.items()}
+            input = qdq(input, self.input_format, **parts)
         return nn.functional.linear(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from tritonq import ops
+from tritonq import ops, scheduler
 from tritonq.codecs import scale as scales
 from tritonq.formats import Format
 from tritonq.nn.linear import QLinear
 from tritonq.nn.schemes import Scheme, get_scheme
 from tritonq.nn.select import Selection, linear_modules, sharing_key
+from tritonq.progress import progress_bar
 from tritonq.tensor import QTensor, quantize
-
-
-def progress_bar(enabled: bool) -> Progress:
-    """A bar with an ETA on stderr; silent where stderr is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(
-        *columns, console=Console(stderr=True), transient=True, disable=not (enabled and sys.stderr.isatty())
-    )
 
 
 def expert_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
@@ -59,51 +50,61 @@ def check_finite(q: QTensor, dense: Tensor, name: str) -> None:
         )
 
 
-def _shared_divisors(weights: list[tuple[str, Tensor, Format]]) -> dict[str, Tensor]:
-    """Tensor-wide divisors by module name where several layers share one: the smallest of the set."""
-    sets: dict[str, list[tuple[str, Tensor, Format]]] = {}
+Weight = tuple[str, Tensor, Format]  # name, the dense weight, what it is quantized to
+
+
+def sharing_sets(weights: list[Weight]) -> list[list[Weight]]:
+    """The weights that share a tensor-wide divisor with others."""
+    sets: dict[str, list[Weight]] = {}
     for name, weight, fmt in weights:
         key = sharing_key(name, fmt)
         if key is not None and fmt.tensor_scale:
             sets.setdefault(key, []).append((name, weight, fmt))
+    return list(sets.values())
+
+
+def smallest_divisor(weights: Iterable[Tensor], fmt: Format, device: scheduler.Devices | None = None) -> Tensor:
+    """The tensor-wide divisor that weights share, fp32 [1], computed on `device` or where they are."""
+    divisors = [
+        ops.tensor_scale(w.detach(), fmt) if device is None else scheduler.tensor_scale(w, fmt, device) for w in weights
+    ]
+    return torch.stack([divisor.to(divisors[0].device) for divisor in divisors]).amin(0)
+
+
+def _shared_divisors(weights: list[Weight], device: scheduler.Devices | None) -> dict[str, Tensor]:
+    """Divisors by module name where several layers share one."""
     shared = {}
-    for members in sets.values():
-        divisors = [ops.tensor_scale(weight.detach(), fmt).cpu() for _, weight, fmt in members]
-        smallest = torch.stack(divisors).amin(0)
+    for members in sharing_sets(weights):
+        smallest = smallest_divisor([weight for _, weight, _ in members], members[0][2], device)
         shared.update({name: smallest for name, _, _ in members})
     return shared
 
 
-def quantize_(
-    model: nn.Module,
-    scheme: str | Scheme,
-    *,
-    ignore: Iterable[str] = (),
-    group_size: int | None = None,
-    search: str | bool | None = None,
-    device: torch.device | str | None = None,
-    progress: bool = True,
-) -> nn.Module:
-    """Quantize the linear layers of `model` in place, fused experts (rank-3 parameters) included; returns the model.
+@dataclass
+class Targets:
+    """What a scheme applies to in a model: (name, linear layer), (name, module of experts, parameter name), and the
+    names of layers that are left alone."""
 
-    Output heads, embeddings and MoE routers stay as they are. Layers become `nn.Linear` subclasses whose `.weight` is a
-    QTensor parameter; parameter names do not change.
+    linears: list[tuple[str, nn.Linear]]
+    experts: list[tuple[str, nn.Module, str]]
+    ignored: list[str]
 
-    Args:
-        scheme: a name of `SCHEMES`, such as "W4A16", "FP8_DYNAMIC", "MXFP4A16", "NVFP4".
-        ignore: more modules to leave alone: full names, last names such as "down_proj", or "re:" with a regex.
-        group_size: another group size than the scheme's, for schemes with groups of integers or of a table.
-        search: scale search of the weights, as in `tritonq.quantize`; None is "mse" for codes of 4 bits and less, False
-            the scale rule of the format.
-        device: where to quantize, such as "cuda"; the result stays where the weight was.
-        progress: show a progress bar on a terminal.
+    @property
+    def weights(self) -> list[tuple[str, Tensor]]:
+        """Parameters by the name of their linear layer, or by their own among experts."""
+        experts = [(name, getattr(module, key)) for name, module, key in self.experts]
+        return [(name, module.weight) for name, module in self.linears] + experts
+
+    def formats(self, scheme: Scheme, group_size: int | None) -> list[Weight]:
+        return [(name, weight, scheme.weight_format(weight.dtype, group_size)) for name, weight in self.weights]
+
+
+def find_targets(model: nn.Module, ignore: Iterable[str]) -> Targets:
+    """The dense linear layers and fused experts that `ignore` leaves.
 
     Raises:
-        ValueError: unknown scheme, an ignore entry that matches nothing, nothing to quantize, or a weight with NaN or
-            infinity (which is named; the model is then unchanged).
+        ValueError: an ignore entry that matches nothing, nothing to quantize, or weights without values.
     """
-    scheme = get_scheme(scheme)
-    search = scheme.search(search)
     selection = Selection(ignore)
     linears, experts, ignored = [], [], []
     own = linear_modules(model)
@@ -123,35 +124,83 @@ def quantize_(
         raise ValueError("a bare nn.Linear cannot be replaced in place; put it into a module")
     if not linears and not experts:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize (all ignored, or quantized already)")
-
     meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if meta is not None:
         raise ValueError(f"{meta} is on the meta device and has no values; load the weights first")
+    return Targets(linears, experts, ignored)  # type: ignore[arg-type]
 
-    weights = [(name, module.weight) for name, module in linears] + [(n, getattr(m, key)) for n, m, key in experts]
-    jobs = [(name, weight, scheme.weight_format(weight.dtype, group_size)) for name, weight in weights]
-    divisors = _shared_divisors(jobs)
+
+def quantize_targets(
+    model: nn.Module,
+    targets: Targets,
+    scheme: Scheme,
+    *,
+    group_size: int | None,
+    search: str | bool,
+    device: scheduler.Devices | None,
+    progress: bool,
+) -> dict[int, QLinear]:
+    """Quantize what was found; the new layers by the identity of those that they replace. Raises, with the model
+    unchanged, where a weight has NaN or infinity."""
+    jobs = targets.formats(scheme, group_size)
+    divisors = _shared_divisors(jobs, device)
     quantized: dict[int, nn.Parameter] = {}  # by identity: tied weights stay tied
     with progress_bar(progress) as bar:
         task = bar.add_task(f"quantizing to {scheme.name}", total=len(jobs))
         for name, weight, fmt in jobs:
             if id(weight) not in quantized:
-                where = weight.device if device is None else torch.device(device)
-                dense = weight.detach().to(where)
                 divisor = divisors.get(name)
-                divisor = None if divisor is None else divisor.to(where)
-                q = quantize(dense, fmt, tensor_scale=divisor, search=search)
-                check_finite(q, dense, name)
-                quantized[id(weight)] = nn.Parameter(q.to(weight.device), requires_grad=False)
+                divisor = None if divisor is None else divisor.to(weight.device)
+                q = quantize(
+                    weight, fmt, tensor_scale=divisor, search=search, device=device, output_device=weight.device
+                )
+                check_finite(q, weight.detach(), name)
+                quantized[id(weight)] = nn.Parameter(q, requires_grad=False)
             bar.advance(task)
-    layers = {id(m): QLinear.adopt(m, quantized[id(m.weight)], scheme.input_format) for _, m in linears}
+    layers = {id(m): QLinear.adopt(m, quantized[id(m.weight)], scheme.input_format) for _, m in targets.linears}
     for parent in list(model.modules()):  # one module may sit in several places
         for key, child in parent._modules.items():
             if id(child) in layers:
                 parent._modules[key] = layers[id(child)]
-    for _, module, key in experts:
+    for _, module, key in targets.experts:
         setattr(module, key, quantized[id(getattr(module, key))])
     model.tritonq_scheme = scheme  # type: ignore[assignment]
     model.tritonq_group_size = group_size  # type: ignore[assignment]
-    model.tritonq_ignored = tuple(ignored)  # type: ignore[assignment]
+    model.tritonq_ignored = tuple(targets.ignored)  # type: ignore[assignment]
+    return layers
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: str | Scheme,
+    *,
+    ignore: Iterable[str] = (),
+    group_size: int | None = None,
+    search: str | bool | None = None,
+    device: scheduler.Devices | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Quantize the linear layers of `model` in place, fused experts (rank-3 parameters) included; returns the model.
+
+    Output heads, embeddings and MoE routers stay as they are. Layers become `nn.Linear` subclasses whose `.weight` is a
+    QTensor parameter; parameter names do not change.
+
+    Args:
+        scheme: a name of `SCHEMES`, such as "W4A16", "FP8_DYNAMIC", "MXFP4A16", "NVFP4".
+        ignore: more modules to leave alone: full names, last names such as "down_proj", or "re:" with a regex.
+        group_size: another group size than the scheme's, for schemes with groups of integers or of a table.
+        search: scale search of the weights, as in `tritonq.quantize`; None is "mse" for codes of 4 bits and less, False
+            the scale rule of the format.
+        device: where to quantize, such as "cuda" or a list of devices, through which weights stream that lie elsewhere;
+            the result stays where the weight was.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: unknown scheme, an ignore entry that matches nothing, nothing to quantize, or a weight with NaN or
+            infinity (which is named; the model is then unchanged).
+    """
+    scheme = get_scheme(scheme)
+    search = scheme.search(search)
+    targets = find_targets(model, ignore)
+    quantize_targets(model, targets, scheme, group_size=group_size, search=search, device=device, progress=progress)
     return model

@@ -1,0 +1,121 @@
+"""Where tiles are computed: a device, its memory and its streams, behind the few calls that the scheduler makes.
+
+Work goes to one of three lanes, "in" (copies to the device), "compute" and "out" (copies from it), which run beside
+each other. `submit` returns an event that has passed when the work has ended; work waits on the device for the events
+it names, and the host for an event only in `wait`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Event = Any  # of a backend; None has passed
+
+
+class Backend:
+    """A device without streams: what is submitted has happened when `submit` returns.
+
+    Attributes:
+        device: where tensors of this backend lie.
+        depth: how many tiles are on their way at a time.
+    """
+
+    depth = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether kernels of this device read and write a tensor where it is."""
+        return tensor.device == self.device
+
+    def copies(self, tensor: Tensor) -> bool:
+        """Whether a tensor elsewhere can be copied from and to without the host taking part."""
+        return True
+
+    def empty(self, nbytes: int) -> Tensor:
+        """Bytes on the device."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def staging(self, nbytes: int) -> Tensor:
+        """Bytes of the host that can be copied from and to without the host taking part."""
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def submit(self, lane: str, function: Callable[[], object], *after: Event) -> Event:
+        """Run `function` on a lane after these events; the event of its end."""
+        function()
+        return None
+
+    def wait(self, event: Event) -> None:
+        """Hold the host until an event has passed."""
+
+    def join(self) -> None:
+        """Let whatever follows on the lane "compute" come after all that was submitted."""
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Make this the current device."""
+        yield
+
+
+@functools.lru_cache(maxsize=64)
+def _copy_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
+class Cuda(Backend):
+    """A GPU. The lane "compute" is the stream that is the caller's current one when this is made, so that results
+    follow it as those of any other operation. torch keeps freed pinned memory, and hands it out again once the copies
+    that it was part of have ended; so staging buffers are reused from call to call."""
+
+    depth = 3
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
+        into, out = _copy_streams(self.device)
+        self._streams = {"in": into, "compute": torch.cuda.current_stream(self.device), "out": out}
+
+    def copies(self, tensor: Tensor) -> bool:
+        return tensor.is_contiguous() and not tensor.is_neg() and (tensor.is_cuda or tensor.is_pinned())
+
+    def staging(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def submit(self, lane: str, function: Callable[[], object], *after: Event) -> Event:
+        stream = self._streams[lane]
+        with torch.cuda.stream(stream):
+            for event in after:
+                if event is not None:
+                    stream.wait_event(event)
+            function()
+            return stream.record_event()
+
+    def wait(self, event: Event) -> None:
+        if event is not None:
+            event.synchronize()
+
+    def join(self) -> None:
+        for lane in ("in", "out"):
+            self._streams["compute"].wait_stream(self._streams[lane])
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        with torch.cuda.device(self.device), torch.cuda.stream(self._streams["compute"]):
+            yield
+
+
+Device = torch.device | str | Backend
+
+
+def backend(device: Device) -> Backend:
+    """The backend of a device; one that is passed in as it is."""
+    if isinstance(device, Backend):
+        return device
+    found = torch.device(device)
+    return Cuda(found) if found.type == "cuda" else Backend(found)
