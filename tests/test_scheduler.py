@@ -446,7 +446,7 @@ def test_gpu_streams(name, pinned):
                 before = allocated()
                 torch.cuda.reset_peak_memory_stats()
                 q = tq.quantize(x, name, device="cuda")
-                row = 2 * 3 * 2 * max(fmt.group[0], 1) * x.shape[1]  # blocks of many rows are larger than 2 MiB in all
+                row = 6 * max(fmt.group[0], 1) * x.shape[1]  # bytes in and out of a row of blocks
                 peak = torch.cuda.max_memory_allocated() - before - q._buf.nbytes
             assert peak <= max(size, row) + (1 << 20)
             assert_same_parts(
@@ -497,28 +497,41 @@ def test_gpu_source_may_change_after_the_call():
     assert_same_parts({n: p.cpu() for n, p in q.parts().items()}, {n: p.cpu() for n, p in expected.parts().items()})
 
 
-@pytest.mark.gpu
-def test_gpu_runs_out_of_memory():
-    """A plan that does not fit goes on in smaller tiles; one that cannot says why."""
-    x = dense((16384, 4096))  # 128 MiB
-    expected = tq.qdq(x.cuda(), "int4_g128").cpu()
+@pytest.fixture
+def little_memory():
+    """A function that leaves so many MiB of the GPU to this process."""
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    used = torch.cuda.memory_reserved()
-    try:
-        torch.cuda.set_per_process_memory_fraction((used + (48 << 20)) / total)
-        with tq.workspace("1GiB"):
-            y = tq.qdq(x, "int4_g128", device="cuda", output_device="cpu")
+
+    def leave(mib):
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1e-6)
-        with pytest.raises(torch.OutOfMemoryError, match=r"smallest.*bytes are free.*workspace is"):
-            tq.qdq(x, "int4_g128", device="cuda", output_device="cpu")
-        with pytest.raises(torch.OutOfMemoryError, match="output_device='cpu'"):
-            tq.qdq(x, "int4_g128", device="cuda")
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    assert_same(y, expected)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (mib << 20)) / total)
+
+    yield leave
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.gpu
+def test_gpu_runs_out_of_memory(little_memory):
+    """A plan that does not fit goes on in smaller tiles."""
+    x = dense((16384, 4096))  # 128 MiB, of which six times 32 would be on their way
+    expected = {name: tq.qdq(x.cuda(), name).cpu() for name in ("int4_g128", "nvfp4")}
+    little_memory(48)
+    for name, y in expected.items():
+        with tq.workspace("1GiB"):
+            assert_same(tq.qdq(x, name, device="cuda", output_device="cpu"), y)
+
+
+@pytest.mark.gpu
+def test_gpu_smallest_tile_does_not_fit(little_memory):
+    """A row of 32 MiB has one scale."""
+    x = torch.zeros(2, 16 << 20, dtype=torch.bfloat16)
+    tq.qdq(x, "int8_channel", device="cuda", output_device="cpu")
+    little_memory(24)
+    with pytest.raises(torch.OutOfMemoryError, match=r"smallest.*bytes are free.*workspace is 67108864 bytes"):
+        tq.qdq(x, "int8_channel", device="cuda", output_device="cpu")
+    with pytest.raises(torch.OutOfMemoryError, match=r"no memory for the result.*output_device='cpu'"):
+        tq.qdq(x, "int8_channel", device="cuda")
 
 
 @pytest.mark.gpu
