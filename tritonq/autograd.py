@@ -159,10 +159,14 @@ def qdq(
         options = {**given, "rounding": rounding, "generator": generator, "search": search, "importance": importance}
         return _qdq_elsewhere(scheduler.source(x), fmt, device, output_device, out, progress, options)
     if search or importance is not None:
-        found = ops.quantize(
-            x, fmt, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, search=search, importance=importance
-        )
-        given = {name: part for name, part in found.items() if name != "qdata"}
+        ops.check_search(search, importance, x, scale is not None)
+        if not (_differentiates(x) or ops.traced(x)):  # scales of a tile at a time
+            out = scheduler.result(None, tuple(x.shape), x.dtype, x.device)
+            return scheduler.qdq(
+                x, fmt, x.device, out, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, rounding=rounding,
+                generator=generator, search=search, importance=importance,
+            )  # fmt: skip
+        given = {**ops.searched_scales(x, fmt, tensor_scale=tensor_scale, search=search, importance=importance)}
     present = {name: value for name, value in given.items() if value is not None}
     if _differentiates(x):
         how = {"rounding": rounding, "generator": generator}
