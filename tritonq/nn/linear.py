@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,20 @@ from tritonq.tensor import QTensor
 STATIC = {"scale": "input_scale", "zero_point": "input_zero_point", "tensor_scale": "input_global_scale"}
 
 
-class QLinear(nn.Linear):
+class KeepsBuffers(nn.Linear):
+    """A linear layer whose buffers (scales, ranges) keep their dtype when the model is cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsBuffers:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if buffer is not None and now is not None and now.dtype is not buffer.dtype:
+                self._buffers[name] = buffer.to(now.device)
+        return self
+
+
+class QLinear(KeepsBuffers):
     """nn.Linear with a quantized weight [out_features, in_features] and, optionally, inputs quantized on the fly.
 
     `input_format` is the Format of the inputs (None leaves them alone); with a two-level format `input_global_scale` is
