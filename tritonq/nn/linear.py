@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,13 @@ class QLinear(KeepsBuffers):
             parts = {name: getattr(self, buffer) for name, buffer in STATIC.items()}
             input = qdq(input, self.input_format, **parts)
         return nn.functional.linear(input, self.weight, self.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in STATIC.values():  # of a model whose inputs have static scales
+            found = state_dict.get(prefix + name)
+            if found is not None and getattr(self, name) is None and self.input_format is not None:
+                self.register_buffer(name, torch.empty_like(found, device=self.weight.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         inputs = "" if self.input_format is None else f", inputs={self.input_format.name}"
