@@ -49,8 +49,39 @@ def upstream(x, fmt):
     return lambda: gradient(x, dy, fmt)
 
 
-# Name: (what is prepared and not counted) -> the call that is measured. QDQ with tuning parameters (v, min_scale,
-# max_scale) and its gradients belong here, with a limit in `limit`.
+def parameters(x, fmt):
+    """v, min_scale and max_scale where tuning starts."""
+    ratio = torch.ones(fmt.scale_shape(tuple(x.shape)), device=x.device)
+    return {"v": torch.zeros(x.shape, device=x.device), "min_scale": ratio, "max_scale": ratio.clone()}
+
+
+def tuned(x, fmt):
+    """Forward and backward: y and the gradients of the parameters."""
+    given, dy = {name: p.requires_grad_() for name, p in parameters(x, fmt).items()}, torch.randn_like(x)
+
+    def call():
+        for p in given.values():
+            p.grad = None
+        y = tq.qdq(x, fmt, **given)
+        y.backward(dy)
+        return y.detach(), *[p.grad for p in given.values()]
+
+    return call
+
+
+def stepped(x, fmt):
+    """The same with the step inside backward: y alone."""
+    given, dy, step = parameters(x, fmt), torch.randn_like(x), tq.SignStep(0.005, device=x.device)
+
+    def call():
+        y = tq.qdq(x, fmt, **given, step=step)
+        y.backward(dy)
+        return y.detach()
+
+    return call
+
+
+# Name: (what is prepared and not counted) -> the call that is measured.
 OPS = {
     "quantize": lambda x, fmt: lambda: tq.quantize(x, fmt),
     "qdq": lambda x, fmt: lambda: tq.qdq(x, fmt),
@@ -60,6 +91,8 @@ OPS = {
     "both": lambda x, fmt: lambda: tq.quantize_both(x, fmt),
     "search": lambda x, fmt: lambda: tq.quantize(x, fmt, search="mse"),
     "search_qdq": lambda x, fmt: lambda: tq.qdq(x, fmt, search="mse"),
+    "tuned": tuned,
+    "stepped": stepped,
 }
 
 
@@ -74,6 +107,8 @@ def limit(op, fmt, x):
         return memory.budget() + fmt.nbytes(tuple(x.shape)) - fmt.row_bytes(x.shape[1]) * x.shape[0]
     if op in ("search", "search_qdq"):
         return memory.budget()
+    if op in ("tuned", "stepped"):
+        return MIB if tuning.fits_tile(fmt, x.shape[1]) else memory.budget()
     if op in ("qdq", "stochastic") and leaves_scales(fmt, x.shape[1], op == "stochastic"):
         return memory.budget()
     return MIB
@@ -134,7 +169,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("op", ["quantize", "qdq", "dequantize", "gradient"])
+@pytest.mark.parametrize("op", ["quantize", "qdq", "dequantize", "gradient", "tuned", "stepped"])
 @pytest.mark.parametrize("name", ON_CPU)
 def test_cpu(name, op, two_threads):
     """Tiles of 3 MiB a thread and what their arithmetic takes, never a tensor of the size of x (8 MiB, 16 as fp32)."""
@@ -170,6 +205,7 @@ def test_every_operation_is_here():
     """A new function of the package that returns tensors has to be measured, or named here."""
     measured = {"quantize", "dequantize", "qdq", "quantize_both", "hadamard"}
     others = {"swizzle", "unswizzle", "quantize_", "quantize_checkpoint", "save_pretrained", "get_format", "get_scheme",
-              "integer", "lookup", "minifloat", "register", "workspace"}  # fmt: skip
+              "integer", "lookup", "minifloat", "register", "workspace", "fake_quantize_", "convert_",
+              "freeze_observers_", "remove_fake_quantize_"}  # fmt: skip
     functions = {name for name in tq.__all__ if callable(getattr(tq, name)) and name[0].islower()}
     assert functions == measured | others
