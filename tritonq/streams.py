@@ -78,7 +78,7 @@ class Cuda(Backend):
     follow it as those of any other operation. torch keeps freed pinned memory, and hands it out again once the copies
     that it was part of have ended; so staging buffers are reused from call to call."""
 
-    depth = 3
+    depth = 2
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
