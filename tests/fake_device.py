@@ -1,6 +1,8 @@
 """A device that is none: memory of its own, streams whose work waits in queues, faults on demand."""
 
+import contextlib
 import random
+import threading
 import weakref
 
 import torch
@@ -28,11 +30,12 @@ class FakeDevice(streams.Backend):
 
     depth = 3
 
-    def __init__(self, pinned=False, lazy=True, faults=(), capacity=None, seed=0):
+    def __init__(self, pinned=False, lazy=True, faults=(), capacity=None, seed=0, workers=1):
         super().__init__(torch.device("cpu"))
         self.pinned, self.lazy, self.faults, self.capacity = pinned, lazy, set(faults), capacity
         self.queues = {"in": [], "compute": [], "out": []}
-        self.random = random.Random(seed)
+        self.random, self.workers = random.Random(seed), workers
+        self._lock = threading.RLock() if workers > 1 else contextlib.nullcontext()  # devices wait for each other
         self.spans, self.live, self.peak, self.counts = {}, 0, 0, {"empty": 0, "compute": 0}
 
     def _fault(self, kind):
@@ -41,12 +44,16 @@ class FakeDevice(streams.Backend):
             raise torch.OutOfMemoryError(f"fake device: {kind} {self.counts[kind] - 1}")
 
     def holds(self, tensor):
-        return any(start <= tensor.data_ptr() < end for start, end in self.spans.values())
+        return any(start <= tensor.data_ptr() < end for start, end in list(self.spans.values()))
 
     def copies(self, tensor):
         return self.pinned and tensor.is_contiguous()
 
     def empty(self, nbytes):
+        with self._lock:
+            return self._empty(nbytes)
+
+    def _empty(self, nbytes):
         self._fault("empty")
         if self.capacity is not None and self.live + nbytes > self.capacity:
             raise torch.OutOfMemoryError(f"fake device: {nbytes} bytes beside {self.live}")
@@ -67,7 +74,8 @@ class FakeDevice(streams.Backend):
         if lane == "compute" and after:  # not the event that a slot begins with
             self._fault("compute")
         event = Event(self)
-        self.queues[lane].append((event, function, [before for before in after if before is not None]))
+        with self._lock:
+            self.queues[lane].append((event, function, [before for before in after if before is not None]))
         if not self.lazy:
             self.join()
         return event
@@ -85,9 +93,11 @@ class FakeDevice(streams.Backend):
         event.passed = True
 
     def wait(self, event):
-        while event is not None and not event.passed:
-            self._step()
+        with self._lock:
+            while event is not None and not event.passed:
+                self._step()
 
     def join(self):
-        while any(self.queues.values()):
-            self._step()
+        with self._lock:
+            while any(self.queues.values()):
+                self._step()

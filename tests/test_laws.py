@@ -11,11 +11,12 @@ import oracle
 import pytest
 import torch
 from conftest import INTERPRET
+from fake_device import FakeDevice
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from oracle import assert_same, assert_same_parts
 
-from tritonq import formats, ops, plans, reference, tiling, tuning
+from tritonq import formats, memory, ops, plans, reference, scheduler, tiling, tuning
 from tritonq.formats import FORMATS, Format, ScaleType, lookup
 
 UNLISTED = (
@@ -692,3 +693,30 @@ def test_parameters_leave_no_graph(device):
     x = torch.nn.Parameter(torch.randn(2, 64, device=device))
     for name in ("nvfp4", "mxfp6_e3m2", "int4_g32"):
         assert not any(part.requires_grad for part in ops.quantize(x, name).values())
+
+
+@pytest.mark.parametrize(
+    "name", NAMES if not INTERPRET else ("int4_g32", "int3_g20_asym", "q4_k", "nvfp4", "int4_tensor")
+)
+def test_streamed(name):
+    """Law 8: a tensor that passes through a device in tiles gets the bytes of one call, and each element its own random
+    number."""
+    fmt = TABLES.get(name) or formats.get_format(name)
+    x = torch.randn(2, 9 if fmt.group[0] == 1 else 33, 344, generator=torch.Generator().manual_seed(0))
+    device, tiles = FakeDevice(pinned=True), []
+    for rounding in ("nearest", "stochastic"):
+        if INTERPRET and rounding == "nearest":
+            continue
+        expected = ops.quantize(x, fmt, rounding=rounding, generator=torch.Generator().manual_seed(1))
+        out = {part: torch.empty_like(value) for part, value in expected.items()}
+        with memory.workspace(1 << 14):
+            scheduler.quantize(
+                x, fmt, device, out, rounding=rounding, generator=torch.Generator().manual_seed(1),
+                progress=lambda done, total: tiles.append(done),
+            )  # fmt: skip
+        assert_same_parts(out, expected)
+        y = torch.empty_like(x)
+        with memory.workspace(1 << 14):
+            scheduler.dequantize(expected, fmt, device, y)
+        assert_same(y, ops.dequantize(expected, fmt, tuple(x.shape), x.dtype))
+    assert len(tiles) > 2

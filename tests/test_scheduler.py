@@ -226,9 +226,9 @@ def test_a_tensor_within_the_budget_is_copied_once(name):
     x, copied = dense((64, 256)), []
 
     class Counting(FakeDevice):
-        def copies(self, tensor):  # asked of all that is copied
-            copied.append(tensor.nbytes if tensor.dtype is x.dtype else 0)
-            return super().copies(tensor)
+        def copy(self, target, source):
+            copied.append(source.nbytes if source.dtype is x.dtype else 0)
+            super().copy(target, source)
 
     for budget, passes in ((1 << 17, 1), (1 << 14, 2)):
         copied.clear()
@@ -256,6 +256,21 @@ def test_several_devices_share_a_tensor():
     assert sum(device.counts["compute"] for device in devices) > 20
     with pytest.raises(ValueError, match="empty"):
         tq.quantize(x, "int4_g128", device=[])
+
+
+@pytest.mark.parametrize("name", ["int4_g128", "nvfp4", "fp8_e4m3_tensor"])
+def test_several_threads_share_a_device(name):
+    """Where the host copies; together they keep to the budget."""
+    x, seen = dense((300, 256)), set()
+    expected = tq.quantize(x, name)
+    for pinned, threads in ((False, 3), (True, 1)):
+        seen.clear()
+        device = FakeDevice(pinned, workers=3)
+        with tq.workspace(1 << 14):
+            q = tq.quantize(x, name, device=device, progress=lambda done, total: seen.add(threading.get_ident()))
+        assert_same_parts(q.parts(), expected.parts())
+        assert device.peak <= 1 << 14
+        assert (threading.get_ident() in seen) == (threads == 1)
 
 
 def test_an_error_of_one_device_ends_the_others():
@@ -527,9 +542,9 @@ def test_gpu_smallest_tile_does_not_fit(little_memory):
     x = torch.zeros(2, 16 << 20, dtype=torch.bfloat16)
     tq.qdq(x, "int8_channel", device="cuda", output_device="cpu")
     little_memory(24)
-    with pytest.raises(torch.OutOfMemoryError, match=r"smallest.*bytes are free.*workspace is 67108864 bytes"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"(?s)smallest.*bytes are free.*workspace is 67108864 bytes"):
         tq.qdq(x, "int8_channel", device="cuda", output_device="cpu")
-    with pytest.raises(torch.OutOfMemoryError, match=r"no memory for the result.*output_device='cpu'"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"(?s)no memory for the result.*output_device='cpu'"):
         tq.qdq(x, "int8_channel", device="cuda")
 
 

@@ -230,8 +230,19 @@ def _finish(slots: list[_Slot]) -> None:
     slots.clear()
 
 
+def _workers(job: Job, backends: list[Backend]) -> list[Backend]:
+    """A backend for each thread: several for one device where the host has to copy more than a budget holds, so that
+    it copies while it plans and launches."""
+    tile = job.tiles.peek(math.prod(job.tiles.shape))
+    if len(backends) > 1 or tile is None:
+        return backends
+    moved = {**_moved(job.inputs(tile), backends[0]), **_moved(job.outputs(tile), backends[0])}
+    staged = _size({name: piece for name, piece in moved.items() if not backends[0].copies(piece)})
+    return backends * backends[0].workers if staged > memory.budget() else backends
+
+
 def _execute(job: Job, backends: list[Backend], done: Callable[[int], None]) -> None:
-    total = math.prod(job.tiles.shape)
+    total, backends = math.prod(job.tiles.shape), _workers(job, backends)
     if len(backends) == 1:
         return _work(job, backends[0], total, done)
     most, errors = max(1, total // (4 * len(backends))), []
@@ -241,8 +252,9 @@ def _execute(job: Job, backends: list[Backend], done: Callable[[int], None]) -> 
         backend.submit("compute", lambda: None, *begin)  # results may lie on any of them
 
     def worker(backend: Backend) -> None:
+        sharing = sum(other.device == backend.device for other in backends)
         try:
-            with torch.inference_mode(inference), torch.no_grad():
+            with torch.inference_mode(inference), torch.no_grad(), memory.workspace(max(1, memory.budget() // sharing)):
                 _work(job, backend, most, done)
         except BaseException as error:
             errors.append(error)

@@ -24,9 +24,11 @@ class Backend:
     Attributes:
         device: where tensors of this backend lie.
         depth: how many tiles are on their way at a time.
+        workers: how many threads may share this device, where the host has to copy.
     """
 
     depth = 1
+    workers = 1
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -78,7 +80,8 @@ class Cuda(Backend):
     follow it as those of any other operation. torch keeps freed pinned memory, and hands it out again once the copies
     that it was part of have ended; so staging buffers are reused from call to call."""
 
-    depth = 3
+    depth = 2
+    workers = 2
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
