@@ -49,8 +49,40 @@ def upstream(x, fmt):
     return lambda: gradient(x, dy, fmt)
 
 
-# Name: (what is prepared and not counted) -> the call that is measured. QDQ with tuning parameters (v, min_scale,
-# max_scale) and its gradients belong here, with a limit in `limit`.
+def tuned(x, fmt):
+    """QDQ with tuning parameters, and their gradients."""
+    v = torch.zeros(x.shape, device=x.device, requires_grad=True)
+    low, high = (torch.ones(fmt.scale_shape(tuple(x.shape)), device=x.device, requires_grad=True) for _ in range(2))
+    dy = torch.ones((), device=x.device, dtype=x.dtype).expand(x.shape)
+
+    def call():
+        y = tq.qdq(x, fmt, v=v, min_scale=low, max_scale=high)
+        found = torch.autograd.grad(y, (v, low, high), dy)
+        return y.detach(), *found
+
+    return call
+
+
+def stepped(x, fmt):
+    """The same with a step in the place of gradients."""
+    v, step = torch.zeros(x.shape, device=x.device), tq.SignStep(0.01, device=x.device)
+    low, high = (torch.ones(fmt.scale_shape(tuple(x.shape)), device=x.device) for _ in range(2))
+    dy = torch.ones((), device=x.device, dtype=x.dtype).expand(x.shape)
+
+    def call():
+        y = tq.qdq(x, fmt, v=v, min_scale=low, max_scale=high, step=step)
+        y.backward(dy)
+        return y.detach()
+
+    return call
+
+
+def packed(x, fmt):
+    v, ratio = torch.zeros_like(x), torch.ones(fmt.scale_shape(tuple(x.shape)), device=x.device)
+    return lambda: tq.quantize(x, fmt, v=v, max_scale=ratio)
+
+
+# Name: (what is prepared and not counted) -> the call that is measured.
 OPS = {
     "quantize": lambda x, fmt: lambda: tq.quantize(x, fmt),
     "qdq": lambda x, fmt: lambda: tq.qdq(x, fmt),
@@ -60,7 +92,13 @@ OPS = {
     "both": lambda x, fmt: lambda: tq.quantize_both(x, fmt),
     "search": lambda x, fmt: lambda: tq.quantize(x, fmt, search="mse"),
     "search_qdq": lambda x, fmt: lambda: tq.qdq(x, fmt, search="mse"),
+    "tuned": tuned,
+    "stepped": stepped,
+    "packed": packed,
 }
+# Tuning takes no tensor between its kernels in any format, so some formats stand for all.
+TUNED = [(name, op) for name in (*ON_CPU, "fp8_e4m3_b256x256") for op in ("tuned", "stepped", "packed")]
+ALL = [(name, op) for name in NAMES for op in OPS if op not in ("tuned", "stepped", "packed")]
 
 
 def leaves_scales(fmt, columns, stochastic):
@@ -87,8 +125,7 @@ def prepared(op, name, shape, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name,op", [*ALL, *TUNED])
 def test_gpu(name, op):
     """512 MiB of weights, of which a format that leaves its scales in memory for a while has more than the budget."""
     fmt, x, call = prepared(op, name, (16384, 16384), "cuda")
@@ -152,6 +189,7 @@ def test_cpu_others(two_threads):
     assert extra(lambda: tq.hadamard(x.t(), seed=1), "cpu")[1] <= 8 * MIB
     assert extra(lambda: tq.quantize_both(x, "mxfp8"), "cpu")[1] <= 8 * MIB
     assert extra(lambda: tq.quantize(x[:256], "nvfp4", search="mse"), "cpu")[1] <= memory.budget()
+    assert extra(tuned(x[:1024], get_format("int4_g128_asym")), "cpu")[1] <= 8 * MIB
 
 
 def test_the_measure_sees_memory(two_threads):
