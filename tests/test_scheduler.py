@@ -170,14 +170,13 @@ def test_bytes_are_those_of_one_call(name, layout, pinned):
     assert q.dtype is x.dtype and q.shape == x.shape == y.shape == again.shape
 
 
-@pytest.mark.parametrize("options", [
-    {"rounding": "stochastic"}, {"search": "mse"}, {"search": "mse", "importance": torch.rand(128)},
-], ids=["stochastic", "search", "importance"])  # fmt: skip
-@pytest.mark.parametrize("name", ["int4_g64", "int4_g64_asym_f16", "nvfp4", "fp8_e4m3_b8x32", "int4_tensor", "q4_k"])
+@pytest.mark.parametrize("name,options", [
+    *[(name, {"rounding": "stochastic"}) for name in ("int4_g64", "int4_g64_asym_f16", "nvfp4", "int4_tensor", "q4_k")],
+    *[(name, {"search": "mse"}) for name in ("nvfp4", "fp8_e4m3_b8x32", "int4_tensor")],
+    ("mxfp4", {"search": "mse", "importance": torch.rand(128)}),
+], ids=lambda value: value if isinstance(value, str) else "-".join(value))  # fmt: skip
 def test_options_do_not_see_tiles(name, options):
-    x = dense((24, 128))
-    if "search" in options and name in ("q4_k", "int4_g64_asym_f16"):
-        pytest.skip("has none, or takes long")
+    x = dense((16, 128))
     stochastic = "rounding" in options
 
     def run(**more):
@@ -379,8 +378,8 @@ def test_where_results_are_left():
     assert_same(y, expected.dequantize())
     assert tq.qdq(x, "int4_g128", out=y.zero_()) is y
     assert_same(y, expected.dequantize())
-    assert tq.qdq(x, "int4_g128", search="mse", out=y) is y
-    assert_same(y, tq.qdq(x, "int4_g128", search="mse"))
+    assert tq.qdq(x[:8], "mxfp4", search="mse", out=y[:8]).data_ptr() == y.data_ptr()
+    assert_same(y[:8], tq.qdq(x[:8], "mxfp4", search="mse"))
     assert_same(tq.dequantize(expected, out=y), expected.dequantize())
     assert tq.dequantize(expected, torch.float32, device=FakeDevice()).dtype is torch.float32
     with pytest.raises(ValueError, match="out is on cpu and output_device says meta"):
@@ -446,7 +445,7 @@ def test_gpu_streams(name, pinned):
                 before = allocated()
                 torch.cuda.reset_peak_memory_stats()
                 q = tq.quantize(x, name, device="cuda")
-                row = 2 * 3 * 2 * max(fmt.group[0], 1) * x.shape[1]  # blocks of many rows are larger than 2 MiB in all
+                row = 6 * max(fmt.group[0], 1) * x.shape[1]  # bytes in and out of a row of blocks
                 peak = torch.cuda.max_memory_allocated() - before - q._buf.nbytes
             assert peak <= max(size, row) + (1 << 20)
             assert_same_parts(
@@ -497,28 +496,41 @@ def test_gpu_source_may_change_after_the_call():
     assert_same_parts({n: p.cpu() for n, p in q.parts().items()}, {n: p.cpu() for n, p in expected.parts().items()})
 
 
-@pytest.mark.gpu
-def test_gpu_runs_out_of_memory():
-    """A plan that does not fit goes on in smaller tiles; one that cannot says why."""
-    x = dense((16384, 4096))  # 128 MiB
-    expected = tq.qdq(x.cuda(), "int4_g128").cpu()
+@pytest.fixture
+def little_memory():
+    """A function that leaves so many MiB of the GPU to this process."""
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    used = torch.cuda.memory_reserved()
-    try:
-        torch.cuda.set_per_process_memory_fraction((used + (48 << 20)) / total)
-        with tq.workspace("1GiB"):
-            y = tq.qdq(x, "int4_g128", device="cuda", output_device="cpu")
+
+    def leave(mib):
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1e-6)
-        with pytest.raises(torch.OutOfMemoryError, match=r"smallest.*bytes are free.*workspace is"):
-            tq.qdq(x, "int4_g128", device="cuda", output_device="cpu")
-        with pytest.raises(torch.OutOfMemoryError, match="output_device='cpu'"):
-            tq.qdq(x, "int4_g128", device="cuda")
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    assert_same(y, expected)
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (mib << 20)) / total)
+
+    yield leave
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.gpu
+def test_gpu_runs_out_of_memory(little_memory):
+    """A plan that does not fit goes on in smaller tiles."""
+    x = dense((16384, 4096))  # 128 MiB, of which six times 32 would be on their way
+    expected = {name: tq.qdq(x.cuda(), name).cpu() for name in ("int4_g128", "nvfp4")}
+    little_memory(48)
+    for name, y in expected.items():
+        with tq.workspace("1GiB"):
+            assert_same(tq.qdq(x, name, device="cuda", output_device="cpu"), y)
+
+
+@pytest.mark.gpu
+def test_gpu_smallest_tile_does_not_fit(little_memory):
+    """A row of 32 MiB has one scale."""
+    x = torch.zeros(2, 16 << 20, dtype=torch.bfloat16)
+    tq.qdq(x, "int8_channel", device="cuda", output_device="cpu")
+    little_memory(24)
+    with pytest.raises(torch.OutOfMemoryError, match=r"smallest.*bytes are free.*workspace is 67108864 bytes"):
+        tq.qdq(x, "int8_channel", device="cuda", output_device="cpu")
+    with pytest.raises(torch.OutOfMemoryError, match=r"no memory for the result.*output_device='cpu'"):
+        tq.qdq(x, "int8_channel", device="cuda")
 
 
 @pytest.mark.gpu

@@ -479,6 +479,7 @@ def test_memory():
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")
 def test_more_elements_than_32_bits_count():
     if torch.cuda.get_device_properties().total_memory < 24 << 30:
         pytest.skip("takes 24 GiB of GPU memory")

@@ -225,8 +225,9 @@ def _present(
 ) -> dict[str, Tensor]:
     """The parts that are given, with those that a search finds."""
     if search or importance is not None:
-        found = ops.quantize(x, fmt, **given, search=search, importance=importance)  # type: ignore[arg-type]
-        return {name: part for name, part in found.items() if name != "qdata"}
+        ops.check_search(search, importance, x, given["scale"] is not None)
+        divisor = given["tensor_scale"]
+        return dict(ops.searched_scales(x, fmt, tensor_scale=divisor, search=search, importance=importance))
     return {name: part for name, part in given.items() if part is not None}
 
 
@@ -305,6 +306,14 @@ def qdq(
     if device is not None or output_device is not None or out is not None:
         options = {**given, "rounding": rounding, "generator": generator, "search": search, "importance": importance}
         return _qdq_elsewhere(scheduler.source(x), fmt, device, output_device, out, progress, options)
+    if search or importance is not None:
+        ops.check_search(search, importance, x, scale is not None)
+        if not (_differentiates(x) or ops.traced(x)):  # scales of a tile at a time
+            out = scheduler.result(None, tuple(x.shape), x.dtype, x.device)
+            return scheduler.qdq(
+                x, fmt, x.device, out, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, rounding=rounding,
+                generator=generator, search=search, importance=importance,
+            )  # fmt: skip
     present = _present(x, fmt, given, search, importance)
     if _differentiates(x):
         how = {"rounding": rounding, "generator": generator}
@@ -335,7 +344,9 @@ def _tuned(x: Tensor, fmt: Format, given: Tuning, step: SignStep | None, factor:
     if as_operator:
         y = torch.ops.tritonq.tuned_stepped(x, ops._name(fmt), *own, step.rates, list(step.bounds), step.anchor)
     else:
-        y = _Stepped.apply(x, *own, step.anchor, step.rates, fmt, step.bounds)
+        # A leaf of its own: gradients of one made earlier would tie a captured backward to the stream of that time.
+        anchor = torch.empty(0, device=x.device, requires_grad=True)
+        y = _Stepped.apply(x, *own, anchor, step.rates, fmt, step.bounds)
     return y
 
 

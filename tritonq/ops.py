@@ -335,6 +335,34 @@ def _quantize(
     return parts
 
 
+def searched_scales(
+    x: Tensor,
+    fmt: Format,
+    *,
+    tensor_scale: Tensor | None = None,
+    search: str | bool | None = "mse",
+    importance: Tensor | None = None,
+) -> Parts:
+    """The parts that `quantize` with a search gives, but the codes."""
+    check_input(x, fmt)
+    if traced(x) or fmt.super_group or x.numel() == 0:
+        parts = quantize(x, fmt, tensor_scale=tensor_scale, search=search, importance=importance)
+        return {name: part for name, part in parts.items() if name != "qdata"}
+    check_search(search, importance, x, False)
+    return _searched_scales(x, fmt, tensor_scale, importance)
+
+
+@torch.no_grad()
+def _searched_scales(x: Tensor, fmt: Format, tensor_scale: Tensor | None, importance: Tensor | None) -> Parts:
+    x, weights = x.resolve_neg(), _weights(importance, fmt)
+    parts = _allocate_scales(fmt, x, _SCALES)
+    if tensor_scale is None and fmt.tensor_scale:
+        tensor_scale = _tensor_scale(x, fmt)
+    _fill_given(parts, x, fmt, None, None, tensor_scale)
+    _choose_scales(x, fmt, parts, True, weights)
+    return parts
+
+
 def _quantize_in_tiles(
     x: Tensor,
     fmt: Format,

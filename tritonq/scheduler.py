@@ -122,15 +122,15 @@ class _Slot:
 
     def _bring(self, moved: Parts) -> Parts:
         """Inputs on their way to the device."""
-        device, copies = _carved(self.device[0], moved), []
-        direct = {name: self.backend.copies(piece) for name, piece in moved.items()}
+        backend, device, copies = self.backend, _carved(self.device[0], moved), []
+        direct = {name: backend.copies(piece) for name, piece in moved.items()}
         if not all(direct.values()):
-            self.backend.wait(self.arrived)  # the staging buffer is still being read
+            backend.wait(self.arrived)  # the staging buffer is still being read
             staged = _carved(self._staging(0), moved)
         for name, piece in moved.items():
             copies.append((device[name], piece if direct[name] else staged[name].copy_(piece)))
         if copies:
-            self.arrived = self.backend.submit("in", lambda: _copy(copies), self.computed)
+            self.arrived = backend.submit("in", lambda: _copy(backend, copies), self.computed)
             self.from_host |= any(direct[name] and piece.device.type == "cpu" for name, piece in moved.items())
         return device
 
@@ -147,13 +147,13 @@ class _Slot:
             direct = {name: backend.copies(target) for name, target in away.items()}
             staged = {} if all(direct.values()) else _carved(self._staging(1), away)
             copies = [(away[name] if direct[name] else staged[name], results[name]) for name in away]
-            self.drained = backend.submit("out", lambda: _copy(copies), self.computed)
+            self.drained = backend.submit("out", lambda: _copy(backend, copies), self.computed)
             self.landing = [(away[name], staged[name]) for name in away if not direct[name]]
 
 
-def _copy(copies: list[tuple[Tensor, Tensor]]) -> None:
+def _copy(backend: Backend, copies: list[tuple[Tensor, Tensor]]) -> None:
     for target, source in copies:
-        target.copy_(source, non_blocking=True)
+        backend.copy(target, source)
 
 
 @contextlib.contextmanager
@@ -176,16 +176,20 @@ def _reported(progress: Progress | bool | None, total: int) -> Iterator[Callable
         yield add
 
 
-def _limit(job: Job, backend: Backend, most: int) -> int:
-    """Elements of a tile, so that all slots and the scratch of one tile fit the budget."""
+def _limits(job: Job, backend: Backend, most: int) -> tuple[int, int]:
+    """Elements of a tile and number of slots, so that all slots and the scratch of one tile fit the budget."""
+    depth = backend.depth
     while (tile := job.tiles.peek(most)) is not None:
         sizes = [_size(_moved(pieces, backend)) for pieces in (job.inputs(tile), job.outputs(tile))]
-        need = backend.depth * sum(sizes) + job.scratch(tile)
-        excess = max(need / memory.budget(), max(sizes) / _LARGEST_TILE)
-        if excess <= 1 or not job.tiles.can_be_cut(tile):
+        scratch = job.scratch(tile)
+        excess = max((depth * sum(sizes) + scratch) / memory.budget(), max(sizes) / _LARGEST_TILE)
+        if excess <= 1:
+            break
+        if not job.tiles.can_be_cut(tile):
+            depth = max(1, min(depth, (memory.budget() - scratch) // max(1, sum(sizes))))
             break
         most = max(1, min(int(tile.size / excess), tile.size - 1))
-    return most
+    return most, depth
 
 
 def _work(job: Job, backend: Backend, most: int, done: Callable[[int], None]) -> None:
@@ -193,7 +197,7 @@ def _work(job: Job, backend: Backend, most: int, done: Callable[[int], None]) ->
     slots: list[_Slot] = []
     with backend.current():
         try:
-            limit, count, depth = _limit(job, backend, most), 0, backend.depth
+            (limit, depth), count = _limits(job, backend, most), 0
             while (tile := job.tiles.take(limit)) is not None:
                 try:
                     pieces = job.inputs(tile), job.outputs(tile)
@@ -345,6 +349,12 @@ class _Encoding:
     search: bool = False
     weights: Tensor | None = None
     seed: int | None = None
+    kept: int = 0  # bytes of x that were brought to the device
+
+    @property
+    def room(self) -> int:
+        """What is left of the budget."""
+        return max(memory.budget() - self.kept, memory.budget() // 4)
 
     @property
     def passes(self) -> int:
@@ -364,7 +374,8 @@ class _Encoding:
         if self.searches_whole:
             backends = backends[:1]
         self._keep(backends)
-        extremes = _extremes_of_all(self.x, self.fmt, backends, self.fmt.tensor_scale, done)
+        with memory.workspace(self.room):
+            extremes = _extremes_of_all(self.x, self.fmt, backends, self.fmt.tensor_scale, done)
         with backends[0].current():
             if self.fmt.tensor_scale:
                 self.given.setdefault("tensor_scale", ops._tensor_scale(extremes, self.fmt))
@@ -400,7 +411,8 @@ class _Encoding:
         job = Job(
             tiles, lambda tile: {"x": tile.of_strided(x)}, lambda tile: {"kept": tile.of_values(kept)}, compute
         )  # fmt: skip
-        with memory.workspace(max(room - x.nbytes, room // 4)):
+        self.kept = x.nbytes
+        with memory.workspace(self.room):
             _execute(job, backends, lambda elements: None)
         self.x = kept
 
@@ -493,7 +505,8 @@ def quantize(
             lambda tile: {name: tile.of_part(name, part) for name, part in own.items()},
             encoding.quantize,
         )
-        _execute(job, backends, done)
+        with memory.workspace(encoding.room):
+            _execute(job, backends, done)
     return out
 
 
@@ -525,7 +538,8 @@ def qdq(
             x = encoding.x
             tiles = Tiles(tuple(x.shape), x.stride(), fmt)
             job = Job(tiles, encoding.inputs, lambda tile: {"y": tile.of_values(out)}, encoding.qdq, encoding.scratch)
-            _execute(job, backends, done)
+            with memory.workspace(encoding.room):
+                _execute(job, backends, done)
     return out
 
 

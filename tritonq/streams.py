@@ -47,6 +47,10 @@ class Backend:
         """Bytes of the host that can be copied from and to without the host taking part."""
         return torch.empty(nbytes, dtype=torch.uint8)
 
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy between this device and elsewhere, within a function that is submitted."""
+        target.copy_(source)
+
     def submit(self, lane: str, function: Callable[[], object], *after: Event) -> Event:
         """Run `function` on a lane after these events; the event of its end."""
         function()
@@ -86,6 +90,9 @@ class Cuda(Backend):
 
     def staging(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
 
     def submit(self, lane: str, function: Callable[[], object], *after: Event) -> Event:
         stream = self._streams[lane]

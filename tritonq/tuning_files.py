@@ -108,14 +108,18 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()[:200]).strip("-")[:80].rstrip("-") or "unknown"
 
 
+UNTUNED = ("cast.py", "tuned.py", "tuned_loop.py", "tuned_quantize.py")  # kernels without knobs, on which no measurement depends
+
+
 @functools.cache
 def source_hash() -> str:
-    """Of the files that device code is written in."""
+    """Of the files that tuned device code is written in."""
     import hashlib
 
     package = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*package.glob("kernels/*.py"), *package.glob("codecs/*_triton.py")]):
+    files = [path for path in package.glob("kernels/*.py") if path.name not in UNTUNED]
+    for path in sorted([*files, *package.glob("codecs/*_triton.py")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
     return digest.hexdigest()[:16]
 

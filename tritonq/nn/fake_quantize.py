@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tritonq import ops
 from tritonq.autograd import qdq, qdq_linear
 from tritonq.formats import Format
-from tritonq.nn.linear import STATIC
+from tritonq.nn.linear import STATIC, KeepsBuffers
 from tritonq.nn.quantize import Targets, find_targets, quantize_targets, sharing_sets, smallest_divisor
 from tritonq.nn.schemes import Scheme, get_scheme
 from tritonq.nn.select import linear_modules
@@ -61,7 +61,7 @@ class FakeQuantization:
         return qdq(weight, self.formats[weight.dtype], search=self.search)
 
 
-class FakeQuantLinear(nn.Linear):
+class FakeQuantLinear(KeepsBuffers):
     """nn.Linear that rounds its weight and, where the scheme says so, its inputs; only made by `fake_quantize_`.
 
     `input_range`, fp32 [2], is the smallest and the largest input seen in training mode (NaN: none yet) where scales of
@@ -82,7 +82,9 @@ class FakeQuantLinear(nn.Linear):
                 self.observe(input)
             input = qdq(input, fmt, **self.input_parts(fmt, input.device))
         own = self.fake.formats[self.weight.dtype]
-        divisor = smallest_divisor([layer.weight for layer in self.sharing], own) if self.sharing else None
+        divisor = None
+        if self.sharing:
+            divisor = smallest_divisor([layer.weight for layer in self.sharing], own).to(self.weight.device)
         return qdq_linear(input, self.weight, self.bias, own, tensor_scale=divisor, search=self.fake.search)
 
     @torch.no_grad()
@@ -176,7 +178,6 @@ def fake_quantize_(
     search = scheme.search(search)
     _check_inputs(scheme, inputs, averaging)
     targets = find_targets(model, ignore)
-    targets.experts = [found for found in targets.experts if not hasattr(found[1], "fake")]
     formats = {dtype: scheme.weight_format(dtype, group_size) for dtype in ops.FLOATS}
     fake = FakeQuantization(scheme, group_size, search, averaging, inputs == "static", formats, scheme.input_format)
     for name, module in targets.linears:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +16,20 @@ from tritonq.tensor import QTensor
 STATIC = {"scale": "input_scale", "zero_point": "input_zero_point", "tensor_scale": "input_global_scale"}
 
 
-class QLinear(nn.Linear):
+class KeepsBuffers(nn.Linear):
+    """A linear layer whose buffers (scales, ranges) keep their dtype when the model is cast."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsBuffers:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            now = self._buffers[name]
+            if buffer is not None and now is not None and now.dtype is not buffer.dtype:
+                self._buffers[name] = buffer.to(now.device)
+        return self
+
+
+class QLinear(KeepsBuffers):
     """nn.Linear with a quantized weight [out_features, in_features] and, optionally, inputs quantized on the fly.
 
     `input_format` is the Format of the inputs (None leaves them alone); with a two-level format `input_global_scale` is
@@ -52,6 +68,13 @@ class QLinear(nn.Linear):
             parts = {name: getattr(self, buffer) for name, buffer in STATIC.items()}
             input = qdq(input, self.input_format, **parts)
         return nn.functional.linear(input, self.weight, self.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in STATIC.values():  # of a model whose inputs have static scales
+            found = state_dict.get(prefix + name)
+            if found is not None and getattr(self, name) is None and self.input_format is not None:
+                self.register_buffer(name, torch.empty_like(found, device=self.weight.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         inputs = "" if self.input_format is None else f", inputs={self.input_format.name}"

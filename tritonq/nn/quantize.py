@@ -117,7 +117,8 @@ def find_targets(model: nn.Module, ignore: Iterable[str]) -> Targets:
         elif next(module.parameters(recurse=False), None) is not None:
             selection.ignores(name)  # stays as it is anyway; an entry that names it counts as used
     for module, key, name in expert_parameters(model):
-        if not selection.ignores(name) and not selection.ignores(name.rpartition(".")[0]):
+        left_alone = selection.ignores(name) or selection.ignores(name.rpartition(".")[0])
+        if not left_alone and not hasattr(module, "fake_keys"):  # which fake-quantized experts have
             experts.append((name, module, key))
     selection.check_all_used([name for name, _ in linears])
     if any(not name for name, _ in linears):
