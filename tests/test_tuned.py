@@ -10,7 +10,7 @@ import tuned_oracle
 from conftest import INTERPRET
 
 import tritonq as tq
-from tritonq import ops, tuned_ops
+from tritonq import ops, tuned_ops, tuned_plans
 from tritonq.formats import FORMATS, get_format
 from tritonq.tuned_reference import Tuning, Wanted
 
@@ -166,6 +166,33 @@ def test_strides(name, device):
     expanded = tuned_ops.backward(x, dy[:, :, :1].expand(shape), fmt, given, Wanted(True, True))
     dense = tuned_ops.backward(x, dy[:, :, :1].expand(shape).contiguous(), fmt, given, Wanted(True, True))
     assert torch.equal(expanded["dx"], dense["dx"]) and torch.equal(expanded["dv"], dense["dv"])
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int4_g32_asym", "e3m4_g48", "fp8_e4m3_channel", "q4_k"])
+def test_tiles_do_not_show(name, device, monkeypatch):
+    """Small tiles, of which rows hold several, give the bits of large ones; groups larger than a tile do, too."""
+    fmt, shape = get_format(name), (2, 600)
+    x, v, dy = numbers(shape), numbers(shape, 1, scale=0.3), numbers(shape, 2)
+    given = Tuning(*(t.to(device) for t in (v, ratios(fmt, shape, 2), ratios(fmt, shape, 3))))
+
+    def call():
+        tuned_plans.forget()
+        found = tuned_ops.backward(x.to(device), dy.to(device), fmt, given, Wanted(True, True, True, True))
+        packed = tuned_ops.quantized(x.to(device), fmt, given)
+        return {"y": tuned_ops.qdq(x.to(device), fmt, given), **found, **packed}
+
+    large = call()
+    for choice, largest in (((512, 8), 8192), ((256, 16), 512)):
+        monkeypatch.setattr(tuned_plans, "CHOICES", dict.fromkeys(tuned_plans.CHOICES, choice))
+        monkeypatch.setattr(tuned_plans, "_LARGEST_TILE", largest)
+        monkeypatch.setattr(tuned_plans, "_scaled", lambda tile: tile)
+        small = call()
+        for one, t in large.items():
+            if one in ("d_high", "d_low"):
+                torch.testing.assert_close(small[one], t, rtol=1e-5, atol=1e-4)
+            else:
+                tuned_oracle.oracle.assert_same(small[one], t, one)
+    tuned_plans.forget()
 
 
 # ---------------------------------------------------------------------------------------------- more of the definition
