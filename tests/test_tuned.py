@@ -107,6 +107,20 @@ def test_one_parameter(name, only, device):
     check(x, fmt, device, **{only: own})
 
 
+@pytest.mark.parametrize("name", ["int4_g32", "int4_g32_absmax", "int4_g32_asym", "mxfp4", "fp8_e4m3_channel"])
+def test_ties_and_negative_ratios(name, device):
+    """Extremes of equal magnitude: the positive one has the gradient. Negative ratios count as 0 and get none."""
+    fmt, shape = get_format(name), (8, 64)
+    x, one = awkward(shape), torch.ones(fmt.scale_shape(shape))
+    x[0, ::3] = 1e-38  # a scale that may be lifted
+    dy = numbers(shape, 4, torch.bfloat16)
+    found = check(x, fmt, device, dy, min_scale=one, max_scale=one.clone())
+    tied = found.min_scale[4] == 0 if not fmt.zero_point else found.min_scale[4] != 0
+    assert tied.all() and (found.max_scale[4] != 0).any()
+    check(x, fmt, device, dy, min_scale=-one, max_scale=one * 0.7)
+    check(x, fmt, device, dy, min_scale=one * 0.7, max_scale=-one)
+
+
 LEARNED = ("int4_g32", "int4_g32_asym", "fp8_e4m3_channel", "mxfp4", "nvfp4", "int4_tensor_asym")
 
 
