@@ -33,6 +33,7 @@ def awkward(shape, seed=0, dtype=torch.bfloat16):
     x[1] = x[1].abs()
     x[2] = -x[2].abs()
     x[3] = (x[3] * 2).round() / 2
+    x[4].clamp_(-4.0, 4.0)
     x[4, ::7], x[4, 1::7] = 5.0, -5.0
     x[5] *= 1e30
     x[6] *= 1e-36
