@@ -93,7 +93,7 @@ def check(x, fmt, device, dy=None, **parameters):
 def test_values_and_gradients(name, device):
     """bf16 numbers, all kinds of groups, the last one of a row not full."""
     fmt, shape = get_format(name), (8, 200)
-    v = numbers(shape, 1, scale=0.4)
+    v = numbers(shape, 1, scale=0.8)
     found = check(awkward(shape), fmt, device, v=v, min_scale=ratios(fmt, shape, 2), max_scale=ratios(fmt, shape, 3))
     assert not found.inside.all() and found.inside.any()
 

@@ -279,6 +279,19 @@ def _offsets(row, slice_col, col, stride_row, stride_col):
 
 
 @triton.jit
+def overflowing(q, x, factor, FMT: tl.constexpr):
+    """q = `scales.quotient` of x and factor, infinite where it overflows: ratios can make scales that say nothing about
+    how large x is, and then it is NaN. It is NaN in groups that are not finite, too, of which no number counts."""
+    if FMT.scale.is_exponent:
+        return q
+    sign = x.to(tl.int32, bitcast=True)
+    if FMT.scale.rule == "full_range":
+        sign = sign ^ factor.to(tl.int32, bitcast=True)
+    infinity = ((sign & -2147483648) | 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(q == q, q, infinity)
+
+
+@triton.jit
 def _divided(
     x, factor, tensor_scale, GIVEN: tl.constexpr,
     S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, FMT: tl.constexpr,
@@ -295,6 +308,8 @@ def _divided(
             q = groups._quotient(x, factor, False, S, M, R, GROUPS, W, FMT)
     else:
         q = groups._quotient(x, factor, False, S, M, R, GROUPS, W, FMT)
+    if not GIVEN:
+        q = overflowing(q, x, groups._spread(factor, S, M, R, GROUPS, W), FMT)
     return q
 
 

@@ -147,6 +147,7 @@ def tuned_loop_kernel(
             quotient = scales.quotient(
                 x, shift[:, None], divisor[:, None], inverse[:, None], below[:, None], correction[:, None], False, FMT
             )
+            quotient = tuned.overflowing(quotient, x, factor[:, None], FMT)
         u, value = tuned.element(quotient, v, zero, HAS_V, FMT)
         out_at = (batch * N + row)[:, None] * K + col[None, :]
         if MODE == "qdq":
