@@ -134,19 +134,35 @@ def load_given(high_ptr, low_ptr, index, mask, tensor_scale, FMT: tl.constexpr):
 
 
 @triton.jit
-def shifted(quotient, v, HAS_V: tl.constexpr):
-    """x / s + v; NaN, which the scale carries, counts as 0."""
-    u = quotient
-    if HAS_V:
-        u = u + v
-    return tl.where(u == u, u, 0.0)
+def sign_of(quotient, x, factor, GIVEN: tl.constexpr, FMT: tl.constexpr):
+    """Bits that have the sign of x / factor, also where `quotient` is NaN."""
+    if GIVEN:
+        return quotient.to(tl.int32, bitcast=True)
+    elif FMT.scale.rule == "full_range":
+        return x.to(tl.int32, bitcast=True) ^ factor.to(tl.int32, bitcast=True)
+    else:
+        return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def element(quotient, v, zero, HAS_V: tl.constexpr, FMT: tl.constexpr):
+def shifted(quotient, v, sign, HAS_V: tl.constexpr):
+    """x / s + v; infinite, with the sign of x / s, instead of NaN.
+
+    `scales.quotient` is NaN where it overflows: ratios can make scales that say nothing about how large x is. v may be
+    NaN, and then counts as this infinity. Groups that are not finite have it, too, but no number counts there.
+    """
+    u = quotient
+    if HAS_V:
+        u = u + v
+    infinity = ((sign & -2147483648) | 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(u == u, u, infinity)
+
+
+@triton.jit
+def element(quotient, v, zero, sign, HAS_V: tl.constexpr, FMT: tl.constexpr):
     """(x / s + v, the number that it rounds to)."""
     ELEM: tl.constexpr = FMT.element
-    u = shifted(quotient, v, HAS_V)
+    u = shifted(quotient, v, sign, HAS_V)
     return u, ELEM.codec.round(u, zero, ELEM)
 
 
@@ -279,24 +295,11 @@ def _offsets(row, slice_col, col, stride_row, stride_col):
 
 
 @triton.jit
-def overflowing(q, x, factor, FMT: tl.constexpr):
-    """q = `scales.quotient` of x and factor, infinite where it overflows: ratios can make scales that say nothing about
-    how large x is, and then it is NaN. It is NaN in groups that are not finite, too, of which no number counts."""
-    if FMT.scale.is_exponent:
-        return q
-    sign = x.to(tl.int32, bitcast=True)
-    if FMT.scale.rule == "full_range":
-        sign = sign ^ factor.to(tl.int32, bitcast=True)
-    infinity = ((sign & -2147483648) | 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where(q == q, q, infinity)
-
-
-@triton.jit
 def _divided(
     x, factor, tensor_scale, GIVEN: tl.constexpr,
     S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """x / factor of its group; NaN counts as 0 where the factor was given."""
+    """x / factor of its group; NaN where it overflows, but 0 for NaN where the factor was given."""
     if GIVEN:
         q = scales.divide(x, groups._spread(factor, S, M, R, GROUPS, W))
     elif FMT.super_group:
@@ -308,8 +311,6 @@ def _divided(
             q = groups._quotient(x, factor, False, S, M, R, GROUPS, W, FMT)
     else:
         q = groups._quotient(x, factor, False, S, M, R, GROUPS, W, FMT)
-    if not GIVEN:
-        q = overflowing(q, x, groups._spread(factor, S, M, R, GROUPS, W), FMT)
     return q
 
 
@@ -393,7 +394,8 @@ def tuned_kernel(
         offset = groups._spread(offset, S, M, R, GROUPS, W)
         dividend = x + offset
     quotient = _divided(dividend, factor, tensor_scale, GIVEN, S, M, R, GROUPS, W, FMT)
-    u, value = element(quotient, v, zero, HAS_V, FMT)
+    sign = sign_of(quotient, dividend, groups._spread(factor, S, M, R, GROUPS, W), GIVEN, FMT)
+    u, value = element(quotient, v, zero, sign, HAS_V, FMT)
     out_at = out_ptr + (batch * N + row)[:, None] * K + slice_col[:, None] + col[None, :]
     if MODE == "qdq":
         y = value * groups._spread(tl.where(bad, float("nan"), factor), S, M, R, GROUPS, W)
