@@ -108,12 +108,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()[:200]).strip("-")[:80].rstrip("-") or "unknown"
 
 
-UNTUNED = (
-    "cast.py",
-    "tuned.py",
-    "tuned_loop.py",
-    "tuned_quantize.py",
-)  # kernels without knobs, on which no measurement depends
+UNTUNED = ("cast.py", "tuned.py", "tuned_loop.py", "tuned_quantize.py")  # have no knobs; no measurement depends on them
 
 
 @functools.cache
