@@ -410,13 +410,6 @@ def tuned_kernel(
         if WANT_X:
             passed = kept | groups._spread(bad, S, M, R, GROUPS, W)
             tl.store(out_at, tl.where(passed, given_dy, 0.0).to(out_ptr.dtype.element_ty), mask)
-        if WANT_V:
-            rate = 0.0
-            if MODE == "step":
-                rate = tl.load(rates_ptr)
-            dv = tl.where(kept, dy * groups._spread(tl.where(bad, 0.0, factor), S, M, R, GROUPS, W), 0.0)
-            dv_at = (batch * N + row)[:, None] * K + slice_col[:, None] + col[None, :]
-            store_gradient(dv_ptr, dv_at, v_ptr, v_at, mask, dv, v, rate, MODE == "step", V_LOWEST, V_HIGHEST)
         if WANT_HIGH or WANT_LOW:
             rate = 0.0
             if MODE == "step":
@@ -430,3 +423,10 @@ def tuned_kernel(
                 high_ptr, low_ptr, d_high_ptr, d_low_ptr, index, group_mask,
                 FMT, MODE == "step", GIVEN, HAS_HIGH, HAS_LOW, WANT_HIGH, WANT_LOW, FACTOR, LOWEST, HIGHEST,
             )  # fmt: skip
+        if WANT_V:
+            rate = 0.0
+            if MODE == "step":
+                rate = tl.load(rates_ptr)
+            dv = tl.where(kept, dy * groups._spread(tl.where(bad, 0.0, factor), S, M, R, GROUPS, W), 0.0)
+            dv_at = (batch * N + row)[:, None] * K + slice_col[:, None] + col[None, :]
+            store_gradient(dv_ptr, dv_at, v_ptr, v_at, mask, dv, v, rate, MODE == "step", V_LOWEST, V_HIGHEST)
