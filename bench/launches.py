@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from tritonq import ops, plans
+from tritonq import ops, plans, tuned_plans
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
          torch.uint8: "*u8",
@@ -69,6 +69,8 @@ def launched(call: Callable[[], Any]) -> list[Launch]:
 
     with patch.object(JITFunction, "run", run), patch.object(ops, "uses_triton", lambda x: True):
         plans.forget()
+        tuned_plans.forget()
         call()
     plans.forget()  # their kernels were never compiled
+    tuned_plans.forget()
     return found

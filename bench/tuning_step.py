@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 import tritonq as tq
-from tritonq import ops, tuned_ops
+from tritonq import ops, tuned_ops, tuned_plans
 from tritonq.bench import measure, report, timing
 from tritonq.formats import Format, get_format
 from tritonq.tuned_reference import Tuning, Wanted
@@ -210,6 +211,34 @@ def one(fmt: Format, of_v: str, gb_per_s: float, peers: tuple[str, ...], say: Ca
     return row
 
 
+def sweep(fmt: Format, of_v: str, gb_per_s: float) -> Row:
+    """Shares of the floor by (elements of a tile, of a thread), for every kind of launch."""
+    case, row = Case(fmt, SHAPE, TYPES[of_v]), {"format": fmt.name, "v": of_v}
+    n, of_v_bytes, kept = case.x.numel(), case.v.element_size(), dict(tuned_plans.CHOICES)
+    wanted = Wanted(False, True, True, True)
+    calls: dict[str, Callable[[], Any]] = {
+        "qdq": case.forward,
+        "backward": lambda: tuned_ops.backward(case.x, case.dy, fmt, case.given, wanted),
+        "step": lambda: tuned_ops.step(case.x, case.dy, fmt, case.given, case.step.rates, case.step.bounds, False),
+    }
+    try:
+        for mode, call in calls.items():
+            floor = n * (4 + of_v_bytes * (1 if mode == "qdq" else 2)) / gb_per_s / 1e3
+            found = {}
+            for choice in itertools.product((1024, 2048, 4096, 8192), (8, 16, 32)):
+                if choice[0] // choice[1] >= 32:
+                    tuned_plans.CHOICES[mode] = choice
+                    tuned_plans.forget()
+                    found[choice] = round(floor / timing.device_us(call, [()]), 3)
+            best = sorted(found, key=lambda choice: -found[choice])
+            row[mode] = {f"{tile}/{each}": found[tile, each] for tile, each in best[:4]}
+            row[f"{mode}_now"] = found[kept[mode]]
+    finally:
+        tuned_plans.CHOICES.update(kept)
+        tuned_plans.forget()
+    return row
+
+
 def memory(fmt: Format, of_v: str) -> Row:
     """Peak bytes beyond what was there before, of a weight of 512 MiB, less y and the gradients that are returned."""
     case = Case(fmt, LARGE, TYPES[of_v])
@@ -234,6 +263,7 @@ def main() -> int:
     parser.add_argument("--v", nargs="+", default=["fp32", "bf16"], choices=list(TYPES))
     parser.add_argument("--peers", nargs="*", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--budget", type=float, default=90.0, help="seconds after which no more peers are compiled")
+    parser.add_argument("--sweep", action="store_true", help="sizes of tiles instead")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     measure.require_gpu()
@@ -259,6 +289,11 @@ def main() -> int:
         if arguments.out:  # after every row, so that a run that is cut short leaves what it has
             report.write(result, arguments.out)
 
+    if arguments.sweep:
+        result["sweep"] = []
+        for name, of_v in itertools.product(arguments.formats, arguments.v):
+            attempt("sweep", functools.partial(sweep, get_format(name), of_v, gb_per_s), f"{name} {of_v}")
+        return 1 if result["failed"] else 0
     for of_v in arguments.v:
         for name in arguments.formats:
             late = time.monotonic() - begun > arguments.budget

@@ -110,7 +110,7 @@ def qdq(x, fmt, dy, v=None, min_scale=None, max_scale=None, scale=None, zero_poi
         with np.errstate(all="ignore"):
             u = ((group + offset if offset else group) / factor).astype(np.float32)
             u = (u + v64[where].detach().numpy().astype(np.float32)).astype(np.float32)
-        codes = oracle.encode(u, fmt, F32(1), zero)
+        codes = oracle.encode(np.clip(u, -F32_MAX, F32_MAX), fmt, F32(1), zero)  # tiny scales: infinity saturates
         values = oracle.decode(codes, fmt, F32(1), zero).astype(np.float64)
         y[where] = oracle.decode(codes, fmt, factor, zero)
         if fmt.minimum:

@@ -18,9 +18,10 @@ from tritonq.tuned_reference import Parts, Tuning, Wanted
 
 _cached = functools.lru_cache(maxsize=4096)
 _LARGEST_TILE = 8192  # elements of the largest group that stays in registers beside v and dy
-_PER_THREAD = {"qdq": 32, "backward": 16, "step": 16}
-_SLICES = {"qdq": 4, "backward": 2, "step": 2}
-_LOOP = {"TILE": 4096, "PER_THREAD": 8}
+# Elements of a tile, where the group does not ask for more, and of a thread. Small tiles end, and let others begin, at
+# different times, so that loads and stores overlap.
+CHOICES = {"qdq": (2048, 16), "backward": (2048, 16), "step": (2048, 16)}
+_LOOP = (4096, 8)
 _SIGNED = get_format("int8_g8_asym")  # only its keys: both extremes of a group
 
 Slab = tuple[tiling.Matrix, ...]  # one for each tensor; all but strides and offset are the same
@@ -85,11 +86,14 @@ def split(fmt: Format, columns: int) -> bool:
     return not fits(fmt, columns) and not tuning.fits_tile(fmt, columns)
 
 
+def _scaled(tile: int) -> int:
+    """A number of elements in units of `tuning.TILE`, which is larger in the interpreter."""
+    return tile * tuning.TILE // 4096
+
+
 def _config(rows: int, columns: int, fmt: Format, mode: str) -> tuple[tuning.Config, tuple[int, int]]:
-    choice = {"TILE": tuning.TILE, "PER_THREAD": _PER_THREAD[mode]}
-    cols = fmt.group[1]
-    if cols > 0 and cols & (cols - 1) == 0:
-        choice["SLICES"] = min(_SLICES[mode], max(1, cols // tuning.WRITTEN_SLICE))
+    tile, per_thread = CHOICES[mode]
+    choice = {"TILE": _scaled(tile), "PER_THREAD": per_thread}
     config, tiles = tuning.group_config(rows, columns, fmt, "qdq", choice)
     return {name: n for name, n in config.items() if name != "maxnreg"}, tiles
 
@@ -136,7 +140,9 @@ def _loop_plan(slab: Slab, fmt: Format, of: Kind, dtype: torch.dtype, device: to
 
     m = slab[0]
     extent, groups = _extent(m, fmt)
-    config = tuning.keys_config(extent.rows, extent.cols, {**_LOOP, "TILE": tuning.TILE, "BLOCK_N": tuning.TILE})
+    config = tuning.keys_config(
+        extent.rows, extent.cols, {"TILE": _scaled(_LOOP[0]), "PER_THREAD": _LOOP[1], "BLOCK_N": _scaled(_LOOP[0])}
+    )
     splits = 1
     if split(fmt, m.columns):
         splits = tuning.splits(groups, extent.rows, extent.cols, config, plans._multiprocessors(device))
@@ -351,4 +357,10 @@ def quantize(x: Tensor, fmt: Format, given: Tuning, parts: Parts) -> None:
             plan(*views, plans._own(qdata, m), own(scale, m), own(zero, m), divisor)
 
 
-__all__ = ["Kind", "Launches", "Parts", "fits", "kind", "quantize", "run"]
+def forget() -> None:
+    """Drop the plans that are kept."""
+    for kept in (_launches, _quantize_plans, _apply_plans, _choose_plan):
+        kept.cache_clear()
+
+
+__all__ = ["CHOICES", "Kind", "Launches", "Parts", "fits", "forget", "kind", "quantize", "run"]

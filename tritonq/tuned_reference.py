@@ -24,7 +24,8 @@ From here to hi and -lo, with L = 2^bits - 1 and A' = A, or of asymmetric format
     dhigh = d hi * max(max x, 0),  dlow = d(-lo) * max(max -x, 0)
 
 A' is 0 there if storing the scale saturated it, or lifted it to the smallest number (e8m0: raised it to 2^-127): those
-are clamps. A group that is not finite has y = NaN, dx = dy, and 0 for every other gradient; NaN in v counts as -x / s.
+are clamps. A group that is not finite has y = NaN, dx = dy, and 0 for every other gradient. NaN in v counts as infinity
+with the sign of x / s.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def elements(x: Tensor, v: Tensor | None, chosen: Chosen, fmt: Format) -> Elemen
     quotient = groups / reference.spread(chosen.factor, fmt)
     quotient = quotient.masked_fill_(torch.isnan(quotient), 0.0)
     u = quotient if v is None else quotient + reference.grouped(v.to(torch.float32), fmt)
-    u = u.masked_fill(torch.isnan(u), 0.0)
+    u = torch.where(torch.isnan(u), torch.full_like(u, torch.inf).copysign_(quotient), u)
     return Elements(quotient, u, fmt.element.codec.round_ref(u.clone(), zero, fmt.element), zero)
 
 

@@ -134,19 +134,35 @@ def load_given(high_ptr, low_ptr, index, mask, tensor_scale, FMT: tl.constexpr):
 
 
 @triton.jit
-def shifted(quotient, v, HAS_V: tl.constexpr):
-    """x / s + v; NaN, which the scale carries, counts as 0."""
-    u = quotient
-    if HAS_V:
-        u = u + v
-    return tl.where(u == u, u, 0.0)
+def sign_of(quotient, x, factor, GIVEN: tl.constexpr, FMT: tl.constexpr):
+    """Bits that have the sign of x / factor, also where `quotient` is NaN."""
+    if GIVEN:
+        return quotient.to(tl.int32, bitcast=True)
+    elif FMT.scale.rule == "full_range":
+        return x.to(tl.int32, bitcast=True) ^ factor.to(tl.int32, bitcast=True)
+    else:
+        return x.to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def element(quotient, v, zero, HAS_V: tl.constexpr, FMT: tl.constexpr):
+def shifted(quotient, v, sign, HAS_V: tl.constexpr):
+    """x / s + v; infinite, with the sign of x / s, instead of NaN.
+
+    `scales.quotient` is NaN where it overflows: ratios can make scales that say nothing about how large x is. v may be
+    NaN, and then counts as this infinity. Groups that are not finite have it, too, but no number counts there.
+    """
+    u = quotient
+    if HAS_V:
+        u = u + v
+    infinity = ((sign & -2147483648) | 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(u == u, u, infinity)
+
+
+@triton.jit
+def element(quotient, v, zero, sign, HAS_V: tl.constexpr, FMT: tl.constexpr):
     """(x / s + v, the number that it rounds to)."""
     ELEM: tl.constexpr = FMT.element
-    u = shifted(quotient, v, HAS_V)
+    u = shifted(quotient, v, sign, HAS_V)
     return u, ELEM.codec.round(u, zero, ELEM)
 
 
@@ -283,7 +299,7 @@ def _divided(
     x, factor, tensor_scale, GIVEN: tl.constexpr,
     S: tl.constexpr, M: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, FMT: tl.constexpr,
 ):  # fmt: skip
-    """x / factor of its group; NaN counts as 0 where the factor was given."""
+    """x / factor of its group; NaN where it overflows, but 0 for NaN where the factor was given."""
     if GIVEN:
         q = scales.divide(x, groups._spread(factor, S, M, R, GROUPS, W))
     elif FMT.super_group:
@@ -378,7 +394,8 @@ def tuned_kernel(
         offset = groups._spread(offset, S, M, R, GROUPS, W)
         dividend = x + offset
     quotient = _divided(dividend, factor, tensor_scale, GIVEN, S, M, R, GROUPS, W, FMT)
-    u, value = element(quotient, v, zero, HAS_V, FMT)
+    sign = sign_of(quotient, dividend, groups._spread(factor, S, M, R, GROUPS, W), GIVEN, FMT)
+    u, value = element(quotient, v, zero, sign, HAS_V, FMT)
     out_at = out_ptr + (batch * N + row)[:, None] * K + slice_col[:, None] + col[None, :]
     if MODE == "qdq":
         y = value * groups._spread(tl.where(bad, float("nan"), factor), S, M, R, GROUPS, W)
@@ -393,13 +410,6 @@ def tuned_kernel(
         if WANT_X:
             passed = kept | groups._spread(bad, S, M, R, GROUPS, W)
             tl.store(out_at, tl.where(passed, given_dy, 0.0).to(out_ptr.dtype.element_ty), mask)
-        if WANT_V:
-            rate = 0.0
-            if MODE == "step":
-                rate = tl.load(rates_ptr)
-            dv = tl.where(kept, dy * groups._spread(tl.where(bad, 0.0, factor), S, M, R, GROUPS, W), 0.0)
-            dv_at = (batch * N + row)[:, None] * K + slice_col[:, None] + col[None, :]
-            store_gradient(dv_ptr, dv_at, v_ptr, v_at, mask, dv, v, rate, MODE == "step", V_LOWEST, V_HIGHEST)
         if WANT_HIGH or WANT_LOW:
             rate = 0.0
             if MODE == "step":
@@ -413,3 +423,10 @@ def tuned_kernel(
                 high_ptr, low_ptr, d_high_ptr, d_low_ptr, index, group_mask,
                 FMT, MODE == "step", GIVEN, HAS_HIGH, HAS_LOW, WANT_HIGH, WANT_LOW, FACTOR, LOWEST, HIGHEST,
             )  # fmt: skip
+        if WANT_V:
+            rate = 0.0
+            if MODE == "step":
+                rate = tl.load(rates_ptr)
+            dv = tl.where(kept, dy * groups._spread(tl.where(bad, 0.0, factor), S, M, R, GROUPS, W), 0.0)
+            dv_at = (batch * N + row)[:, None] * K + slice_col[:, None] + col[None, :]
+            store_gradient(dv_ptr, dv_at, v_ptr, v_at, mask, dv, v, rate, MODE == "step", V_LOWEST, V_HIGHEST)

@@ -147,7 +147,8 @@ def tuned_loop_kernel(
             quotient = scales.quotient(
                 x, shift[:, None], divisor[:, None], inverse[:, None], below[:, None], correction[:, None], False, FMT
             )
-        u, value = tuned.element(quotient, v, zero, HAS_V, FMT)
+        sign = tuned.sign_of(quotient, x, factor[:, None], GIVEN, FMT)
+        u, value = tuned.element(quotient, v, zero, sign, HAS_V, FMT)
         out_at = (batch * N + row)[:, None] * K + col[None, :]
         if MODE == "qdq":
             y = tile.saturate(value * marked, LIMIT)

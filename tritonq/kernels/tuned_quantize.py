@@ -81,7 +81,8 @@ def tuned_quantize_kernel(
         if FMT.minimum:
             x = x + groups._spread(offset, S, M, R, GROUPS, W)
         quotient = tuned._divided(x, factor, tensor_scale, False, S, M, R, GROUPS, W, FMT)
-        u = tuned.shifted(quotient, v, HAS_V)
+        sign = tuned.sign_of(quotient, x, groups._spread(factor, S, M, R, GROUPS, W), False, FMT)
+        u = tuned.shifted(quotient, v, sign, HAS_V)
         codes = ELEM.codec.encode(u, zero, groups._spread(~bad, S, M, R, GROUPS, W), ELEM)
         if PARTIAL:
             codes = tl.where(mask, codes, 0)
@@ -143,7 +144,8 @@ def tuned_apply_kernel(
     factor, zero = tile.load_factors(
         scale_ptr, zero_ptr, tensor_scale, batch, row, row_mask, tile_n * BLOCK_N, N, K, BLOCK_N, FMT
     )
-    u = tuned.shifted(scales.divide(x, factor), v, HAS_V)
+    quotient = scales.divide(x, factor)
+    u = tuned.shifted(quotient, v, tuned.sign_of(quotient, x, factor, True, FMT), HAS_V)
     if GIVEN:
         codes = ELEM.codec.encode(u, zero, None, ELEM)
         if ELEM.nan_code >= 0:
