@@ -410,6 +410,14 @@ def test_where_results_are_left():
             function(x.float().requires_grad_(), device=FakeDevice())
 
 
+def test_traced_graphs_take_a_device():
+    x = dense((8, 256))
+    compiled = torch.compile(lambda x: tq.qdq(x, "mxfp4", device="cpu"), backend="eager", fullgraph=True)
+    assert_same(compiled(x), tq.qdq(x, "mxfp4"))
+    meta = tq.qdq(x.to("meta"), "mxfp4", search="mse")
+    assert meta.is_meta and meta.shape == x.shape
+
+
 def test_empty_tensors():
     for name, shape in (("int4_g128", (0, 128)), ("nvfp4", (4, 0)), ("fp8_e4m3_tensor", (0,))):
         x = torch.empty(shape)
@@ -499,6 +507,19 @@ def test_gpu_options(name):
         with tq.workspace("512KiB"):
             q = tq.quantize(x, name, **options, **own, **seeded, device=["cuda", "cuda"])
         assert_same_parts({n: p.cpu() for n, p in q.parts().items()}, {n: p.cpu() for n, p in expected.parts().items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["int4_g128", "nvfp4", "fp8_e4m3_b128x128"])
+def test_gpu_results_leave_the_device(name):
+    """From a tensor on the GPU, of any strides, in slabs that no copy joins."""
+    x = dense((2, 3, 256, 4, 256)).cuda().permute(0, 3, 1, 2, 4)[:, ::2]
+    expected = tq.quantize(x, name)
+    with tq.workspace("256KiB"):
+        q, y = tq.quantize(x, name, output_device="cpu"), tq.qdq(x, name, output_device="cpu")
+    assert_same_parts(q.parts(), {n: p.cpu() for n, p in expected.parts().items()})
+    assert_same(y, expected.dequantize().cpu())
+    assert_same(tq.dequantize(expected, output_device="cpu"), y)
 
 
 @pytest.mark.gpu

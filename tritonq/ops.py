@@ -331,7 +331,7 @@ def searched_scales(
 ) -> Parts:
     """The parts that `quantize` with a search gives, but the codes."""
     check_input(x, fmt)
-    if traced(x) or fmt.super_group or x.numel() == 0:
+    if traced(x) or fmt.super_group or x.numel() == 0 or x.is_meta:
         parts = quantize(x, fmt, tensor_scale=tensor_scale, search=search, importance=importance)
         return {name: part for name, part in parts.items() if name != "qdata"}
     check_search(search, importance, x, False)

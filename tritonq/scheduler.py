@@ -290,6 +290,8 @@ def devices_of(device: Devices) -> list[Backend]:
 def source(x: Any) -> Any:
     """A tensor as it is; a slice of a safetensors file (`safe_open(...).get_slice(name)`) as the tensor that the file
     is mapped to, of which only what is looked at is read."""
+    if isinstance(x, Tensor):
+        return x
     return x[:] if hasattr(x, "get_shape") and hasattr(x, "get_dtype") else x
 
 
