@@ -379,6 +379,24 @@ def test_qdq_keeps_its_scales_within_the_budget(monkeypatch):
         allocated.clear()
 
 
+def test_qdq_goes_on_in_tiles_where_its_scales_do_not_fit(monkeypatch):
+    """A device with room for the result, and for few scales besides."""
+    x, inner, room = dense((3, 40, 384)), ops._allocate_scales, 600
+
+    def allocate(fmt, x, names):
+        if sum(part.nbytes for part in inner(fmt, x, names).values()) > room:
+            raise torch.OutOfMemoryError
+        return inner(fmt, x, names)
+
+    expected = {name: tq.qdq(x, name) for name in ("int4_g32_asym", "nvfp4", "fp8_e4m3_b16x32", "int3_g50")}
+    monkeypatch.setattr(ops, "_allocate_scales", allocate)
+    for name, y in expected.items():
+        assert_same(tq.qdq(x, name), y)
+    room = 1
+    with pytest.raises(torch.OutOfMemoryError, match=r"int4_g32_asym.*\(1, 1, 32\).*\(3, 40, 384\)"):
+        tq.qdq(x, "int4_g32_asym")
+
+
 # ------------------------------------------------------------------------------------------------------------- surface
 
 

@@ -458,7 +458,7 @@ class _Encoding:
             parts = {**ops._allocate_scales(self.fmt, x, ops._SCALES), **parts}
             ops._choose_scales(x, self.fmt, parts, True, inputs.get("weights"))
         given = (parts.get(name) for name in names)
-        ops._qdq(x, self.fmt, *given, seed=self.seed, first=tile.first, out=outputs["y"])
+        ops._qdq(x, self.fmt, *given, seed=self.seed, first=tile.first, out=outputs["y"], tile=True)
 
     def scratch(self, tile: Tile) -> int:
         """Bytes of scales that QDQ keeps for a while."""
