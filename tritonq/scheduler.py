@@ -388,19 +388,30 @@ class _Encoding:
         if self.searches_whole:
             backends = backends[:1]
         self._keep(backends)
-        with memory.workspace(self.room):
-            extremes = _extremes_of_all(self.x, self.fmt, backends, self.fmt.tensor_scale, done)
+        x, fmt, known = self.x, self.fmt, self.given.get("tensor_scale")
+        whole = fmt.group[0] == -1 and "scale" not in self.given
         with backends[0].current():
-            if self.fmt.tensor_scale:
-                self.given.setdefault("tensor_scale", ops._tensor_scale(extremes, self.fmt))
-            if self.searches_whole:
-                parts = {**ops._allocate_scales(self.fmt, self.x, ops._SCALES), **self.given}
-                weights = None if self.weights is None else self.weights.to(self.x.device)
-                ops._choose_scales(self.x, self.fmt, parts, True, weights)
-                self.given, self.search = parts, False
-            elif self.fmt.group[0] == -1 and "scale" not in self.given:
-                parts = ops._quantize(extremes, self.fmt, None, None, self.given.get("tensor_scale"))
-                self.given.update({name: part for name, part in parts.items() if name != "qdata"})
+            if len(backends) == 1 and backends[0].holds(x):  # kernels find them in one launch
+                if fmt.tensor_scale and known is None:
+                    known = ops._tensor_scale(x, fmt)
+                parts = ops._allocate_scales(fmt, x, ops._SCALES) if whole else {}
+                if known is not None:
+                    parts["tensor_scale"] = known.to(x.device)
+                if whole:
+                    weights = None if self.weights is None else self.weights.to(x.device)
+                    ops._choose_scales(x, fmt, parts, self.search, weights)
+                done(x.numel())
+            else:
+                with memory.workspace(self.room):
+                    extremes = _extremes_of_all(x, fmt, backends, fmt.tensor_scale, done)
+                if fmt.tensor_scale and known is None:
+                    known = ops._tensor_scale(extremes, fmt)
+                parts = ops._quantize(extremes, fmt, None, None, known) if whole else {}
+                parts.pop("qdata", None)
+                if known is not None:
+                    parts["tensor_scale"] = known
+        self.given.update(parts)
+        self.search = self.search and not whole
 
     def _keep(self, backends: list[Backend]) -> None:
         """Bring a tensor that is gone over several times to the one device, where the budget leaves room for it."""
@@ -583,7 +594,7 @@ def tensor_scale(x: Tensor, fmt: Format | str, device: Devices) -> Tensor:
     """`ops.tensor_scale` of a tensor that lies anywhere, computed and left on `device`."""
     fmt = get_format(fmt)
     encoding, backends = _Encoding(x.detach(), fmt, {}), devices_of(device)
-    if not fmt.tensor_scale or not x.numel():
+    if not fmt.tensor_scale or not x.numel() or (len(backends) == 1 and x.device == backends[0].device):
         return ops.tensor_scale(x, fmt).to(backends[0].device)
     encoding.look(backends, lambda elements: None)
     return encoding.given["tensor_scale"]
