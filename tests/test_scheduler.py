@@ -419,6 +419,11 @@ def test_where_results_are_left():
         tq.qdq(x, "int4_g128", output_device="meta", out=y)
     with pytest.raises(ValueError, match="out has to be a contiguous"):
         tq.qdq(x, "int4_g128", device=FakeDevice(), out=torch.empty(3))
+    with pytest.raises(TypeError, match="out is a tensor"):
+        tq.quantize(x, "int4_g128", device=FakeDevice(), out=out.parts())
+    with pytest.raises(ValueError, match="contiguous"):
+        window = tq.quantize(torch.cat([x, x], 1), "int4_g128")[:, :256]
+        tq.quantize(x, "int4_g128", device=FakeDevice(), out=window)
     with pytest.raises(ValueError, match="out has to be"):
         tq.quantize(x, "int4_g64", device=FakeDevice(), out=out)
     for function in (lambda x, **kw: tq.qdq(x, "int4_g128", **kw), tq.hadamard):

@@ -299,6 +299,8 @@ def placed(
     x: Tensor, device: Devices | None, output_device: torch.device | str | None, out: Tensor | None
 ) -> tuple[list[Backend], torch.device] | None:
     """Where to compute and where to leave the result; None where both are where x is."""
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out is a tensor that receives the result, got {type(out).__name__}")
     if device is None and output_device is None and (out is None or out.device == x.device):
         return None
     backends = devices_of(x.device if device is None else device)
@@ -509,6 +511,11 @@ def quantize(
     """`ops.quantize` of a tensor that lies anywhere, computed on `device` and left in `out`, contiguous parts that lie
     anywhere; given parts may lie anywhere, too. Other arguments and errors as those of `tritonq.quantize`."""
     fmt = get_format(fmt)
+    for name, part in out.items():
+        if not part.is_contiguous():
+            raise ValueError(
+                f"out[{name!r}] has to be contiguous, got strides {part.stride()}; pass a tensor of its own"
+            )
     given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
     encoding = _encoding(x, fmt, given, rounding, generator, search, importance)
     x, backends = encoding.x, devices_of(device)
