@@ -379,6 +379,24 @@ def test_qdq_keeps_its_scales_within_the_budget(monkeypatch):
         allocated.clear()
 
 
+def test_qdq_goes_on_in_tiles_where_its_scales_do_not_fit(monkeypatch):
+    """A device with room for the result, and for few scales besides."""
+    x, inner, room = dense((3, 40, 384)), ops._allocate_scales, 600
+
+    def allocate(fmt, x, names):
+        if sum(part.nbytes for part in inner(fmt, x, names).values()) > room:
+            raise torch.OutOfMemoryError
+        return inner(fmt, x, names)
+
+    expected = {name: tq.qdq(x, name) for name in ("int4_g32_asym", "nvfp4", "fp8_e4m3_b16x32", "int3_g50")}
+    monkeypatch.setattr(ops, "_allocate_scales", allocate)
+    for name, y in expected.items():
+        assert_same(tq.qdq(x, name), y)
+    room = 1
+    with pytest.raises(torch.OutOfMemoryError, match=r"int4_g32_asym.*\(1, 1, 32\).*\(3, 40, 384\)"):
+        tq.qdq(x, "int4_g32_asym")
+
+
 # ------------------------------------------------------------------------------------------------------------- surface
 
 
@@ -401,6 +419,11 @@ def test_where_results_are_left():
         tq.qdq(x, "int4_g128", output_device="meta", out=y)
     with pytest.raises(ValueError, match="out has to be a contiguous"):
         tq.qdq(x, "int4_g128", device=FakeDevice(), out=torch.empty(3))
+    with pytest.raises(TypeError, match="out is a tensor"):
+        tq.quantize(x, "int4_g128", device=FakeDevice(), out=out.parts())
+    with pytest.raises(ValueError, match="contiguous"):
+        window = tq.quantize(torch.cat([x, x], 1), "int4_g128")[:, :256]
+        tq.quantize(x, "int4_g128", device=FakeDevice(), out=window)
     with pytest.raises(ValueError, match="out has to be"):
         tq.quantize(x, "int4_g64", device=FakeDevice(), out=out)
     for function in (lambda x, **kw: tq.qdq(x, "int4_g128", **kw), tq.hadamard):
@@ -408,6 +431,14 @@ def test_where_results_are_left():
             function(x.float().requires_grad_(), device=FakeDevice())
         with torch.no_grad():
             function(x.float().requires_grad_(), device=FakeDevice())
+
+
+def test_traced_graphs_take_a_device():
+    x = dense((8, 256))
+    compiled = torch.compile(lambda x: tq.qdq(x, "mxfp4", device="cpu"), backend="eager", fullgraph=True)
+    assert_same(compiled(x), tq.qdq(x, "mxfp4"))
+    meta = tq.qdq(x.to("meta"), "mxfp4", search="mse")
+    assert meta.is_meta and meta.shape == x.shape
 
 
 def test_empty_tensors():
@@ -499,6 +530,19 @@ def test_gpu_options(name):
         with tq.workspace("512KiB"):
             q = tq.quantize(x, name, **options, **own, **seeded, device=["cuda", "cuda"])
         assert_same_parts({n: p.cpu() for n, p in q.parts().items()}, {n: p.cpu() for n, p in expected.parts().items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["int4_g128", "nvfp4", "fp8_e4m3_b128x128"])
+def test_gpu_results_leave_the_device(name):
+    """From a tensor on the GPU, of any strides, in slabs that no copy joins."""
+    x = dense((2, 3, 256, 4, 256)).cuda().permute(0, 3, 1, 2, 4)[:, ::2]
+    expected = tq.quantize(x, name)
+    with tq.workspace("256KiB"):
+        q, y = tq.quantize(x, name, output_device="cpu"), tq.qdq(x, name, output_device="cpu")
+    assert_same_parts(q.parts(), {n: p.cpu() for n, p in expected.parts().items()})
+    assert_same(y, expected.dequantize().cpu())
+    assert_same(tq.dequantize(expected, output_device="cpu"), y)
 
 
 @pytest.mark.gpu

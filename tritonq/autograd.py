@@ -308,7 +308,7 @@ def qdq(
         return _qdq_elsewhere(scheduler.source(x), fmt, device, output_device, out, progress, options)
     if search or importance is not None:
         ops.check_search(search, importance, x, scale is not None)
-        if not (_differentiates(x) or ops.traced(x)):  # scales of a tile at a time
+        if not (_differentiates(x) or ops.traced(x) or x.is_meta):  # scales of a tile at a time
             out = scheduler.result(None, tuple(x.shape), x.dtype, x.device)
             return scheduler.qdq(
                 x, fmt, x.device, out, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, rounding=rounding,
@@ -407,6 +407,10 @@ def _qdq_elsewhere(
     options: dict[str, Any],
 ) -> Tensor:
     """QDQ into `out`, or of a tensor that is not where it is computed or where the result belongs."""
+    if ops.traced(x):  # a graph holds whole tensors
+        y = qdq(x if device is None else x.to(device), fmt, **options)  # type: ignore[arg-type]
+        y = y if output_device is None else y.to(output_device)
+        return y if out is None else out.copy_(y)
     if _differentiates(x):
         raise ValueError("qdq has no gradient with out, device or output_device; detach x, or move it first")
     ops.check_input(x, fmt)

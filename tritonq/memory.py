@@ -38,8 +38,9 @@ def workspace(nbytes: int | str) -> Iterator[int]:
     such as "256MiB". The default is 64 MiB.
 
     It bounds the tiles in which tensors stream through another device and the intermediates of formats that take
-    several passes. Holds for this thread (or task of asyncio) and can be nested. A group of one row, or a row of
-    blocks, is the smallest tile, and is taken whole even where it is larger.
+    several passes; the CPU's own tiles are smaller and do not depend on it. Holds for this thread (or task of asyncio)
+    and can be nested. A group of one row, or a row of blocks, is the smallest tile, and is taken whole even where it is
+    larger.
 
     Raises:
         ValueError: not a size.

@@ -345,7 +345,7 @@ def searched_scales(
 ) -> Parts:
     """The parts that `quantize` with a search gives, but the codes."""
     check_input(x, fmt)
-    if traced(x) or fmt.super_group or x.numel() == 0:
+    if traced(x) or fmt.super_group or x.numel() == 0 or x.is_meta:
         parts = quantize(x, fmt, tensor_scale=tensor_scale, search=search, importance=importance)
         return {name: part for name, part in parts.items() if name != "qdata"}
     check_search(search, importance, x, False)
@@ -527,6 +527,7 @@ def _qdq(
     seed: int | None = None,
     first: int = 0,
     out: Tensor | None = None,
+    tile: bool = False,
 ) -> Tensor:
     x = x.resolve_neg()
     y = empty(x.shape, x.dtype, x.device) if out is None else out
@@ -537,9 +538,14 @@ def _qdq(
     given = _checked_given(x, fmt, scale, zero_point, tensor_scale)
     names = ("tensor_scale",) if inside else tuple(name for name in _SCALES if name not in given)
     scratch = 0 if inside or "scale" in given else _scale_bytes(fmt, tuple(x.shape), names)
-    if scratch > max(memory.budget(), _SMALL):
+    if scratch > max(memory.budget(), _SMALL) and not tile:
         return _qdq_in_tiles(x, fmt, given.get("tensor_scale"), seed, first, y, scratch)
-    parts = {**_allocate_scales(fmt, x, names), **given}
+    try:
+        parts = {**_allocate_scales(fmt, x, names), **given}
+    except torch.OutOfMemoryError:
+        if tile or not scratch:
+            raise
+        return _qdq_in_tiles(x, fmt, given.get("tensor_scale"), seed, first, y, scratch)
     _run(x, fmt, parts, "scale" in given, "tensor_scale" in given, y, seed=seed, first=first)
     return y
 
@@ -554,13 +560,13 @@ def _scale_bytes(fmt: Format, shape: Shape, names: tuple[str, ...]) -> int:
 def _qdq_in_tiles(
     x: Tensor, fmt: Format, tensor_scale: Tensor | None, seed: int | None, first: int, y: Tensor, scratch: int
 ) -> Tensor:
-    """QDQ that leaves its scales in memory for a while, those of as many elements as the budget allows."""
+    """QDQ that leaves its scales in memory for a while, of as many elements as the budget and the device allow."""
     if fmt.tensor_scale and tensor_scale is None:
         tensor_scale = _tensor_scale(x, fmt)
 
     def step(tile: tiles.Tile) -> None:
         piece, target = tile.of_strided(x), tile.of_values(y)
-        _qdq(piece, fmt, None, None, tensor_scale, seed=seed, first=first + tile.first, out=target)
+        _qdq(piece, fmt, None, None, tensor_scale, seed=seed, first=first + tile.first, out=target, tile=True)
 
     limit = x.numel() * max(memory.budget(), _SMALL) // (2 * scratch)
     tiles.in_tiles(tiles.Tiles(tuple(x.shape), x.stride(), fmt), limit, x.device, step)

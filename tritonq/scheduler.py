@@ -290,6 +290,8 @@ def devices_of(device: Devices) -> list[Backend]:
 def source(x: Any) -> Any:
     """A tensor as it is; a slice of a safetensors file (`safe_open(...).get_slice(name)`) as the tensor that the file
     is mapped to, of which only what is looked at is read."""
+    if isinstance(x, Tensor):
+        return x
     return x[:] if hasattr(x, "get_shape") and hasattr(x, "get_dtype") else x
 
 
@@ -297,6 +299,8 @@ def placed(
     x: Tensor, device: Devices | None, output_device: torch.device | str | None, out: Tensor | None
 ) -> tuple[list[Backend], torch.device] | None:
     """Where to compute and where to leave the result; None where both are where x is."""
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out is a tensor that receives the result, got {type(out).__name__}")
     if device is None and output_device is None and (out is None or out.device == x.device):
         return None
     backends = devices_of(x.device if device is None else device)
@@ -386,19 +390,30 @@ class _Encoding:
         if self.searches_whole:
             backends = backends[:1]
         self._keep(backends)
-        with memory.workspace(self.room):
-            extremes = _extremes_of_all(self.x, self.fmt, backends, self.fmt.tensor_scale, done)
+        x, fmt, known = self.x, self.fmt, self.given.get("tensor_scale")
+        whole = fmt.group[0] == -1 and "scale" not in self.given
         with backends[0].current():
-            if self.fmt.tensor_scale:
-                self.given.setdefault("tensor_scale", ops._tensor_scale(extremes, self.fmt))
-            if self.searches_whole:
-                parts = {**ops._allocate_scales(self.fmt, self.x, ops._SCALES), **self.given}
-                weights = None if self.weights is None else self.weights.to(self.x.device)
-                ops._choose_scales(self.x, self.fmt, parts, True, weights)
-                self.given, self.search = parts, False
-            elif self.fmt.group[0] == -1 and "scale" not in self.given:
-                parts = ops._quantize(extremes, self.fmt, None, None, self.given.get("tensor_scale"))
-                self.given.update({name: part for name, part in parts.items() if name != "qdata"})
+            if len(backends) == 1 and backends[0].holds(x):  # kernels find them in one launch
+                if fmt.tensor_scale and known is None:
+                    known = ops._tensor_scale(x, fmt)
+                parts = ops._allocate_scales(fmt, x, ops._SCALES) if whole else {}
+                if known is not None:
+                    parts["tensor_scale"] = known.to(x.device)
+                if whole:
+                    weights = None if self.weights is None else self.weights.to(x.device)
+                    ops._choose_scales(x, fmt, parts, self.search, weights)
+                done(x.numel())
+            else:
+                with memory.workspace(self.room):
+                    extremes = _extremes_of_all(x, fmt, backends, fmt.tensor_scale, done)
+                if fmt.tensor_scale and known is None:
+                    known = ops._tensor_scale(extremes, fmt)
+                parts = ops._quantize(extremes, fmt, None, None, known) if whole else {}
+                parts.pop("qdata", None)
+                if known is not None:
+                    parts["tensor_scale"] = known
+        self.given.update(parts)
+        self.search = self.search and not whole
 
     def _keep(self, backends: list[Backend]) -> None:
         """Bring a tensor that is gone over several times to the one device, where the budget leaves room for it."""
@@ -456,7 +471,7 @@ class _Encoding:
             parts = {**ops._allocate_scales(self.fmt, x, ops._SCALES), **parts}
             ops._choose_scales(x, self.fmt, parts, True, inputs.get("weights"))
         given = (parts.get(name) for name in names)
-        ops._qdq(x, self.fmt, *given, seed=self.seed, first=tile.first, out=outputs["y"])
+        ops._qdq(x, self.fmt, *given, seed=self.seed, first=tile.first, out=outputs["y"], tile=True)
 
     def scratch(self, tile: Tile) -> int:
         """Bytes of scales that QDQ keeps for a while."""
@@ -496,6 +511,11 @@ def quantize(
     """`ops.quantize` of a tensor that lies anywhere, computed on `device` and left in `out`, contiguous parts that lie
     anywhere; given parts may lie anywhere, too. Other arguments and errors as those of `tritonq.quantize`."""
     fmt = get_format(fmt)
+    for name, part in out.items():
+        if not part.is_contiguous():
+            raise ValueError(
+                f"out[{name!r}] has to be contiguous, got strides {part.stride()}; pass a tensor of its own"
+            )
     given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
     encoding = _encoding(x, fmt, given, rounding, generator, search, importance)
     x, backends = encoding.x, devices_of(device)
@@ -581,7 +601,7 @@ def tensor_scale(x: Tensor, fmt: Format | str, device: Devices) -> Tensor:
     """`ops.tensor_scale` of a tensor that lies anywhere, computed and left on `device`."""
     fmt = get_format(fmt)
     encoding, backends = _Encoding(x.detach(), fmt, {}), devices_of(device)
-    if not fmt.tensor_scale or not x.numel():
+    if not fmt.tensor_scale or not x.numel() or (len(backends) == 1 and x.device == backends[0].device):
         return ops.tensor_scale(x, fmt).to(backends[0].device)
     encoding.look(backends, lambda elements: None)
     return encoding.given["tensor_scale"]
