@@ -178,15 +178,15 @@ def _reported(progress: Progress | bool | None, total: int) -> Iterator[Callable
 
 def _limits(job: Job, backend: Backend, most: int) -> tuple[int, int]:
     """Elements of a tile and number of slots, so that all slots and the scratch of one tile fit the budget."""
-    depth = backend.depth
+    depth, room = backend.depth, memory.budget() * 63 // 64  # allocators round up
     while (tile := job.tiles.peek(most)) is not None:
         sizes = [_size(_moved(pieces, backend)) for pieces in (job.inputs(tile), job.outputs(tile))]
         scratch = job.scratch(tile)
-        excess = max((depth * sum(sizes) + scratch) / memory.budget(), max(sizes) / _LARGEST_TILE)
+        excess = max((depth * sum(sizes) + scratch) / room, max(sizes) / _LARGEST_TILE)
         if excess <= 1:
             break
         if not job.tiles.can_be_cut(tile):
-            depth = max(1, min(depth, (memory.budget() - scratch) // max(1, sum(sizes))))
+            depth = max(1, min(depth, (room - scratch) // max(1, sum(sizes))))
             break
         most = max(1, min(int(tile.size / excess), tile.size - 1))
     return most, depth
