@@ -26,16 +26,17 @@ class FakeDevice(streams.Backend):
         lazy: queue the work; else it happens at once.
         faults: which allocations ("empty") or computations ("compute"), counted from 0, run out of memory.
         capacity: bytes that may be allocated at a time.
+        shared: whether several threads use it at a time.
     """
 
     depth = 3
 
-    def __init__(self, pinned=False, lazy=True, faults=(), capacity=None, seed=0, workers=1):
+    def __init__(self, pinned=False, lazy=True, faults=(), capacity=None, seed=0, shared=False):
         super().__init__(torch.device("cpu"))
         self.pinned, self.lazy, self.faults, self.capacity = pinned, lazy, set(faults), capacity
         self.queues = {"in": [], "compute": [], "out": []}
-        self.random, self.workers = random.Random(seed), workers
-        self._lock = threading.RLock() if workers > 1 else contextlib.nullcontext()  # devices wait for each other
+        self.random = random.Random(seed)
+        self._lock = threading.RLock() if shared else contextlib.nullcontext()  # devices wait for each other
         self.spans, self.live, self.peak, self.counts = {}, 0, 0, {"empty": 0, "compute": 0}
 
     def _fault(self, kind):

@@ -230,19 +230,8 @@ def _finish(slots: list[_Slot]) -> None:
     slots.clear()
 
 
-def _workers(job: Job, backends: list[Backend]) -> list[Backend]:
-    """A backend for each thread: several for one device where the host has to copy more than a budget holds, so that
-    it copies while it plans and launches."""
-    tile = job.tiles.peek(math.prod(job.tiles.shape))
-    if len(backends) > 1 or tile is None:
-        return backends
-    moved = {**_moved(job.inputs(tile), backends[0]), **_moved(job.outputs(tile), backends[0])}
-    staged = _size({name: piece for name, piece in moved.items() if not backends[0].copies(piece)})
-    return backends * backends[0].workers if staged > memory.budget() else backends
-
-
 def _execute(job: Job, backends: list[Backend], done: Callable[[int], None]) -> None:
-    total, backends = math.prod(job.tiles.shape), _workers(job, backends)
+    total = math.prod(job.tiles.shape)
     if len(backends) == 1:
         return _work(job, backends[0], total, done)
     most, errors = max(1, total // (4 * len(backends))), []

@@ -24,11 +24,9 @@ class Backend:
     Attributes:
         device: where tensors of this backend lie.
         depth: how many tiles are on their way at a time.
-        workers: how many threads may share this device, where the host has to copy.
     """
 
     depth = 1
-    workers = 1
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -81,7 +79,6 @@ class Cuda(Backend):
     that it was part of have ended; so staging buffers are reused from call to call."""
 
     depth = 2
-    workers = 2
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
