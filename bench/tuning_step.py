@@ -2,7 +2,8 @@
 
 Rows: forward; forward and backward with v, min_scale and max_scale; and a whole step of sign descent (forward,
 backward, update, clamps), fused into backward. The peers are the same in plain torch operations with `detach` for
-straight-through rounding, eager and through torch.compile, whose step has its update compiled, too. Bytes that have to
+straight-through rounding, eager and through torch.compile, whose step has its update compiled, too; for MX and NVFP4
+also torch.compile of the same written in the manner of published code ("published"). Bytes that have to
 move over the bandwidth of `copy_` in the same run are the floor. Values and gradients are checked before they are
 timed: against the CPU path bit for bit on some rows, and against the peer, whose divisions and sums differ in the last
 bits, almost everywhere.
@@ -31,6 +32,7 @@ from tritonq.tuned_reference import Tuning, Wanted
 FORMATS = ("int4_g128", "mxfp4", "nvfp4", "int4_g128_asym", "mxfp8", "fp8_e4m3_channel")
 SHAPE, LARGE = (4096, 14336), (16384, 16384)
 LR, RATIO_LR = 1 / 200, 1 / 200
+PEERS = ("eager", "compiled", "published")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Row = dict[str, Any]
 
@@ -96,6 +98,44 @@ def definition(fmt: Format) -> Callable[..., Tensor]:
             u = u.clamp(-element.max, element.max)
             code = straight_through(u, _rounded(u.detach(), fmt))
         return (code * scale).to(x.dtype).reshape(x.shape)
+
+    return qdq
+
+
+E2M1_STEPS = ((0.25, 0.5), (0.75, 1.0), (1.25, 1.5), (1.75, 2.0), (2.5, 3.0), (3.5, 4.0), (5.0, 6.0))
+
+
+def published(fmt: Format) -> Callable[..., Tensor] | None:
+    """The same in the manner of what is published for MX and NVFP4: rows of groups, exponents through log2 and floor,
+    scales as powers, NVFP4's codes by comparisons. None for other formats."""
+    element = fmt.element
+    if not (fmt.scale.is_exponent or (fmt.tensor_scale and element.name == "e2m1")):
+        return None
+
+    def to_grid(u: Tensor) -> Tensor:
+        if not fmt.scale.is_exponent:
+            size, found = u.abs(), torch.zeros_like(u)
+            for i, (threshold, value) in enumerate(E2M1_STEPS):  # a tie goes to the even code
+                found = torch.where(size > threshold if i % 2 == 0 else size >= threshold, value, found)
+            return found * torch.sign(u)
+        exponent = torch.floor(torch.log2(u.abs() + (u == 0))).clip(min=1 - element.bias)
+        return torch.round(u / 2**exponent * 2**element.mbits) / 2**element.mbits * 2**exponent
+
+    def qdq(x: Tensor, v: Tensor, min_scale: Tensor, max_scale: Tensor, divisor: Tensor | None) -> Tensor:
+        groups, offsets = x.reshape(-1, fmt.group[1]).to(torch.float32), v.reshape(-1, fmt.group[1])
+        hi = groups.amax(-1).clamp(min=0.0) * max_scale.reshape(-1)
+        lo = groups.amin(-1).clamp(max=0.0) * min_scale.reshape(-1)
+        amax = torch.maximum(hi, -lo)
+        if divisor is None:
+            log = torch.log2(amax + (amax == 0) * 2.0**-126)
+            exponent = straight_through(log, torch.floor(log)) - element.emax
+            factor = 2 ** exponent.clamp(-127, 127)
+        else:
+            raw = (divisor * amax / element.max).clamp(max=fmt.scale.max)
+            factor = straight_through(raw, raw.to(fmt.scale.dtype).to(torch.float32)) / divisor
+        factor = factor.unsqueeze(-1)
+        u = torch.clamp(groups / factor + offsets, -element.max, element.max)
+        return (straight_through(u, to_grid(u.detach())) * factor).to(x.dtype).reshape(x.shape)
 
     return qdq
 
@@ -199,6 +239,10 @@ def one(fmt: Format, of_v: str, gb_per_s: float, peers: tuple[str, ...], say: Ca
         torch._dynamo.reset()
         compiled = torch.compile(qdq, dynamic=False), torch.compile(update, dynamic=False)
         kinds["compiled"] = compiled  # type: ignore[assignment]
+        other = published(fmt)
+        if other is not None and "published" in peers:
+            kinds["published"] = torch.compile(other, dynamic=False), compiled[1]  # type: ignore[assignment]
+            row["published_equal"] = round(float((peer(other) == case.forward()).float().mean()), 6)
     for kind, (function, moved) in kinds.items():
         if kind in peers:
             begun, forward = time.monotonic(), functools.partial(peer, function)
@@ -261,7 +305,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS[:4]), help=f"among others: {', '.join(FORMATS)}")
     parser.add_argument("--v", nargs="+", default=["fp32", "bf16"], choices=list(TYPES))
-    parser.add_argument("--peers", nargs="*", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--budget", type=float, default=90.0, help="seconds after which no more peers are compiled")
     parser.add_argument("--sweep", action="store_true", help="sizes of tiles instead")
     parser.add_argument("--out", type=Path)
@@ -297,7 +341,7 @@ def main() -> int:
     for of_v in arguments.v:
         for name in arguments.formats:
             late = time.monotonic() - begun > arguments.budget
-            peers = tuple(kind for kind in arguments.peers if not (late and kind == "compiled"))
+            peers = tuple(kind for kind in arguments.peers if not late or kind == "eager")
             say = functools.partial(print, flush=True)
             attempt("rows", functools.partial(one, get_format(name), of_v, gb_per_s, peers, say), f"{name} {of_v}")
     for name in arguments.formats:
