@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from tritonq import ops, plans, tuned_plans
+from tritonq import learned_plans, ops, plans
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
          torch.uint8: "*u8",
@@ -69,8 +69,8 @@ def launched(call: Callable[[], Any]) -> list[Launch]:
 
     with patch.object(JITFunction, "run", run), patch.object(ops, "uses_triton", lambda x: True):
         plans.forget()
-        tuned_plans.forget()
+        learned_plans.forget()
         call()
     plans.forget()  # their kernels were never compiled
-    tuned_plans.forget()
+    learned_plans.forget()
     return found

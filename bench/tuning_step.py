@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 import tritonq as tq
-from tritonq import ops, tuned_ops, tuned_plans
+from tritonq import learned_ops, learned_plans, ops
 from tritonq.bench import measure, report, timing
 from tritonq.formats import Format, get_format
-from tritonq.tuned_reference import Tuning, Wanted
+from tritonq.learned_reference import Learned, Wanted
 
 FORMATS = ("int4_g128", "mxfp4", "nvfp4", "int4_g128_asym", "mxfp8", "fp8_e4m3_channel")
 SHAPE, LARGE = (4096, 14336), (16384, 16384)
@@ -159,12 +159,12 @@ class Case:
         groups = fmt.scale_shape(shape)
         self.low, self.high = (1 - 0.2 * torch.rand(groups, device="cuda") for _ in range(2))
         self.divisor = ops.tensor_scale(self.x, fmt) if fmt.tensor_scale else None
-        self.given = Tuning(self.v, self.high, self.low, False, self.divisor)
+        self.given = Learned(self.v, self.high, self.low, False, self.divisor)
         self.step = tq.SignStep(LR, min_scale_lr=RATIO_LR, device="cuda")
         self.leaves = [t.detach().requires_grad_() for t in (self.v, self.low, self.high)]
 
     def forward(self) -> Tensor:
-        return tuned_ops.qdq(self.x, self.fmt, self.given)
+        return learned_ops.qdq(self.x, self.fmt, self.given)
 
     def ours(self) -> Tensor:
         v, low, high = self.leaves
@@ -197,11 +197,11 @@ def verify(case: Case, peer: Callable[[], Tensor]) -> Row:
     """Raises where values are wrong; the shares of numbers that are those of the peer."""
     rows = 64
     found = case.both()
-    given = Tuning(case.v[:rows].cpu(), case.high[:rows].cpu(), case.low[:rows].cpu(), False,
+    given = Learned(case.v[:rows].cpu(), case.high[:rows].cpu(), case.low[:rows].cpu(), False,
                    None if case.divisor is None else case.divisor.cpu())  # fmt: skip
     x, dy = case.x[:rows].cpu(), case.dy[:rows].cpu()
-    y = tuned_ops.qdq(x, case.fmt, given)
-    expected = tuned_ops.backward(x, dy, case.fmt, given, Wanted(False, True, True, True))
+    y = learned_ops.qdq(x, case.fmt, given)
+    expected = learned_ops.backward(x, dy, case.fmt, given, Wanted(False, True, True, True))
     if not (torch.equal(found[0][:rows].cpu(), y) and torch.equal(found[1][:rows].cpu(), expected["dv"])):
         raise RuntimeError(f"{case.fmt.name}: y or dv differ from the CPU path")
     for got, name in ((found[2], "d_low"), (found[3], "d_high")):
@@ -258,12 +258,12 @@ def one(fmt: Format, of_v: str, gb_per_s: float, peers: tuple[str, ...], say: Ca
 def sweep(fmt: Format, of_v: str, gb_per_s: float) -> Row:
     """Shares of the floor by (elements of a tile, of a thread), for every kind of launch."""
     case, row = Case(fmt, SHAPE, TYPES[of_v]), {"format": fmt.name, "v": of_v}
-    n, of_v_bytes, kept = case.x.numel(), case.v.element_size(), dict(tuned_plans.CHOICES)
+    n, of_v_bytes, kept = case.x.numel(), case.v.element_size(), dict(learned_plans.CHOICES)
     wanted = Wanted(False, True, True, True)
     calls: dict[str, Callable[[], Any]] = {
         "qdq": case.forward,
-        "backward": lambda: tuned_ops.backward(case.x, case.dy, fmt, case.given, wanted),
-        "step": lambda: tuned_ops.step(case.x, case.dy, fmt, case.given, case.step.rates, case.step.bounds, False),
+        "backward": lambda: learned_ops.backward(case.x, case.dy, fmt, case.given, wanted),
+        "step": lambda: learned_ops.step(case.x, case.dy, fmt, case.given, case.step.rates, case.step.bounds, False),
     }
     try:
         for mode, call in calls.items():
@@ -271,15 +271,15 @@ def sweep(fmt: Format, of_v: str, gb_per_s: float) -> Row:
             found = {}
             for choice in itertools.product((1024, 2048, 4096, 8192), (8, 16, 32)):
                 if choice[0] // choice[1] >= 32:
-                    tuned_plans.CHOICES[mode] = choice
-                    tuned_plans.forget()
+                    learned_plans.CHOICES[mode] = choice
+                    learned_plans.forget()
                     found[choice] = round(floor / timing.device_us(call, [()]), 3)
             best = sorted(found, key=lambda choice: -found[choice])
             row[mode] = {f"{tile}/{each}": found[tile, each] for tile, each in best[:4]}
             row[f"{mode}_now"] = found[kept[mode]]
     finally:
-        tuned_plans.CHOICES.update(kept)
-        tuned_plans.forget()
+        learned_plans.CHOICES.update(kept)
+        learned_plans.forget()
     return row
 
 

@@ -157,7 +157,7 @@ def test_no_graph_where_none_is_needed(device):
 
 
 def test_scales_that_are_found_get_no_gradient(device):
-    """x's gradient takes the scale as constant; one that is given gets its own (`test_tuned.py`)."""
+    """x's gradient takes the scale as constant; one that is given gets its own (`test_learned.py`)."""
     x, fmt = numbers((4, 64), device).requires_grad_(), tq.get_format("int4_g32_f32")
     scale = ops.quantize(x.detach(), fmt)["scale"]
     y = tq.qdq(x, fmt, scale=scale)

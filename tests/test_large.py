@@ -4,9 +4,9 @@ import pytest
 import torch
 from oracle import assert_same, assert_same_parts
 
-from tritonq import hadamard, ops, reference, tuned_ops
+from tritonq import hadamard, learned_ops, ops, reference
 from tritonq.formats import get_format
-from tritonq.tuned_reference import Tuning, Wanted
+from tritonq.learned_reference import Tuning, Wanted
 
 COLUMNS = 4096
 ROWS = (1 << 31) // COLUMNS + 256  # whole blocks of 128 rows
@@ -146,15 +146,15 @@ def test_hadamard(x):
 
 
 @pytest.mark.parametrize("name", ["int4_g128", "fp8_e4m3_channel", "fp8_e4m3_b128x128"])
-def test_tuned(x, name):
+def test_learned(x, name):
     """Values, gradients and codes with tuning parameters; x is its own v and dy."""
     fmt = get_format(name)
     ratio = torch.rand(fmt.scale_shape(tuple(x.shape)), generator=torch.Generator("cuda").manual_seed(1), device="cuda")
     given, wanted = Tuning(x, ratio, ratio), Wanted(v=True, high=True)
     calls = (
-        lambda x, given: {"y": tuned_ops.qdq(x, fmt, given)},
-        lambda x, given: {"dv": tuned_ops.backward(x, x, fmt, given, wanted)["dv"]},
-        lambda x, given: {"codes": tuned_ops.quantized(x, fmt, given)["qdata"]},
+        lambda x, given: {"y": learned_ops.qdq(x, fmt, given)},
+        lambda x, given: {"dv": learned_ops.backward(x, x, fmt, given, wanted)["dv"]},
+        lambda x, given: {"codes": learned_ops.quantized(x, fmt, given)["qdata"]},
     )
     for call in calls:
         found = call(x, given)

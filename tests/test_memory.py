@@ -55,7 +55,7 @@ def parameters(x, fmt):
     return {"v": torch.zeros(x.shape, device=x.device), "min_scale": ratio, "max_scale": ratio.clone()}
 
 
-def tuned(x, fmt):
+def learned(x, fmt):
     """Forward and backward: y and the gradients of the parameters."""
     given, dy = {name: p.requires_grad_() for name, p in parameters(x, fmt).items()}, torch.randn_like(x)
 
@@ -91,7 +91,7 @@ OPS = {
     "both": lambda x, fmt: lambda: tq.quantize_both(x, fmt),
     "search": lambda x, fmt: lambda: tq.quantize(x, fmt, search="mse"),
     "search_qdq": lambda x, fmt: lambda: tq.qdq(x, fmt, search="mse"),
-    "tuned": tuned,
+    "learned": learned,
     "stepped": stepped,
 }
 
@@ -107,7 +107,7 @@ def limit(op, fmt, x):
         return memory.budget() + fmt.nbytes(tuple(x.shape)) - fmt.row_bytes(x.shape[1]) * x.shape[0]
     if op in ("search", "search_qdq"):
         return memory.budget()
-    if op in ("tuned", "stepped"):
+    if op in ("learned", "stepped"):
         return MIB if tuning.fits_tile(fmt, x.shape[1]) else memory.budget()
     if op in ("qdq", "stochastic") and leaves_scales(fmt, x.shape[1], op == "stochastic"):
         return memory.budget()
@@ -169,7 +169,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("op", ["quantize", "qdq", "dequantize", "gradient", "tuned", "stepped"])
+@pytest.mark.parametrize("op", ["quantize", "qdq", "dequantize", "gradient", "learned", "stepped"])
 @pytest.mark.parametrize("name", ON_CPU)
 def test_cpu(name, op, two_threads):
     """Tiles of 3 MiB a thread and what their arithmetic takes, never a tensor of the size of x (8 MiB, 16 as fp32)."""

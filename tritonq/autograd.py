@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from tritonq import operators, ops, scheduler, tuned_ops
+from tritonq import learned_ops, operators, ops, scheduler
 from tritonq.formats import Format, Shape, get_format
+from tritonq.learned_reference import Learned, Wanted
 from tritonq.reference import Parts
 from tritonq.sign_step import SignStep
-from tritonq.tuned_reference import Tuning, Wanted
 
 
 class _Unclipped(torch.autograd.Function):
@@ -119,16 +119,18 @@ torch.library.register_autograd(
 )
 
 
-def _setup_tuned(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_learned(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, ctx.fmt, v, high, low, divisor, ctx.given, ctx.factor = inputs
     ctx.save_for_backward(x, v, high, low, divisor)
 
 
-def _tuned_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _learned_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, v, high, low, divisor = ctx.saved_tensors
     needs = ctx.needs_input_grad
     wanted = [needs[0], *needs[2:5]]
-    found = iter(torch.ops.tritonq.tuned_backward(x, dy, ctx.fmt, v, high, low, divisor, ctx.given, ctx.factor, wanted))
+    found = iter(
+        torch.ops.tritonq.learned_backward(x, dy, ctx.fmt, v, high, low, divisor, ctx.given, ctx.factor, wanted)
+    )
     dx, *of_parameters = [next(found) if one else None for one in wanted]
     return dx, None, *of_parameters, None, None, None
 
@@ -141,19 +143,21 @@ def _setup_stepped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _stepped_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, v, high, low, divisor, rates = ctx.saved_tensors
     want_x = ctx.needs_input_grad[0]
-    dx = torch.ops.tritonq.tuned_step(
+    dx = torch.ops.tritonq.learned_step(
         x, dy, ctx.fmt, v, high, low, divisor, rates, ctx.bounds, want_x
     )  # moves v, high and low
     return dx if want_x else None, *[None for _ in range(8)]
 
 
-torch.library.register_autograd("tritonq::tuned", _tuned_backward, setup_context=_setup_tuned, lib=operators.library)
 torch.library.register_autograd(
-    "tritonq::tuned_stepped", _stepped_backward, setup_context=_setup_stepped, lib=operators.library
+    "tritonq::learned_qdq", _learned_backward, setup_context=_setup_learned, lib=operators.library
+)
+torch.library.register_autograd(
+    "tritonq::learned_stepped", _stepped_backward, setup_context=_setup_stepped, lib=operators.library
 )
 
 
-class _Tuned(torch.autograd.Function):
+class _Learned(torch.autograd.Function):
     """QDQ with tuning parameters for eager calls; backward recomputes."""
 
     generate_vmap_rule = True
@@ -163,7 +167,7 @@ class _Tuned(torch.autograd.Function):
         x: Tensor, v: Tensor | None, high: Tensor | None, low: Tensor | None, divisor: Tensor | None, fmt: Format,
         given: bool, factor: float,
     ) -> Tensor:  # fmt: skip
-        return tuned_ops.called(x, fmt, Tuning(v, high, low, given, divisor))
+        return learned_ops.called(x, fmt, Learned(v, high, low, given, divisor))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -176,8 +180,8 @@ class _Tuned(torch.autograd.Function):
         x, v, high, low, divisor = ctx.saved_tensors
         x_wanted, v_wanted, high_wanted, low_wanted = ctx.needs_input_grad[:4]
         wanted = Wanted(x_wanted, v_wanted, high_wanted, low_wanted, ctx.factor)
-        found = tuned_ops.gradients(x, grads[0], ctx.fmt, Tuning(v, high, low, ctx.given, divisor), wanted)
-        return *[found.get(name) for name in tuned_ops.NAMES], None, None, None, None
+        found = learned_ops.gradients(x, grads[0], ctx.fmt, Learned(v, high, low, ctx.given, divisor), wanted)
+        return *[found.get(name) for name in learned_ops.NAMES], None, None, None, None
 
 
 class _Stepped(torch.autograd.Function):
@@ -190,14 +194,14 @@ class _Stepped(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.fmt, ctx.bounds = fmt, bounds
         ctx.save_for_backward(x, v, high, low, divisor, rates)
-        return tuned_ops.qdq(x, fmt, Tuning(v, high, low, False, divisor))
+        return learned_ops.qdq(x, fmt, Learned(v, high, low, False, divisor))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, v, high, low, divisor, rates = ctx.saved_tensors
         want_x = ctx.needs_input_grad[0]
-        dx = tuned_ops.step(x, grads[0], ctx.fmt, Tuning(v, high, low, False, divisor), rates, ctx.bounds, want_x)
+        dx = learned_ops.step(x, grads[0], ctx.fmt, Learned(v, high, low, False, divisor), rates, ctx.bounds, want_x)
         # A second backward through saved parameters that have moved is an error, not a wrong step.
         torch.autograd.graph.increment_version([t for t in (v, high, low) if t is not None])
         return dx if want_x else None, *[None for _ in range(8)]
@@ -261,8 +265,8 @@ def qdq(
             or fp32, any strides; differentiable.
         min_scale, max_scale: ratios of the shape of the scale (`Format.storage`), bf16, fp16 or fp32, that every scale
             rule sees the smallest and the largest element of a group multiplied by; differentiable. A negative one
-            counts as 0. `tritonq.tuned_reference` states all gradients; sums over groups are in fp32, in an order that
-            depends on the backend.
+            counts as 0. `tritonq.learned_reference` states all gradients; sums over groups are in fp32, in an order
+            that depends on the backend.
         step: update v, min_scale and max_scale in place during backward instead of giving them gradients, see
             `SignStep`.
         scale_gradient: factor of the gradients of a given scale and zero_point, or "lsq" for 1 / sqrt(elements of a
@@ -287,8 +291,8 @@ def qdq(
             `out` or another device. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
-    tuned = v is not None or min_scale is not None or max_scale is not None
-    if tuned or step is not None or _takes_gradient(scale, zero_point):
+    learned = v is not None or min_scale is not None or max_scale is not None
+    if learned or step is not None or _takes_gradient(scale, zero_point):
         if search or importance is not None or rounding != "nearest":
             raise ValueError(
                 "tuning parameters take rounding to nearest and no search; leave those out, or v and its like"
@@ -298,8 +302,8 @@ def qdq(
                 "tuning parameters go with a tensor that is computed where it lies, into a new one; leave out, device "
                 "and output_device out"
             )
-        return _tuned(
-            x, fmt, tuned_ops.check(x, fmt, v, min_scale, max_scale, scale, zero_point, tensor_scale), step,
+        return _learned_qdq(
+            x, fmt, learned_ops.check(x, fmt, v, min_scale, max_scale, scale, zero_point, tensor_scale), step,
             _scale_factor(scale_gradient, x, fmt),
         )  # fmt: skip
     given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
@@ -322,18 +326,18 @@ def qdq(
     return ops.qdq(x, fmt, **present, rounding=rounding, generator=generator)
 
 
-def _tuned(x: Tensor, fmt: Format, given: Tuning, step: SignStep | None, factor: float) -> Tensor:
+def _learned_qdq(x: Tensor, fmt: Format, given: Learned, step: SignStep | None, factor: float) -> Tensor:
     own = (given.v, given.high, given.low, given.tensor_scale)
     function_transform = torch._C._are_functorch_transforms_active()
     forward_mode = forward_ad._current_level >= 0  # which then says that there is none
     as_operator = ops.traced(x) and not function_transform
     if step is None:
         if as_operator:
-            y: Tensor = torch.ops.tritonq.tuned(x, ops._name(fmt), *own, given.given, factor)
+            y: Tensor = torch.ops.tritonq.learned_qdq(x, ops._name(fmt), *own, given.given, factor)
         elif function_transform or forward_mode or _takes_gradient(x, *own[:3]):
-            y = _Tuned.apply(x, *own, fmt, given.given, factor)
+            y = _Learned.apply(x, *own, fmt, given.given, factor)
         else:
-            y = tuned_ops.qdq(x, fmt, given)
+            y = learned_ops.qdq(x, fmt, given)
         return y
     if given.given or not any(t is not None for t in own[:3]):
         raise ValueError("a step moves v, min_scale and max_scale; pass at least one of them, and no scale")
@@ -342,7 +346,7 @@ def _tuned(x: Tensor, fmt: Format, given: Tuning, step: SignStep | None, factor:
     if function_transform:
         raise ValueError("a step changes its parameters, which torch.func does not allow; leave it out")
     if as_operator:
-        y = torch.ops.tritonq.tuned_stepped(x, ops._name(fmt), *own, step.rates, list(step.bounds), step.anchor)
+        y = torch.ops.tritonq.learned_stepped(x, ops._name(fmt), *own, step.rates, list(step.bounds), step.anchor)
     else:
         # A leaf of its own: gradients of one made earlier would tie a captured backward to the stream of that time.
         anchor = torch.empty(0, device=x.device, requires_grad=True)

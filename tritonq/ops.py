@@ -268,14 +268,14 @@ def quantize(
     """
     fmt = get_format(fmt)
     if v is not None or min_scale is not None or max_scale is not None:
-        from tritonq import tuned_ops
+        from tritonq import learned_ops
 
         if search or importance is not None or rounding != "nearest" or swizzled:
             raise ValueError(
                 "v, min_scale and max_scale take rounding to nearest, no search, and scales in their order"
             )
-        given = tuned_ops.check(x, fmt, v, min_scale, max_scale, scale, zero_point, tensor_scale)
-        return tuned_ops.quantized(x, fmt, given, out)
+        given = learned_ops.check(x, fmt, v, min_scale, max_scale, scale, zero_point, tensor_scale)
+        return learned_ops.quantized(x, fmt, given, out)
     if swizzled:
         if not (scale is None and zero_point is None and out is None):
             raise ValueError("swizzled orders scales as they are computed; swizzle those that are given, and leave out")

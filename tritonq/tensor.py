@@ -634,8 +634,8 @@ def quantize(
     ops.check_input(x, fmt)
     x = x.detach()
     where = scheduler.placed(x, device, output_device, out)
-    tuned: dict[str, Any] = {"v": v, "min_scale": min_scale, "max_scale": max_scale}
-    if where is not None and any(t is not None for t in tuned.values()):
+    learned: dict[str, Any] = {"v": v, "min_scale": min_scale, "max_scale": max_scale}
+    if where is not None and any(t is not None for t in learned.values()):
         raise ValueError("v, min_scale and max_scale go with a tensor that is computed where it lies; move them first")
     target = x.device if where is None else where[1]
     result = (
@@ -648,7 +648,7 @@ def quantize(
         "generator": generator, "search": search, "importance": importance,
     }  # fmt: skip
     if where is None:
-        ops.quantize(x, fmt, **options, **tuned, out=result.parts())
+        ops.quantize(x, fmt, **options, **learned, out=result.parts())
     else:
         scheduler.quantize(x, fmt, where[0], result.parts(), **options, progress=progress)
     return result

@@ -108,7 +108,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()[:200]).strip("-")[:80].rstrip("-") or "unknown"
 
 
-UNTUNED = ("cast.py", "tuned.py", "tuned_loop.py", "tuned_quantize.py")  # have no knobs; no measurement depends on them
+UNTUNED = ("cast.py", "learned.py", "learned_loop.py", "learned_quantize.py")  # no knobs, so no measurement
 
 
 @functools.cache

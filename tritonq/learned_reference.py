@@ -45,7 +45,7 @@ Parts = reference.Parts
 
 
 @dataclass(frozen=True)
-class Tuning:
+class Learned:
     """The parameters of one call: v of the shape of x; `high` and `low` of the shape of the scale, max_scale and
     min_scale, or if `given` the scale and the zero point; the tensor-wide divisor of formats that have one."""
 
@@ -136,7 +136,7 @@ def _float(part: Tensor | None, shape: torch.Size) -> Tensor | None:
     return None if part is None else part.to(torch.float32).view(shape)
 
 
-def choose(positive: Tensor, negative: Tensor, fmt: Format, tuning: Tuning) -> Chosen:
+def choose(positive: Tensor, negative: Tensor, fmt: Format, tuning: Learned) -> Chosen:
     """Scales of groups with these extremes; `tuning` holds the parameters of these groups."""
     shape, divisor = positive.shape, tuning.tensor_scale
     if tuning.given:
@@ -155,7 +155,7 @@ def choose(positive: Tensor, negative: Tensor, fmt: Format, tuning: Tuning) -> C
     return Chosen(positive, negative, high, low, factor, zero, minimum, None, torch.isnan(factor), parts)
 
 
-def _given(positive: Tensor, negative: Tensor, fmt: Format, tuning: Tuning) -> Chosen:
+def _given(positive: Tensor, negative: Tensor, fmt: Format, tuning: Learned) -> Chosen:
     shape, divisor, scale = positive.shape, tuning.tensor_scale, tuning.high
     assert scale is not None
     if scale.dtype is torch.uint8:
@@ -245,7 +245,7 @@ def gradients(found: Elements, dy: Tensor, chosen: Chosen, fmt: Format) -> Gradi
 
 
 def of_parameters(
-    total: Tensor, outside: Tensor, chosen: Chosen, fmt: Format, tuning: Tuning, factor: float
+    total: Tensor, outside: Tensor, chosen: Chosen, fmt: Format, tuning: Learned, factor: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `high` and `low` from the sums A and O of their groups."""
     if tuning.given:

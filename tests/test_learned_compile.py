@@ -1,4 +1,4 @@
-"""The kernels of tuned QDQ compile for every target; on NVIDIA without spills and with 16-byte accesses of v."""
+"""The kernels of learned QDQ compile for every target; on NVIDIA without spills and with 16-byte accesses of v."""
 
 import re
 from functools import cache
@@ -9,9 +9,9 @@ from conftest import INTERPRET
 from test_compile import REGISTERS, TARGETS, check
 
 from bench.launches import launched
-from tritonq import ops, tuned_ops
+from tritonq import learned_ops, ops
 from tritonq.formats import get_format
-from tritonq.tuned_reference import Tuning, Wanted
+from tritonq.learned_reference import Learned, Wanted
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled; run without TRITON_INTERPRET")
 # On all targets; a sample of the others on sm_90.
@@ -28,18 +28,18 @@ def launches(name, shape=SHAPE, dtype=torch.bfloat16, of_v=torch.float32):
     def call():
         x, v = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=of_v)
         ratio, divisor = torch.zeros(fmt.scale_shape(shape)), torch.ones(1) if fmt.tensor_scale else None
-        given = Tuning(v, ratio, ratio, False, divisor)
-        tuned_ops.qdq(x, fmt, given)
-        tuned_ops.backward(x, x, fmt, given, Wanted(True, True, True, True))
-        tuned_ops.quantized(x, fmt, given)
-        tuned_ops.step(x, x, fmt, given, torch.zeros(2), (-0.5, 0.5, 0.0, 1.0), False)
+        given = Learned(v, ratio, ratio, False, divisor)
+        learned_ops.qdq(x, fmt, given)
+        learned_ops.backward(x, x, fmt, given, Wanted(True, True, True, True))
+        learned_ops.quantized(x, fmt, given)
+        learned_ops.step(x, x, fmt, given, torch.zeros(2), (-0.5, 0.5, 0.0, 1.0), False)
         if not fmt.super_group:
-            learned = Tuning(None, ratio, ratio if fmt.zero_point else None, True, divisor)
-            tuned_ops.qdq(x, fmt, learned)
-            tuned_ops.backward(x, x, fmt, learned, Wanted(True, False, True, fmt.zero_point))
+            learned = Learned(None, ratio, ratio if fmt.zero_point else None, True, divisor)
+            learned_ops.qdq(x, fmt, learned)
+            learned_ops.backward(x, x, fmt, learned, Wanted(True, False, True, fmt.zero_point))
             stored = {name: torch.zeros(s, dtype=d) for name, (s, d) in fmt.storage(shape).items()}
             scale = ops._bits(stored["scale"])
-            tuned_ops.quantized(x, fmt, Tuning(v, scale, stored.get("zero_point"), True, divisor))
+            learned_ops.quantized(x, fmt, Learned(v, scale, stored.get("zero_point"), True, divisor))
 
     return tuple({one.key: one for one in launched(call)}.values())
 

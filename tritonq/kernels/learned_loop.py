@@ -1,16 +1,16 @@
-"""`tuned_kernel` for groups larger than its tiles: rows, large blocks, the whole tensor.
+"""`learned_kernel` for groups larger than its tiles: rows, large blocks, the whole tensor.
 
-`tuned_loop_kernel` goes over a group twice, for its extremes and for everything else. Where a group is SPLIT among
+`learned_loop_kernel` goes over a group twice, for its extremes and for everything else. Where a group is SPLIT among
 several programs, its extremes are there before (`kernels.stats`, keys [groups, 2]), and programs leave sums [groups,
-splits, 2], which `tuned_finish_kernel` adds up in their order.
+splits, 2], which `learned_finish_kernel` adds up in their order.
 """
 
 import triton
 import triton.language as tl
 
 from tritonq.codecs import scale_triton as scales
+from tritonq.kernels import learned, tile
 from tritonq.kernels import quantize as groups
-from tritonq.kernels import tile, tuned
 
 
 @triton.jit
@@ -22,15 +22,15 @@ def _choose(
     high, low = tl.full(index.shape, 1.0, tl.float32), tl.full(index.shape, 1.0, tl.float32)
     free = mask
     if GIVEN:
-        factor, zero, free = tuned.load_given(high_ptr, low_ptr, index, mask, tensor_scale, FMT)
+        factor, zero, free = learned.load_given(high_ptr, low_ptr, index, mask, tensor_scale, FMT)
         bad = index < 0
     else:
         if HAS_HIGH:
             high = tl.load(high_ptr + index, mask, other=1.0).to(tl.float32)
         if HAS_LOW:
             low = tl.load(low_ptr + index, mask, other=1.0).to(tl.float32)
-        above, below = tuned.scaled(positive, negative, high, low, HAS_HIGH, HAS_LOW)
-        high_key, low_key = tuned.as_keys(above, below, FMT)
+        above, below = learned.scaled(positive, negative, high, low, HAS_HIGH, HAS_LOW)
+        high_key, low_key = learned.as_keys(above, below, FMT)
         _, factor, zero, bad = scales.choose(high_key, low_key, tensor_scale, FMT)
     return high, low, factor, zero, free, bad
 
@@ -40,7 +40,7 @@ def load_keys(keys_ptr, index, mask):
     """Bits of max(x, 0) and max(-x, 0)."""
     high = tl.load(keys_ptr + 2 * index, mask, other=0)
     low = tl.load(keys_ptr + 2 * index + 1, mask, other=0).to(tl.uint32, bitcast=True)
-    return tuned.magnitudes(high, low)
+    return learned.magnitudes(high, low)
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def _at(row, col, batch, N, stride_batch, stride_row, stride_col, FLAT: tl.const
 
 
 @triton.jit(do_not_specialize=["N", "rows", "all_rows", "groups_per_column", "splits"])
-def tuned_loop_kernel(
+def learned_loop_kernel(
     x_ptr, v_ptr, dy_ptr, out_ptr, dv_ptr, high_ptr, low_ptr, d_high_ptr, d_low_ptr, tensor_scale_ptr, rates_ptr,
     keys_ptr, sums_ptr,
     N, K, rows, cols, all_rows, groups_per_column, groups_per_row, splits,
@@ -117,7 +117,7 @@ def tuned_loop_kernel(
             low_key = tl.maximum(low_key, bits.to(tl.uint32, bitcast=True))
         high_key = tl.max(tl.max(high_key, 1), 0) + tl.zeros([1], tl.int32)
         low_key = tl.max(tl.max(low_key, 1), 0) + tl.zeros([1], tl.uint32)
-        positive, negative = tuned.magnitudes(high_key, low_key)
+        positive, negative = learned.magnitudes(high_key, low_key)
     high, low, factor, zero, free, bad = _choose(
         positive, negative, high_ptr, low_ptr, index, mask_one, tensor_scale, GIVEN, HAS_HIGH, HAS_LOW, FMT
     )
@@ -147,8 +147,8 @@ def tuned_loop_kernel(
             quotient = scales.quotient(
                 x, shift[:, None], divisor[:, None], inverse[:, None], below[:, None], correction[:, None], False, FMT
             )
-        sign = tuned.sign_of(quotient, x, factor[:, None], GIVEN, FMT)
-        u, value = tuned.element(quotient, v, zero, sign, HAS_V, FMT)
+        sign = learned.sign_of(quotient, x, factor[:, None], GIVEN, FMT)
+        u, value = learned.element(quotient, v, zero, sign, HAS_V, FMT)
         out_at = (batch * N + row)[:, None] * K + col[None, :]
         if MODE == "qdq":
             y = tile.saturate(value * marked, LIMIT)
@@ -159,13 +159,13 @@ def tuned_loop_kernel(
             dy_at = _at(row, col, batch, N, dy_batch, dy_row, dy_col, FLAT)
             given_dy = tl.load(dy_ptr + dy_at, mask, other=0.0)
             dy = tile.to_float32(given_dy)
-            kept = tuned.inside(u, zero, ELEM)
+            kept = learned.inside(u, zero, ELEM)
             if WANT_X:
                 dx = tl.where(kept | bad[:, None], given_dy, 0.0)
                 tl.store(out_ptr + out_at, dx.to(out_ptr.dtype.element_ty), mask)
             if WANT_V:
                 dv = tl.where(kept, dy * usable, 0.0)
-                tuned.store_gradient(
+                learned.store_gradient(
                     dv_ptr, out_at, v_ptr, v_at, mask, dv, v, v_rate, MODE == "step", V_LOWEST, V_HIGHEST
                 )
             if WANT_HIGH or WANT_LOW:
@@ -181,7 +181,7 @@ def tuned_loop_kernel(
                 tl.store(sums_ptr + 2 * place, summed)
                 tl.store(sums_ptr + 2 * place + 1, clipped)
             else:
-                tuned.finish(
+                learned.finish(
                     summed, clipped, positive, negative, high, low, factor, free, bad, tensor_scale, rate,
                     high_ptr, low_ptr, d_high_ptr, d_low_ptr, index, mask_one,
                     FMT, MODE == "step", GIVEN, HAS_HIGH, HAS_LOW, WANT_HIGH, WANT_LOW, FACTOR, LOWEST, HIGHEST,
@@ -189,7 +189,7 @@ def tuned_loop_kernel(
 
 
 @triton.jit(do_not_specialize=["splits"])
-def tuned_finish_kernel(
+def learned_finish_kernel(
     high_ptr, low_ptr, d_high_ptr, d_low_ptr, tensor_scale_ptr, rates_ptr, keys_ptr, sums_ptr, splits,
     FMT: tl.constexpr, MODE: tl.constexpr, GIVEN: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_LOW: tl.constexpr,
     WANT_HIGH: tl.constexpr, WANT_LOW: tl.constexpr, FACTOR: tl.constexpr, LOWEST: tl.constexpr, HIGHEST: tl.constexpr,
@@ -217,7 +217,7 @@ def tuned_finish_kernel(
     high, low, factor, _, free, bad = _choose(
         positive, negative, high_ptr, low_ptr, index, mask, tensor_scale, GIVEN, HAS_HIGH, HAS_LOW, FMT
     )
-    tuned.finish(
+    learned.finish(
         total, outside, positive, negative, high, low, factor, free, bad, tensor_scale, rate,
         high_ptr, low_ptr, d_high_ptr, d_low_ptr, index, mask,
         FMT, MODE == "step", GIVEN, HAS_HIGH, HAS_LOW, WANT_HIGH, WANT_LOW, FACTOR, LOWEST, HIGHEST,

@@ -2,13 +2,13 @@
 
 hi = max(max x, 0) * high and lo = min(min x, 0) * low over a group take the place of its largest and smallest element
 in the rule of its scale; `high` and `low` are `max_scale` and `min_scale`. GIVEN: they are the scale and the zero point
-instead, used as they are. `tritonq.tuned_reference` states the gradients.
+instead, used as they are. `tritonq.learned_reference` states the gradients.
 
 x, v, dy [batch, N, K] with strides of their own; `out` (y, or dx) and `dv` contiguous; high, low and their gradients
 one a group. MODE "qdq" writes y, "backward" gradients, and "step" moves v, high and low against the signs of gradients
 that are never stored: p -= rate * sign(g), clamped; rates are {v, scales}.
 
-`tuned_kernel` handles groups that fit a tile; the others are in `tritonq.kernels.tuned_loop`.
+`learned_kernel` handles groups that fit a tile; the others are in `tritonq.kernels.learned_loop`.
 """
 
 import triton
@@ -332,7 +332,7 @@ def extremes(
 
 
 @triton.jit(do_not_specialize=["N", "tiles_m"])
-def tuned_kernel(
+def learned_kernel(
     x_ptr, v_ptr, dy_ptr, out_ptr, dv_ptr, high_ptr, low_ptr, d_high_ptr, d_low_ptr, tensor_scale_ptr, rates_ptr,
     N, K, tiles_m, tiles_n, x_batch, x_row, x_col, v_batch, v_row, v_col, dy_batch, dy_row, dy_col,
     FMT: tl.constexpr, MODE: tl.constexpr, LIMIT: tl.constexpr, GIVEN: tl.constexpr,

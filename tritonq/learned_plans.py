@@ -1,4 +1,4 @@
-"""Launches of `kernels.tuned` and `kernels.tuned_loop`: slabs over which several tensors agree, tiles, and plans."""
+"""Launches of `kernels.learned` and `kernels.learned_loop`: slabs over which tensors agree, tiles, and plans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tritonq import plans, tiling, tuning
 from tritonq.formats import Format, Shape, get_format
 from tritonq.launch import Plan
-from tritonq.tuned_reference import Parts, Tuning, Wanted
+from tritonq.learned_reference import Parts, Learned, Wanted
 
 _cached = functools.lru_cache(maxsize=4096)
 _LARGEST_TILE = 8192  # elements of the largest group that stays in registers beside v and dy
@@ -42,7 +42,7 @@ class Kind:
         return (self.given, *self.has, w.x, w.v, w.high, w.low, w.factor, *w.bounds)
 
 
-def kind(mode: str, given: Tuning, wanted: Wanted | None = None) -> Kind:
+def kind(mode: str, given: Learned, wanted: Wanted | None = None) -> Kind:
     has = (given.v is not None, given.high is not None, given.low is not None)
     return Kind(mode, given.given, has, wanted or Wanted())
 
@@ -99,14 +99,14 @@ def _config(rows: int, columns: int, fmt: Format, mode: str) -> tuple[tuning.Con
 
 
 def _tile_plan(slab: Slab, fmt: Format, of: Kind, dtype: torch.dtype) -> Plan:
-    from tritonq.kernels.tuned import tuned_kernel
+    from tritonq.kernels.learned import learned_kernel
 
     m = slab[0]
     config, tiles = _config(m.rows, m.columns, fmt, of.mode)
     strides = tuple(stride for own in slab for stride in own.strides)
     extents = (config[k] for k in ("S", "M", "R", "GROUPS", "W"))
     return Plan(
-        tuned_kernel,
+        learned_kernel,
         m.batch * tiles[0] * tiles[1],
         (m.rows, m.columns, *tiles, *strides),
         (fmt, of.mode, plans._limit(dtype), *of.constants(), plans._axes(m, tiles), *extents),
@@ -136,7 +136,7 @@ def _extent(m: tiling.Matrix, fmt: Format) -> tuple[_Extent, int]:
 
 def _loop_plan(slab: Slab, fmt: Format, of: Kind, dtype: torch.dtype, device: torch.device) -> tuple[Plan, int, int]:
     """(launch, groups, splits)."""
-    from tritonq.kernels.tuned_loop import tuned_loop_kernel
+    from tritonq.kernels.learned_loop import learned_loop_kernel
 
     m = slab[0]
     extent, groups = _extent(m, fmt)
@@ -150,7 +150,7 @@ def _loop_plan(slab: Slab, fmt: Format, of: Kind, dtype: torch.dtype, device: to
     geometry = (extent.rows, extent.cols, extent.all_rows, extent.per_column, extent.per_row, splits)
     flat = extent.rows == 1
     plan = Plan(
-        tuned_loop_kernel,
+        learned_loop_kernel,
         groups * splits,
         (m.rows, m.columns, *geometry, *strides),
         (fmt, of.mode, plans._limit(dtype), *of.constants(), split(fmt, m.columns), flat, config["BLOCK_M"],
@@ -192,12 +192,12 @@ def _launches(
 
 
 def _finish_plan(groups: int, splits: int, fmt: Format, of: Kind) -> Plan:
-    from tritonq.kernels.tuned_loop import tuned_finish_kernel
+    from tritonq.kernels.learned_loop import learned_finish_kernel
 
     w = of.wanted
     lanes = min(1024, tuning._power(splits))
     constants = (fmt, of.mode, of.given, *of.has[1:], w.high, w.low, w.factor, *w.bounds[2:], lanes)
-    return Plan(tuned_finish_kernel, groups, (splits,), constants, {"num_warps": 4 if lanes > 32 else 1})
+    return Plan(learned_finish_kernel, groups, (splits,), constants, {"num_warps": 4 if lanes > 32 else 1})
 
 
 def _keys(x: Tensor, fmt: Format) -> Tensor:
@@ -215,7 +215,7 @@ def _keys(x: Tensor, fmt: Format) -> Tensor:
 
 
 def run(
-    x: Tensor, fmt: Format, given: Tuning, of: Kind, out: dict[str, Tensor], dy: Tensor | None, rates: Tensor | None
+    x: Tensor, fmt: Format, given: Learned, of: Kind, out: dict[str, Tensor], dy: Tensor | None, rates: Tensor | None
 ) -> None:
     """Of kind "qdq" y into out["y"]; else gradients into out["dx"], ["dv"], ["d_high"], ["d_low"], all contiguous."""
     v, after = x if given.v is None else given.v, x if dy is None else dy
@@ -280,7 +280,7 @@ def _in_one_launch(fmt: Format, columns: int) -> bool:
 def _quantize_plans(
     shape: Shape, strides: Shapes, types: tuple[torch.dtype, ...], fmt: Format, mode: str, of: Kind, aligned: bool
 ) -> tuple[tuple[Slab, Plan], ...]:
-    from tritonq.kernels.tuned_quantize import tuned_quantize_kernel
+    from tritonq.kernels.learned_quantize import learned_quantize_kernel
 
     def plan(slab: Slab) -> Plan:
         m = slab[0]
@@ -288,7 +288,7 @@ def _quantize_plans(
         both = tuple(stride for own in slab for stride in own.strides)
         extents = (config[k] for k in ("S", "M", "R", "GROUPS", "W"))
         return Plan(
-            tuned_quantize_kernel,
+            learned_quantize_kernel,
             m.batch * tiles[0] * tiles[1],
             (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *both),
             (fmt, mode, *of.has, *plans._packing(m, fmt, config, mode, aligned), plans._axes(m, tiles), *extents),
@@ -303,7 +303,7 @@ def _quantize_plans(
 def _apply_plans(
     shape: Shape, strides: Shapes, types: tuple[torch.dtype, ...], fmt: Format, of: Kind, aligned: bool
 ) -> tuple[tuple[Slab, Plan], ...]:
-    from tritonq.kernels.tuned_quantize import tuned_apply_kernel
+    from tritonq.kernels.learned_quantize import learned_apply_kernel
 
     def plan(slab: Slab) -> Plan:
         m = slab[0]
@@ -312,7 +312,7 @@ def _apply_plans(
         both = tuple(stride for own in slab for stride in own.strides)
         packing = plans._packing(m, fmt, config, "quantize", aligned)
         return Plan(
-            tuned_apply_kernel,
+            learned_apply_kernel,
             m.batch * tiles[0] * tiles[1],
             (m.rows, m.columns, fmt.row_bytes(m.columns), *tiles, *both),
             (fmt, of.given, of.has[0], *packing, plans._axes(m, tiles), config["BLOCK_M"], config["BLOCK_N"]),
@@ -325,12 +325,12 @@ def _apply_plans(
 
 @_cached
 def _choose_plan(groups: int, types: tuple[torch.dtype, ...], fmt: Format, of: Kind) -> Plan:
-    from tritonq.kernels.tuned_quantize import tuned_choose_kernel
+    from tritonq.kernels.learned_quantize import learned_choose_kernel
 
-    return Plan(tuned_choose_kernel, -(-groups // 256), (groups,), (fmt, *of.has[1:], 256), {"num_warps": 4}, (4, 5))
+    return Plan(learned_choose_kernel, -(-groups // 256), (groups,), (fmt, *of.has[1:], 256), {"num_warps": 4}, (4, 5))
 
 
-def quantize(x: Tensor, fmt: Format, given: Tuning, parts: Parts) -> None:
+def quantize(x: Tensor, fmt: Format, given: Learned, parts: Parts) -> None:
     """Codes and scales of what `run` makes of x, into contiguous parts; scales that are given lie there."""
     of, qdata, scale = kind("quantize", given), parts["qdata"], parts["scale"]
     v, high, low = (x if t is None else t for t in (given.v, given.high, given.low))

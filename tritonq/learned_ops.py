@@ -1,7 +1,7 @@
 """QDQ with tuning parameters on plain tensors, and as operators of torch: check, allocate, plan, launch.
 
-`torch.ops.tritonq.tuned` and what belongs to it take max_scale and min_scale as `high` and `low`, or with `given` the
-scale and the zero point; 8-bit floats pass as bytes.
+`torch.ops.tritonq.learned_qdq` and what belongs to it take max_scale and min_scale as `high` and `low`, or with `given`
+the scale and the zero point; 8-bit floats pass as bytes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonq import operators, ops, tuned_plans, tuned_tiles
+from tritonq import learned_plans, learned_tiles, operators, ops
 from tritonq.formats import Format, get_format
+from tritonq.learned_reference import Parts, Learned, Wanted
 from tritonq.memory import empty
-from tritonq.tuned_reference import Parts, Tuning, Wanted
 
 _RATIOS = (torch.bfloat16, torch.float16, torch.float32)
 NAMES = ("dx", "dv", "d_high", "d_low")
@@ -30,7 +30,7 @@ def check(
     scale: Tensor | None,
     zero_point: Tensor | None,
     tensor_scale: Tensor | None,
-) -> Tuning:
+) -> Learned:
     """The parameters of a call, or an error that says what they have to be."""
     ops.check_input(x, fmt)
     shape = fmt.scale_shape(tuple(x.shape))
@@ -69,40 +69,40 @@ def check(
         divisor = None
     if given:
         assert scale is not None
-        return Tuning(v, ops._bits(scale), zero_point, True, divisor)
-    return Tuning(v, max_scale, min_scale, False, divisor)
+        return Learned(v, ops._bits(scale), zero_point, True, divisor)
+    return Learned(v, max_scale, min_scale, False, divisor)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def _prepared(given: Tuning) -> Tuning:
+def _prepared(given: Learned) -> Learned:
     v = None if given.v is None else given.v.resolve_neg()
-    return Tuning(v, _contiguous(given.high), _contiguous(given.low), given.given, given.tensor_scale)
+    return Learned(v, _contiguous(given.high), _contiguous(given.low), given.given, given.tensor_scale)
 
 
-def called(x: Tensor, fmt: Format, given: Tuning) -> Tensor:
+def called(x: Tensor, fmt: Format, given: Learned) -> Tensor:
     """`qdq`; through its operator where somebody traces."""
     if not ops.traced(x):
         return qdq(x, fmt, given)
     own = (given.v, given.high, given.low, given.tensor_scale)
-    y: Tensor = torch.ops.tritonq.tuned(x, ops._name(fmt), *own, given.given, 1.0)
+    y: Tensor = torch.ops.tritonq.learned_qdq(x, ops._name(fmt), *own, given.given, 1.0)
     return y
 
 
-def gradients(x: Tensor, dy: Tensor, fmt: Format, given: Tuning, wanted: Wanted) -> dict[str, Tensor]:
+def gradients(x: Tensor, dy: Tensor, fmt: Format, given: Learned, wanted: Wanted) -> dict[str, Tensor]:
     """`backward`; through its operator where somebody traces."""
     if not (ops.traced(x) or ops.traced(dy)):
         return backward(x, dy, fmt, given, wanted)
     own = (given.v, given.high, given.low, given.tensor_scale, given.given, wanted.factor)
     each = [wanted.x, wanted.v, wanted.high, wanted.low]
-    found = torch.ops.tritonq.tuned_backward(x, dy, ops._name(fmt), *own, each)
+    found = torch.ops.tritonq.learned_backward(x, dy, ops._name(fmt), *own, each)
     return dict(zip([name for name, one in zip(NAMES, each, strict=True) if one], found, strict=True))
 
 
 @torch.no_grad()
-def qdq(x: Tensor, fmt: Format, given: Tuning) -> Tensor:
+def qdq(x: Tensor, fmt: Format, given: Learned) -> Tensor:
     """y of x's shape and dtype, contiguous."""
     x = x.resolve_neg()
     y = empty(x.shape, x.dtype, x.device)
@@ -110,13 +110,13 @@ def qdq(x: Tensor, fmt: Format, given: Tuning) -> Tensor:
         given = _prepared(given)
         if ops.uses_triton(x):
             with ops._device_of(x):
-                tuned_plans.run(x, fmt, given, tuned_plans.kind("qdq", given), {"y": y}, None, None)
+                learned_plans.run(x, fmt, given, learned_plans.kind("qdq", given), {"y": y}, None, None)
         else:
-            tuned_tiles.qdq(x, fmt, given, y)
+            learned_tiles.qdq(x, fmt, given, y)
     return y
 
 
-def quantize(x: Tensor, fmt: Format, given: Tuning, parts: Parts) -> None:
+def quantize(x: Tensor, fmt: Format, given: Learned, parts: Parts) -> None:
     """Codes and scales of what `qdq` gives, into contiguous parts: dequantized they are y bit for bit."""
     x = x.detach().resolve_neg()
     if "tensor_scale" in parts and given.tensor_scale is not None:
@@ -133,13 +133,13 @@ def quantize(x: Tensor, fmt: Format, given: Tuning, parts: Parts) -> None:
     given = _prepared(given)
     if ops.uses_triton(x):
         with ops._device_of(x):
-            tuned_plans.quantize(x, fmt, given, parts)
+            learned_plans.quantize(x, fmt, given, parts)
     else:
-        tuned_tiles.quantize(x, fmt, given, parts)
+        learned_tiles.quantize(x, fmt, given, parts)
 
 
 @torch.no_grad()
-def backward(x: Tensor, dy: Tensor, fmt: Format, given: Tuning, wanted: Wanted) -> dict[str, Tensor]:
+def backward(x: Tensor, dy: Tensor, fmt: Format, given: Learned, wanted: Wanted) -> dict[str, Tensor]:
     """The gradients that are wanted, by name (`NAMES`), contiguous, in the dtypes of dy and of the parameters."""
     found = _empty_gradients(x, dy, given.v, given.high, given.low, (wanted.x, wanted.v, wanted.high, wanted.low))
     if x.numel() == 0:
@@ -164,7 +164,7 @@ def _empty_gradients(
 
 @torch.no_grad()
 def step(
-    x: Tensor, dy: Tensor, fmt: Format, given: Tuning, rates: Tensor, bounds: Sequence[float], want_x: bool
+    x: Tensor, dy: Tensor, fmt: Format, given: Learned, rates: Tensor, bounds: Sequence[float], want_x: bool
 ) -> Tensor:
     """v, max_scale and min_scale moved in place; dx, or a tensor without elements."""
     of_v, of_groups = given.v is not None, (given.high is not None, given.low is not None)
@@ -180,18 +180,18 @@ def step(
 
 
 def _backward(
-    x: Tensor, dy: Tensor, fmt: Format, given: Tuning, wanted: Wanted, out: dict[str, Tensor], rates: Tensor | None
+    x: Tensor, dy: Tensor, fmt: Format, given: Learned, wanted: Wanted, out: dict[str, Tensor], rates: Tensor | None
 ) -> None:
     x, dy = x.resolve_neg(), dy.resolve_neg()
     if ops.uses_triton(x):
-        kind = tuned_plans.kind("step" if wanted.step else "backward", given, wanted)
+        kind = learned_plans.kind("step" if wanted.step else "backward", given, wanted)
         with ops._device_of(x):
-            tuned_plans.run(x, fmt, given, kind, out, dy, rates)
+            learned_plans.run(x, fmt, given, kind, out, dy, rates)
     else:
-        tuned_tiles.backward(x, dy, fmt, given, wanted, out, rates)
+        learned_tiles.backward(x, dy, fmt, given, wanted, out, rates)
 
 
-def quantized(x: Tensor, fmt: Format, given: Tuning, out: Parts | None = None) -> Parts:
+def quantized(x: Tensor, fmt: Format, given: Learned, out: Parts | None = None) -> Parts:
     """`quantize` into new parts, or into `out`."""
     stored = (fmt.scale.dtype, torch.uint8)
     for name, part, dtype in zip(("scale", "zero_point"), (given.high, given.low), stored, strict=True):
@@ -201,7 +201,7 @@ def quantized(x: Tensor, fmt: Format, given: Tuning, out: Parts | None = None) -
             )
     if ops.traced(x):
         own = (given.v, given.high, given.low, given.tensor_scale)
-        values = torch.ops.tritonq.tuned_quantize(x.detach(), ops._name(fmt), *own, given.given)
+        values = torch.ops.tritonq.learned_quantize(x.detach(), ops._name(fmt), *own, given.given)
         made = ops._typed(values, fmt, tuple(x.shape))
         return made if out is None else {name: part.copy_(made[name]) for name, part in out.items()}
     parts = ops.allocate(fmt, tuple(x.shape), x.device) if out is None else ops._checked_out(out, fmt, x)
@@ -213,66 +213,66 @@ def quantized(x: Tensor, fmt: Format, given: Tuning, out: Parts | None = None) -
 # ----------------------------------------------------------------------------------------------------- operators
 
 
-def _tuned(x: Tensor, name: str, v: Any, high: Any, low: Any, divisor: Any, given: bool, factor: float) -> Tensor:
-    return qdq(x, get_format(name), Tuning(v, high, low, given, divisor))
+def _learned_qdq(x: Tensor, name: str, v: Any, high: Any, low: Any, divisor: Any, given: bool, factor: float) -> Tensor:
+    return qdq(x, get_format(name), Learned(v, high, low, given, divisor))
 
 
-def _tuned_backward(
+def _learned_backward(
     x: Tensor, dy: Tensor, name: str, v: Any, high: Any, low: Any, divisor: Any, given: bool, factor: float,
     wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     of = Wanted(wanted[0], wanted[1], wanted[2], wanted[3], factor)
-    found = backward(x, dy, get_format(name), Tuning(v, high, low, given, divisor), of)
+    found = backward(x, dy, get_format(name), Learned(v, high, low, given, divisor), of)
     return list(found.values())
 
 
-def _tuned_quantize(x: Tensor, name: str, v: Any, high: Any, low: Any, divisor: Any, given: bool) -> list[Tensor]:
+def _learned_quantize(x: Tensor, name: str, v: Any, high: Any, low: Any, divisor: Any, given: bool) -> list[Tensor]:
     fmt = get_format(name)
     parts = ops.allocate(fmt, tuple(x.shape), x.device)
-    quantize(x, fmt, Tuning(v, high, low, given, divisor), parts)
+    quantize(x, fmt, Learned(v, high, low, given, divisor), parts)
     return [ops._bits(part) for part in parts.values()]
 
 
-def _tuned_stepped(
+def _learned_stepped(
     x: Tensor, name: str, v: Any, high: Any, low: Any, divisor: Any, rates: Tensor, bounds: Any, anchor: Tensor
 ) -> Tensor:
-    return qdq(x, get_format(name), Tuning(v, high, low, False, divisor))
+    return qdq(x, get_format(name), Learned(v, high, low, False, divisor))
 
 
-def _tuned_step(
+def _learned_step(
     x: Tensor, dy: Tensor, name: str, v: Any, high: Any, low: Any, divisor: Any, rates: Tensor,
     bounds: Sequence[float], want_x: bool,
 ) -> Tensor:  # fmt: skip
-    return step(x, dy, get_format(name), Tuning(v, high, low, False, divisor), rates, bounds, want_x)
+    return step(x, dy, get_format(name), Learned(v, high, low, False, divisor), rates, bounds, want_x)
 
 
 _PARAMETERS = "Tensor? v, Tensor? high, Tensor? low, Tensor? tensor_scale"
 operators._operator(
-    f"tuned(Tensor x, str format, {_PARAMETERS}, bool given, float factor) -> Tensor",
-    _tuned,
+    f"learned_qdq(Tensor x, str format, {_PARAMETERS}, bool given, float factor) -> Tensor",
+    _learned_qdq,
     lambda x, *_: x.new_empty(x.shape),
 )
 operators._operator(
-    f"tuned_backward(Tensor x, Tensor dy, str format, {_PARAMETERS}, bool given, float factor, bool[4] wanted) "
+    f"learned_backward(Tensor x, Tensor dy, str format, {_PARAMETERS}, bool given, float factor, bool[4] wanted) "
     "-> Tensor[]",
-    _tuned_backward,
+    _learned_backward,
     lambda x, dy, name, v, high, low, divisor, given, factor, wanted: list(
         _empty_gradients(x, dy, v, high, low, wanted).values()
     ),
 )
 operators._operator(
-    f"tuned_quantize(Tensor x, str format, {_PARAMETERS}, bool given) -> Tensor[]",
-    torch.no_grad()(_tuned_quantize),
+    f"learned_quantize(Tensor x, str format, {_PARAMETERS}, bool given) -> Tensor[]",
+    torch.no_grad()(_learned_quantize),
     lambda x, name, *_: operators._quantize_fake(x, name),
 )
 operators._operator(
-    f"tuned_stepped(Tensor x, str format, {_PARAMETERS}, Tensor rates, float[] bounds, Tensor anchor) -> Tensor",
-    _tuned_stepped,
+    f"learned_stepped(Tensor x, str format, {_PARAMETERS}, Tensor rates, float[] bounds, Tensor anchor) -> Tensor",
+    _learned_stepped,
     lambda x, *_: x.new_empty(x.shape),
 )
 operators._operator(
-    "tuned_step(Tensor x, Tensor dy, str format, Tensor(a!)? v, Tensor(b!)? high, Tensor(c!)? low, "
+    "learned_step(Tensor x, Tensor dy, str format, Tensor(a!)? v, Tensor(b!)? high, Tensor(c!)? low, "
     "Tensor? tensor_scale, Tensor rates, float[] bounds, bool want_x) -> Tensor",
-    _tuned_step,
+    _learned_step,
     lambda x, dy, name, v, high, low, divisor, rates, bounds, want_x: dy.new_empty(x.shape if want_x else (0,)),
 )

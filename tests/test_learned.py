@@ -4,15 +4,15 @@ Sums of gradients over a group are compared with a tolerance of 1e-5 of the sum 
 order that the definition leaves open.
 """
 
+import learned_oracle
 import pytest
 import torch
-import tuned_oracle
 from conftest import INTERPRET
 
 import tritonq as tq
-from tritonq import ops, tuned_ops, tuned_plans
+from tritonq import learned_ops, learned_plans, ops
 from tritonq.formats import FORMATS, get_format
-from tritonq.tuned_reference import Tuning, Wanted
+from tritonq.learned_reference import Learned, Wanted
 
 # One of each kind: scale rules, storage types, element types, granularities.
 KINDS = ("int4_g32", "int4_g32_absmax", "int8_channel_f16_half_range", "int4_g32_asym", "int3_g8_f32", "mxint8",
@@ -63,7 +63,7 @@ def close(got, expected, weight, what):
 def weights(x, fmt, dy, expected):
     """A bound of what a group's gradients are sums of: |dy| times codes times extremes, in the shape of the scale."""
     sizes = torch.zeros(fmt.scale_shape(tuple(x.shape)), dtype=torch.float64).reshape(-1)
-    view, _, groups = tuned_oracle.oracle.regions(tuple(x.shape), fmt)
+    view, _, groups = learned_oracle.oracle.regions(tuple(x.shape), fmt)
     flat, flat_dy = x.detach().cpu().double().reshape(view), dy.cpu().double().reshape(view)
     for index, where in groups:
         sizes[index] = flat_dy[where].abs().sum() * (flat[where].abs().max() + 1e-30) * 2
@@ -75,7 +75,7 @@ def check(x, fmt, device, dy=None, **parameters):
     dy = numbers(x.shape, 9, x.dtype, 1.0) if dy is None else dy
     own = leaves(device, x=x, **parameters)
     y = tq.qdq(own["x"], fmt, **{name: t for name, t in own.items() if name != "x"})
-    expected = tuned_oracle.qdq(x, fmt, dy, **parameters)
+    expected = learned_oracle.qdq(x, fmt, dy, **parameters)
     assert y.dtype is x.dtype and y.is_contiguous()
     wrong = y.detach().cpu().double() != expected.y
     assert not wrong.any(), f"{int(wrong.sum())} values, first at {wrong.nonzero()[0].tolist()}"
@@ -145,7 +145,7 @@ def test_learned_step_size(name, device):
     tq.qdq(x.to(device), fmt, **plain).sum().backward()
     count = {"tensor": x.numel(), "channel": 72}.get(name.split("_")[-1], fmt.group[1])
     count = x.numel() if fmt.group[0] == -1 else count
-    factor = (count * tuned_oracle.oracle.element_max(fmt.element)) ** -0.5
+    factor = (count * learned_oracle.oracle.element_max(fmt.element)) ** -0.5
     for one in given:
         torch.testing.assert_close(own[one].grad, plain[one].grad * factor, rtol=1e-5, atol=1e-6)
 
@@ -162,24 +162,24 @@ def test_strides(name, device):
     fmt, shape = get_format(name), (2, 16, 64)
     x, v, dy = numbers(shape).to(device), numbers(shape, 1, scale=0.3).to(device), numbers(shape, 2).to(device)
     own = {"min_scale": ratios(fmt, shape, 2).to(device), "max_scale": ratios(fmt, shape, 3).to(device)}
-    given = tuned_ops.check(x, fmt, v, own["min_scale"], own["max_scale"], None, None, None)
-    plain_y = tuned_ops.qdq(x, fmt, given)
-    plain = tuned_ops.backward(x, dy, fmt, given, Wanted(True, True, True, True))
+    given = learned_ops.check(x, fmt, v, own["min_scale"], own["max_scale"], None, None, None)
+    plain_y = learned_ops.qdq(x, fmt, given)
+    plain = learned_ops.backward(x, dy, fmt, given, Wanted(True, True, True, True))
     views = (
         lambda t: t.mT.contiguous().mT, lambda t: torch.stack([t, -t], -1)[..., 0],
         lambda t: t.transpose(0, 1).contiguous().transpose(0, 1), lambda t: torch.cat([t, t], 1)[:, :16],
     )  # fmt: skip
     for i, view in enumerate(views):
         other = views[(i + 1) % len(views)]
-        strided = Tuning(other(v), given.high, given.low, False, given.tensor_scale)
-        assert torch.equal(tuned_ops.qdq(view(x), fmt, strided), plain_y)
-        found = tuned_ops.backward(view(x), view(other(dy)), fmt, strided, Wanted(True, True, True, True))
+        strided = Learned(other(v), given.high, given.low, False, given.tensor_scale)
+        assert torch.equal(learned_ops.qdq(view(x), fmt, strided), plain_y)
+        found = learned_ops.backward(view(x), view(other(dy)), fmt, strided, Wanted(True, True, True, True))
         for one in ("dx", "dv"):
             assert torch.equal(found[one], plain[one])
         for one in ("d_high", "d_low"):
             torch.testing.assert_close(found[one], plain[one], rtol=1e-5, atol=1e-4)
-    expanded = tuned_ops.backward(x, dy[:, :, :1].expand(shape), fmt, given, Wanted(True, True))
-    dense = tuned_ops.backward(x, dy[:, :, :1].expand(shape).contiguous(), fmt, given, Wanted(True, True))
+    expanded = learned_ops.backward(x, dy[:, :, :1].expand(shape), fmt, given, Wanted(True, True))
+    dense = learned_ops.backward(x, dy[:, :, :1].expand(shape).contiguous(), fmt, given, Wanted(True, True))
     assert torch.equal(expanded["dx"], dense["dx"]) and torch.equal(expanded["dv"], dense["dv"])
 
 
@@ -188,26 +188,26 @@ def test_tiles_do_not_show(name, device, monkeypatch):
     """Small tiles, of which rows hold several, give the bits of large ones; groups larger than a tile do, too."""
     fmt, shape = get_format(name), (2, 600)
     x, v, dy = numbers(shape), numbers(shape, 1, scale=0.3), numbers(shape, 2)
-    given = Tuning(*(t.to(device) for t in (v, ratios(fmt, shape, 2), ratios(fmt, shape, 3))))
+    given = Learned(*(t.to(device) for t in (v, ratios(fmt, shape, 2), ratios(fmt, shape, 3))))
 
     def call():
-        tuned_plans.forget()
-        found = tuned_ops.backward(x.to(device), dy.to(device), fmt, given, Wanted(True, True, True, True))
-        packed = tuned_ops.quantized(x.to(device), fmt, given)
-        return {"y": tuned_ops.qdq(x.to(device), fmt, given), **found, **packed}
+        learned_plans.forget()
+        found = learned_ops.backward(x.to(device), dy.to(device), fmt, given, Wanted(True, True, True, True))
+        packed = learned_ops.quantized(x.to(device), fmt, given)
+        return {"y": learned_ops.qdq(x.to(device), fmt, given), **found, **packed}
 
     large = call()
     for choice, largest in (((512, 8), 8192), ((256, 16), 512)):
-        monkeypatch.setattr(tuned_plans, "CHOICES", dict.fromkeys(tuned_plans.CHOICES, choice))
-        monkeypatch.setattr(tuned_plans, "_LARGEST_TILE", largest)
-        monkeypatch.setattr(tuned_plans, "_scaled", lambda tile: tile)
+        monkeypatch.setattr(learned_plans, "CHOICES", dict.fromkeys(learned_plans.CHOICES, choice))
+        monkeypatch.setattr(learned_plans, "_LARGEST_TILE", largest)
+        monkeypatch.setattr(learned_plans, "_scaled", lambda tile: tile)
         small = call()
         for one, t in large.items():
             if one in ("d_high", "d_low"):
                 torch.testing.assert_close(small[one], t, rtol=1e-5, atol=1e-4)
             else:
-                tuned_oracle.oracle.assert_same(small[one], t, one)
-    tuned_plans.forget()
+                learned_oracle.oracle.assert_same(small[one], t, one)
+    learned_plans.forget()
 
 
 # ---------------------------------------------------------------------------------------------- more of the definition
@@ -228,7 +228,7 @@ def test_groups_that_are_not_finite(name, device):
     fmt, shape = get_format(name), (3, 512)
     x, v, dy = numbers(shape), numbers(shape, 1, scale=0.3), numbers(shape, 2)
     own = {"min_scale": ratios(fmt, shape, 2), "max_scale": ratios(fmt, shape, 3)}
-    clean = tuned_oracle.qdq(x, fmt, dy, v=v, **own)
+    clean = learned_oracle.qdq(x, fmt, dy, v=v, **own)
     x[1, 5], x[2, 7] = torch.inf, torch.nan
     tensors = leaves(device, x=x, v=v, **own)
     y = tq.qdq(tensors["x"], fmt, **{n: t for n, t in tensors.items() if n != "x"})
@@ -306,7 +306,7 @@ def check_packed(x, fmt, device, **parameters):
     """dequantize(quantize(x, v, ...)) == qdq(x, v, ...), bit for bit, in the bytes that the format declares."""
     own = {name: t.to(device) for name, t in parameters.items()}
     packed, y = tq.quantize(x.to(device), fmt, **own), tq.qdq(x.to(device), fmt, **own)
-    tuned_oracle.oracle.assert_same(packed.dequantize(), y, fmt.name)
+    learned_oracle.oracle.assert_same(packed.dequantize(), y, fmt.name)
     storage = fmt.storage(tuple(x.shape))
     assert {name: (tuple(t.shape), t.dtype) for name, t in packed.parts().items()} == storage
 
@@ -382,7 +382,7 @@ def test_step_needs_no_leaf(device):
     dy = numbers((8, 64), 3).to(device)
     y.backward(dy)
     twin = {"v": torch.zeros(8, 64), "max_scale": torch.ones(8, 2)}
-    expected = tuned_oracle.qdq(x, get_format("int4_g32"), dy, **twin)
+    expected = learned_oracle.qdq(x, get_format("int4_g32"), dy, **twin)
     assert torch.equal(x.grad.cpu().double(), expected.x)
     assert torch.equal(v.cpu(), -0.1 * expected.v.sign().float())
     assert torch.equal(ratio.cpu(), (1 - torch.tensor(0.1) * expected.max_scale.sign().float()).clamp(0, 1))
@@ -454,9 +454,9 @@ def test_opcheck(device):
     own = (v, high, low, None)
     operators, rates, bounds = torch.ops.tritonq, torch.full((2,), 0.1, device=device), [-0.5, 0.5, 0.0, 1.0]
     needing = [t.clone().requires_grad_() for t in (x, v, high, low)]
-    torch.library.opcheck(operators.tuned.default, (needing[0], fmt.name, *needing[1:], None, False, 1.0))
-    torch.library.opcheck(operators.tuned_backward.default, (x, dy, fmt.name, *own, False, 1.0, [True] * 4))
-    torch.library.opcheck(operators.tuned_step.default, (x, dy, fmt.name, *own, rates, bounds, True))
+    torch.library.opcheck(operators.learned_qdq.default, (needing[0], fmt.name, *needing[1:], None, False, 1.0))
+    torch.library.opcheck(operators.learned_backward.default, (x, dy, fmt.name, *own, False, 1.0, [True] * 4))
+    torch.library.opcheck(operators.learned_step.default, (x, dy, fmt.name, *own, rates, bounds, True))
 
 
 @traced
@@ -531,20 +531,22 @@ def test_gpu_equals_cpu(name, shape):
     x, v, dy = numbers(shape, 1, torch.bfloat16), numbers(shape, 2, scale=0.3), numbers(shape, 3, torch.bfloat16)
     own = ratios(fmt, shape, 4), ratios(fmt, shape, 5)
     divisor = ops.tensor_scale(x, fmt) if fmt.tensor_scale else None
-    host = Tuning(v, *own, False, divisor)
+    host = Learned(v, *own, False, divisor)
     moved = [None if t is None else t.cuda() for t in (v, *own, divisor)]
-    here = Tuning(*moved[:3], False, moved[3])
+    here = Learned(*moved[:3], False, moved[3])
     wanted = Wanted(True, True, True, True)
-    assert torch.equal(tuned_ops.qdq(x.cuda(), fmt, here).cpu(), tuned_ops.qdq(x, fmt, host))
-    found = tuned_ops.backward(x.cuda(), dy.cuda(), fmt, here, wanted)
-    expected = tuned_ops.backward(x, dy, fmt, host, wanted)
+    assert torch.equal(learned_ops.qdq(x.cuda(), fmt, here).cpu(), learned_ops.qdq(x, fmt, host))
+    found = learned_ops.backward(x.cuda(), dy.cuda(), fmt, here, wanted)
+    expected = learned_ops.backward(x, dy, fmt, host, wanted)
     assert torch.equal(found["dx"].cpu(), expected["dx"]) and torch.equal(found["dv"].cpu(), expected["dv"])
     sizes = weights(x, fmt, dy, None)
     for one in ("d_high", "d_low"):
         close(found[one], expected[one].double(), sizes, one)
-    packed = tuned_ops.quantized(x.cuda(), fmt, here)
-    tuned_oracle.oracle.assert_same_parts({n: t.cpu() for n, t in packed.items()}, tuned_ops.quantized(x, fmt, host))
-    again = tuned_ops.backward(x.cuda(), dy.cuda(), fmt, here, wanted)
+    packed = learned_ops.quantized(x.cuda(), fmt, here)
+    learned_oracle.oracle.assert_same_parts(
+        {n: t.cpu() for n, t in packed.items()}, learned_ops.quantized(x, fmt, host)
+    )
+    again = learned_ops.backward(x.cuda(), dy.cuda(), fmt, here, wanted)
     assert all(torch.equal(found[one], again[one]) for one in found), "not deterministic"
 
 

@@ -1,4 +1,4 @@
-"""QDQ with tuning parameters on the CPU: `tuned_reference` on tiles, so that intermediates stay small."""
+"""QDQ with tuning parameters on the CPU: `learned_reference` on tiles, so that intermediates stay small."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tritonq import reference, tiling, tuned_reference
+from tritonq import learned_reference, reference, tiling
 from tritonq.codecs import pack
 from tritonq.formats import Format
-from tritonq.tuned_reference import Chosen, Parts, Tuning, Wanted
+from tritonq.learned_reference import Chosen, Parts, Learned, Wanted
 
 Views = dict[str, Tensor]
 _INTERMEDIATES = 12  # fp32 tensors of a tile that are alive at a time
@@ -66,34 +66,34 @@ def _window(views: Views, name: str, tile: tiling._Tile) -> Tensor | None:
     return tile.of(t)
 
 
-def _choose(members: list[_Member], tuning: Tuning, fmt: Format) -> Chosen:
+def _choose(members: list[_Member], tuning: Learned, fmt: Format) -> Chosen:
     views, tile = members[0]
-    positive, negative = tuned_reference.extremes(_load(views, tile), tile.fmt)
+    positive, negative = learned_reference.extremes(_load(views, tile), tile.fmt)
     for other in members[1:]:
-        more, less = tuned_reference.extremes(_load(*other), other[1].fmt)
+        more, less = learned_reference.extremes(_load(*other), other[1].fmt)
         positive, negative = torch.maximum(positive, more), torch.maximum(negative, less)
-    own = Tuning(None, _window(views, "high", tile), _window(views, "low", tile), tuning.given, tuning.tensor_scale)
-    return tuned_reference.choose(positive, negative, fmt, own)
+    own = Learned(None, _window(views, "high", tile), _window(views, "low", tile), tuning.given, tuning.tensor_scale)
+    return learned_reference.choose(positive, negative, fmt, own)
 
 
-def _tensors(x: Tensor, tuning: Tuning, **more: Tensor | None) -> Views:
+def _tensors(x: Tensor, tuning: Learned, **more: Tensor | None) -> Views:
     named = {"x": x, "v": tuning.v, "high": tuning.high, "low": tuning.low, **more}
     found = {name: t for name, t in named.items() if t is not None}
     return {name: t.unsqueeze(0) for name, t in found.items()} if x.ndim == 1 else found
 
 
-def qdq(x: Tensor, fmt: Format, tuning: Tuning, y: Tensor) -> None:
+def qdq(x: Tensor, fmt: Format, tuning: Learned, y: Tensor) -> None:
     """Values into contiguous y."""
     for members in _shared(_tensors(x, tuning, y=y), fmt):
         chosen = _choose(members, tuning, fmt)
         for views, tile in members:
             tile_x = _load(views, tile)
-            found = tuned_reference.elements(tile_x, _window(views, "v", tile), chosen, tile.fmt)
-            values = tuned_reference.values(tile_x, found, chosen, tile.fmt, y.dtype)
+            found = learned_reference.elements(tile_x, _window(views, "v", tile), chosen, tile.fmt)
+            values = learned_reference.values(tile_x, found, chosen, tile.fmt, y.dtype)
             views["y"][tile.rows, tile.cols].copy_(values)
 
 
-def quantize(x: Tensor, fmt: Format, tuning: Tuning, parts: Parts) -> None:
+def quantize(x: Tensor, fmt: Format, tuning: Learned, parts: Parts) -> None:
     """Codes and scales of what `qdq` gives, into contiguous parts."""
     outputs = {name: part for name, part in parts.items() if name != "tensor_scale"}
     for members in _shared(_tensors(x, tuning, **outputs), fmt):
@@ -104,11 +104,11 @@ def quantize(x: Tensor, fmt: Format, tuning: Tuning, parts: Parts) -> None:
             target.copy_(part.view(target.shape))
         for views, tile in members:
             tile_x = _load(views, tile)
-            found = tuned_reference.elements(tile_x, _window(views, "v", tile), chosen, tile.fmt)
+            found = learned_reference.elements(tile_x, _window(views, "v", tile), chosen, tile.fmt)
             bad = reference.spread(chosen.bad, tile.fmt)
             codes = fmt.element.codec.encode_ref(found.u.masked_fill(bad, 0.0), found.zero, fmt.element)
             codes = reference.ungrouped(codes, tuple(tile_x.shape), tile.fmt)
-            lost = tuned_reference.lost(tile_x, chosen, tile.fmt)
+            lost = learned_reference.lost(tile_x, chosen, tile.fmt)
             if lost is not None:
                 codes = codes.masked_fill(lost, fmt.element.nan_code)
             if fmt.sign_flip:
@@ -117,7 +117,7 @@ def quantize(x: Tensor, fmt: Format, tuning: Tuning, parts: Parts) -> None:
 
 
 def backward(
-    x: Tensor, dy: Tensor, fmt: Format, tuning: Tuning, wanted: Wanted, out: Views, rates: Tensor | None
+    x: Tensor, dy: Tensor, fmt: Format, tuning: Learned, wanted: Wanted, out: Views, rates: Tensor | None
 ) -> None:
     """Gradients into `out`, contiguous tensors "dx", "dv", "d_high" and "d_low"; with a step, the parameters move."""
     for members in _shared(_tensors(x, tuning, dy=dy, **out), fmt):
@@ -126,26 +126,26 @@ def backward(
         for views, tile in members:
             tile_dy, v = _window(views, "dy", tile), _window(views, "v", tile)
             assert tile_dy is not None
-            found = tuned_reference.elements(_load(views, tile), v, chosen, tile.fmt)
-            of_tile = tuned_reference.gradients(found, tile_dy, chosen, tile.fmt)
+            found = learned_reference.elements(_load(views, tile), v, chosen, tile.fmt)
+            of_tile = learned_reference.gradients(found, tile_dy, chosen, tile.fmt)
             total, outside = total + of_tile.total, outside + of_tile.outside
             if wanted.x:
                 views["dx"][tile.rows, tile.cols].copy_(of_tile.x)
             if wanted.v and v is not None:
                 if wanted.step:
                     assert rates is not None
-                    v.copy_(tuned_reference.moved(v, of_tile.v, rates[0], *wanted.bounds[:2]))
+                    v.copy_(learned_reference.moved(v, of_tile.v, rates[0], *wanted.bounds[:2]))
                 else:
                     views["dv"][tile.rows, tile.cols].copy_(of_tile.v)
         if wanted.groups:
             views, tile = members[0]
-            own = Tuning(None, None, None, tuning.given, tuning.tensor_scale)
-            found_both = tuned_reference.of_parameters(total, outside, chosen, fmt, own, wanted.factor)
+            own = Learned(None, None, None, tuning.given, tuning.tensor_scale)
+            found_both = learned_reference.of_parameters(total, outside, chosen, fmt, own, wanted.factor)
             for name, gradient in zip(("high", "low"), found_both, strict=True):
                 parameter, target = _window(views, name, tile), _window(views, f"d_{name}", tile)
                 if wanted.step and parameter is not None:
                     assert rates is not None
                     gradient = gradient.view(parameter.shape)
-                    parameter.copy_(tuned_reference.moved(parameter, gradient, rates[1], *wanted.bounds[2:]))
+                    parameter.copy_(learned_reference.moved(parameter, gradient, rates[1], *wanted.bounds[2:]))
                 elif target is not None:
                     target.copy_(gradient.view(target.shape))

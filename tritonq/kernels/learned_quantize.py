@@ -1,7 +1,8 @@
-"""Packed codes and scales of what `tritonq.kernels.tuned` makes of x, v and the ratios of groups.
+"""Packed codes and scales of what `tritonq.kernels.learned` makes of x, v and the ratios of groups.
 
-`tuned_quantize_kernel` handles whole groups of a tile. Groups that are larger, or share bytes with their neighbours,
-take `tuned_choose_kernel` (or mode "scale" of the former) for their scales and `tuned_apply_kernel` for their codes.
+`learned_quantize_kernel` handles whole groups of a tile. Groups that are larger, or share bytes with their neighbours,
+take `learned_choose_kernel` (or mode "scale" of the former) for their scales, and `learned_apply_kernel` for their
+codes.
 """
 
 import triton
@@ -9,8 +10,8 @@ import triton.language as tl
 
 from tritonq.codecs import scale_triton as scales
 from tritonq.codecs import super_scale_triton as supers
+from tritonq.kernels import learned, learned_loop, tile
 from tritonq.kernels import quantize as groups
-from tritonq.kernels import tile, tuned, tuned_loop
 
 
 @triton.jit
@@ -19,7 +20,7 @@ def _store(ptr, index, mask, number):
 
 
 @triton.jit(do_not_specialize=["N", "tiles_m"])
-def tuned_quantize_kernel(
+def learned_quantize_kernel(
     x_ptr, v_ptr, q_ptr, high_ptr, low_ptr, tensor_scale_ptr,
     scale_ptr, zero_ptr, super_scale_ptr, minimum_ptr, super_minimum_ptr,
     N, K, row_bytes, tiles_m, tiles_n, x_batch, x_row, x_col, v_batch, v_row, v_col,
@@ -31,8 +32,8 @@ def tuned_quantize_kernel(
     ELEM: tl.constexpr = FMT.element
     BOTH: tl.constexpr = FMT.scale.signed_range or HAS_HIGH or HAS_LOW
     batch, tile_m, tile_n = tile.position(tiles_m, tiles_n, AXES)
-    row, slice_col, col, mask = tuned._place(tile_m, tile_n, N, K, S, M, R, GROUPS, W, FMT)
-    at = x_ptr + batch * x_batch + tuned._offsets(row, slice_col, col, x_row, x_col)
+    row, slice_col, col, mask = learned._place(tile_m, tile_n, N, K, S, M, R, GROUPS, W, FMT)
+    at = x_ptr + batch * x_batch + learned._offsets(row, slice_col, col, x_row, x_col)
     x = tile.to_float32(tl.load(at, mask, other=0.0))
     tensor_scale = 1.0
     if FMT.tensor_scale:
@@ -47,9 +48,9 @@ def tuned_quantize_kernel(
         high = tl.load(high_ptr + index, group_mask, other=1.0).to(tl.float32)
     if HAS_LOW:
         low = tl.load(low_ptr + index, group_mask, other=1.0).to(tl.float32)
-    positive, negative = tuned.extremes(x, BOTH, S, M, R, GROUPS, W, FMT)
-    positive, negative = tuned.scaled(positive, negative, high, low, HAS_HIGH, HAS_LOW)
-    high_key, low_key = tuned.as_keys(positive, negative, FMT)
+    positive, negative = learned.extremes(x, BOTH, S, M, R, GROUPS, W, FMT)
+    positive, negative = learned.scaled(positive, negative, high, low, HAS_HIGH, HAS_LOW)
+    high_key, low_key = learned.as_keys(positive, negative, FMT)
     if FMT.super_group:
         SUPERS: tl.constexpr = GROUPS * S * W // FMT.super_group
         scale, minimum, super_scale, super_minimum, factor, offset, bad = supers.choose(
@@ -72,7 +73,7 @@ def tuned_quantize_kernel(
     if MODE == "quantize":
         v = 0.0
         if HAS_V:
-            v_at = v_ptr + batch * v_batch + tuned._offsets(row, slice_col, col, v_row, v_col)
+            v_at = v_ptr + batch * v_batch + learned._offsets(row, slice_col, col, v_row, v_col)
             v = tile.to_float32(tl.load(v_at, mask, other=0.0))
         if FMT.zero_point:
             zero = groups._spread(zero, S, M, R, GROUPS, W)
@@ -80,9 +81,9 @@ def tuned_quantize_kernel(
             zero = FMT.zero_code
         if FMT.minimum:
             x = x + groups._spread(offset, S, M, R, GROUPS, W)
-        quotient = tuned._divided(x, factor, tensor_scale, False, S, M, R, GROUPS, W, FMT)
-        sign = tuned.sign_of(quotient, x, groups._spread(factor, S, M, R, GROUPS, W), False, FMT)
-        u = tuned.shifted(quotient, v, sign, HAS_V)
+        quotient = learned._divided(x, factor, tensor_scale, False, S, M, R, GROUPS, W, FMT)
+        sign = learned.sign_of(quotient, x, groups._spread(factor, S, M, R, GROUPS, W), False, FMT)
+        u = learned.shifted(quotient, v, sign, HAS_V)
         codes = ELEM.codec.encode(u, zero, groups._spread(~bad, S, M, R, GROUPS, W), ELEM)
         if PARTIAL:
             codes = tl.where(mask, codes, 0)
@@ -94,7 +95,7 @@ def tuned_quantize_kernel(
 
 
 @triton.jit(do_not_specialize=["groups_in_all"])
-def tuned_choose_kernel(
+def learned_choose_kernel(
     keys_ptr, high_ptr, low_ptr, tensor_scale_ptr, scale_ptr, zero_ptr, groups_in_all,
     FMT: tl.constexpr, HAS_HIGH: tl.constexpr, HAS_LOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -108,9 +109,9 @@ def tuned_choose_kernel(
         high = tl.load(high_ptr + index, mask, other=1.0).to(tl.float32)
     if HAS_LOW:
         low = tl.load(low_ptr + index, mask, other=1.0).to(tl.float32)
-    positive, negative = tuned_loop.load_keys(keys_ptr, index, mask)
-    positive, negative = tuned.scaled(positive, negative, high, low, HAS_HIGH, HAS_LOW)
-    high_key, low_key = tuned.as_keys(positive, negative, FMT)
+    positive, negative = learned_loop.load_keys(keys_ptr, index, mask)
+    positive, negative = learned.scaled(positive, negative, high, low, HAS_HIGH, HAS_LOW)
+    high_key, low_key = learned.as_keys(positive, negative, FMT)
     stored, _, zero, _ = scales.choose(high_key, low_key, tensor_scale, FMT)
     _store(scale_ptr, index, mask, stored)
     if FMT.zero_point:
@@ -118,7 +119,7 @@ def tuned_choose_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "tiles_m"])
-def tuned_apply_kernel(
+def learned_apply_kernel(
     x_ptr, v_ptr, q_ptr, scale_ptr, zero_ptr, tensor_scale_ptr,
     N, K, row_bytes, tiles_m, tiles_n, x_batch, x_row, x_col, v_batch, v_row, v_col,
     FMT: tl.constexpr, GIVEN: tl.constexpr, HAS_V: tl.constexpr, PARTIAL: tl.constexpr, WORDS: tl.constexpr,
@@ -145,7 +146,7 @@ def tuned_apply_kernel(
         scale_ptr, zero_ptr, tensor_scale, batch, row, row_mask, tile_n * BLOCK_N, N, K, BLOCK_N, FMT
     )
     quotient = scales.divide(x, factor)
-    u = tuned.shifted(quotient, v, tuned.sign_of(quotient, x, factor, True, FMT), HAS_V)
+    u = learned.shifted(quotient, v, learned.sign_of(quotient, x, factor, True, FMT), HAS_V)
     if GIVEN:
         codes = ELEM.codec.encode(u, zero, None, ELEM)
         if ELEM.nan_code >= 0:
