@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tritonq import learned_plans, learned_tiles, operators, ops
 from tritonq.formats import Format, get_format
-from tritonq.learned_reference import Parts, Learned, Wanted
+from tritonq.learned_reference import Learned, Parts, Wanted
 from tritonq.memory import empty
 
 _RATIOS = (torch.bfloat16, torch.float16, torch.float32)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tritonq import plans, tiling, tuning
 from tritonq.formats import Format, Shape, get_format
 from tritonq.launch import Plan
-from tritonq.learned_reference import Parts, Learned, Wanted
+from tritonq.learned_reference import Learned, Parts, Wanted
 
 _cached = functools.lru_cache(maxsize=4096)
 _LARGEST_TILE = 8192  # elements of the largest group that stays in registers beside v and dy

@@ -11,7 +11,7 @@ from torch import Tensor
 from tritonq import learned_reference, reference, tiling
 from tritonq.codecs import pack
 from tritonq.formats import Format
-from tritonq.learned_reference import Chosen, Parts, Learned, Wanted
+from tritonq.learned_reference import Chosen, Learned, Parts, Wanted
 
 Views = dict[str, Tensor]
 _INTERMEDIATES = 12  # fp32 tensors of a tile that are alive at a time
