@@ -12,6 +12,7 @@ README = ROOT / "README.md"
 SPEED = ROOT / "docs" / "speed.md"
 KERNELS = ROOT / "bench" / "results" / "nvidia-h100-80gb-hbm3" / "kernels.json"
 SIZES = KERNELS.with_name("sizes.json")
+STEPS = KERNELS.with_name("tuning_step.json")
 
 
 def speed_rows():
@@ -65,11 +66,25 @@ def size_rows():
     ]  # fmt: skip
 
 
+def step_rows():
+    """Forward with backward, and the fused step of sign descent."""
+    return [
+        {
+            "format": row["format"], "v": row["v"],
+            "forward + backward": f"{row['both_us']:.0f} us, {100 * row['both_of_floor']:.0f}% of the floor",
+            "x eager": f"{row['both_times_eager']:.1f}", "x compiled": f"{row['both_times_compiled']:.2f}",
+            "whole step, fused": f"{row['step_us']:.0f} us", "x eager step": f"{row['step_times_eager']:.1f}",
+            "x compiled step": f"{row['step_times_compiled']:.2f}",
+        }
+        for row in json.loads(STEPS.read_text(encoding="utf-8"))["rows"]
+    ]  # fmt: skip
+
+
 def tables(path):
     from tritonq.integrations.tables import format_rows, markdown, scheme_rows
 
     rows = {
-        README: {"schemes": scheme_rows, "formats": format_rows, "speed": speed_rows},
+        README: {"schemes": scheme_rows, "formats": format_rows, "speed": speed_rows, "steps": step_rows},
         SPEED: {"limits": limit_rows, "sizes": size_rows},
     }
     return {name: markdown(of()) for name, of in rows[path].items()}
@@ -81,8 +96,8 @@ def marked(name):
 
 @pytest.mark.parametrize(
     "path,name",
-    [(README, "schemes"), (README, "formats"), (README, "speed"), (SPEED, "limits"), (SPEED, "sizes")],
-    ids=["schemes", "formats", "speed", "limits", "sizes"],
+    [*((README, name) for name in ("schemes", "formats", "speed", "steps")), (SPEED, "limits"), (SPEED, "sizes")],
+    ids=["schemes", "formats", "speed", "steps", "limits", "sizes"],
 )
 def test_table_is_current(path, name):
     found = marked(name).search(path.read_text(encoding="utf-8"))
