@@ -28,6 +28,21 @@ def given(x, name):
     ]
 
 
+def test_given_scales_are_never_reinterpreted(device):
+    """A scale of another 16-bit type is refused in a graph and under vmap as in an eager call: its bits mean another
+    number."""
+    x, scale = sample(device), torch.ones(4, 3, dtype=torch.float16, device=device)
+    assert get_format("int4_g128").scale.dtype is torch.bfloat16
+
+    def call(x):
+        return tq.qdq(x, "int4_g128", scale=scale)
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    for run in (call, compiled, lambda x: torch.func.vmap(call)(x[None])):
+        with pytest.raises(TypeError, match=r"stored as torch\.bfloat16, got torch\.float16"):
+            run(x)
+
+
 @every_name
 @pytest.mark.parametrize("with_scales", [False, True])
 def test_opcheck(name, with_scales, device):
