@@ -338,6 +338,9 @@ def test_static_scales_need_inputs(device):
     again.load_state_dict(module.state_dict())
     x = torch.randn(3, 64, device=device)
     assert torch.equal(again["a"](x), module.eval()["a"](x))
+    again.load_state_dict(tq.fake_quantize_(layer(device=device), "FP8", inputs="static").state_dict())
+    with pytest.raises(ValueError, match=r"no finite .* training mode"):
+        again["a"](x)
 
 
 def test_export_of_static_scales_is_refused(built, tmp_path):

@@ -6,7 +6,7 @@ from oracle import assert_same, assert_same_parts
 
 from tritonq import hadamard, learned_ops, ops, reference
 from tritonq.formats import get_format
-from tritonq.learned_reference import Tuning, Wanted
+from tritonq.learned_reference import Learned, Wanted
 
 COLUMNS = 4096
 ROWS = (1 << 31) // COLUMNS + 256  # whole blocks of 128 rows
@@ -150,7 +150,7 @@ def test_learned(x, name):
     """Values, gradients and codes with tuning parameters; x is its own v and dy."""
     fmt = get_format(name)
     ratio = torch.rand(fmt.scale_shape(tuple(x.shape)), generator=torch.Generator("cuda").manual_seed(1), device="cuda")
-    given, wanted = Tuning(x, ratio, ratio), Wanted(v=True, high=True)
+    given, wanted = Learned(x, ratio, ratio), Wanted(v=True, high=True)
     calls = (
         lambda x, given: {"y": learned_ops.qdq(x, fmt, given)},
         lambda x, given: {"dv": learned_ops.backward(x, x, fmt, given, wanted)["dv"]},
@@ -161,5 +161,5 @@ def test_learned(x, name):
         for rows in windows(ROWS, fmt.group[0] if fmt.group[0] > 1 else 4):
             own = ratio[rows.start // fmt.group[0] : rows.stop // fmt.group[0]].cpu()
             part = x[rows].cpu()
-            expected_rows = call(part, Tuning(part, own, own))
+            expected_rows = call(part, Learned(part, own, own))
             assert_same_parts({n: t[rows].cpu() for n, t in found.items()}, expected_rows, f"{rows}")

@@ -131,7 +131,7 @@ def test_learned_step_size(name, device):
     fmt, shape = get_format(name), (6, 72)
     x = numbers(shape, 6)
     parts = ops.quantize(x, fmt)
-    scale = tuned_scales(parts["scale"], fmt)
+    scale = learned_scales(parts["scale"], fmt)
     given = {"scale": (scale * 0.7).to(torch.float32)}
     if fmt.zero_point:
         z = parts["zero_point"].float() + 0.3
@@ -145,12 +145,25 @@ def test_learned_step_size(name, device):
     tq.qdq(x.to(device), fmt, **plain).sum().backward()
     count = {"tensor": x.numel(), "channel": 72}.get(name.split("_")[-1], fmt.group[1])
     count = x.numel() if fmt.group[0] == -1 else count
-    factor = (count * learned_oracle.oracle.element_max(fmt.element)) ** -0.5
+    largest = {"int4_g32_asym": 15, "int4_tensor_asym": 15}.get(name) or learned_oracle.oracle.element_max(fmt.element)
+    factor = (count * largest) ** -0.5  # the largest code without a sign
     for one in given:
         torch.testing.assert_close(own[one].grad, plain[one].grad * factor, rtol=1e-5, atol=1e-6)
 
 
-def tuned_scales(scale, fmt):
+def test_learned_scales_without_gradients(device):
+    """Evaluation and the first pass of activation checkpointing compute what training does."""
+    x, scale = numbers((4, 64)).to(device), torch.rand(4, 2, device=device, requires_grad=True)
+    zero = torch.full((4, 2), 6.4, device=device, requires_grad=True)
+    y = tq.qdq(x, "int4_g32", scale=scale)
+    asymmetric = tq.qdq(x, "int4_g32_asym", scale=scale, zero_point=zero)
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert torch.equal(tq.qdq(x, "int4_g32", scale=scale), y)
+            assert torch.equal(tq.qdq(x, "int4_g32_asym", scale=scale, zero_point=zero), asymmetric)
+
+
+def learned_scales(scale, fmt):
     from tritonq.codecs import scale as scales
 
     return scales.load(scale, fmt)
@@ -280,13 +293,18 @@ def test_bad_parameters(device):
         ({"scale": ratio, "max_scale": ratio}, ValueError, "computed"),
         ({"step": tq.SignStep(0.1, device=device)}, ValueError, "at least one"),
         ({"scale": ratio.requires_grad_(), "scale_gradient": "l2"}, ValueError, "lsq"),
+        ({"scale_gradient": "l2"}, ValueError, "lsq"), ({"v": x, "scale_gradient": None}, ValueError, "lsq"),
+        ({"v": x, "step": 0.1}, TypeError, "SignStep"), ({"scale": 0.5}, TypeError, "bfloat16"),
     ):  # fmt: skip
         with pytest.raises(error, match=words):
             tq.qdq(x, "int4_g32", **arguments)
     with pytest.raises(ValueError, match="again"):
         tq.qdq(numbers((1, 256)).to(device), "q4_k", v=None, scale=torch.ones(1, 8, device=device).requires_grad_())
-    with pytest.raises(ValueError, match=">= 0"):
-        tq.SignStep(-1.0)
+    for rate in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=">= 0"):
+            tq.SignStep(rate)
+    with pytest.raises(ValueError, match="lowest"):
+        tq.SignStep(0.1, clamp_v=(float("nan"), 0.5))
 
 
 def test_forward_keeps_only_its_inputs(device):
@@ -392,6 +410,15 @@ def test_step_needs_no_leaf(device):
     assert frozen.requires_grad
 
 
+def test_step_of_parameters_that_are_nan(device):
+    """They end at the lower bound, on every backend."""
+    v, ratio = torch.zeros(2, 32, device=device), torch.ones(2, 1, device=device)
+    v[0, 3], ratio[1] = torch.nan, torch.nan
+    step = tq.SignStep(0.1, clamp_v=(-0.25, 0.5), clamp_scale=(0.125, 1.0), device=device)
+    tq.qdq(numbers((2, 32)).to(device), "int4_g32", v=v, max_scale=ratio, step=step).sum().backward()
+    assert v[0, 3] == -0.25 and ratio[1] == 0.125
+
+
 @pytest.mark.parametrize("name", ["int4_g32", "nvfp4", "q4_k"])
 def test_best(name, device):
     """Of several losses the smallest decides, and NaN never; the data is packed."""
@@ -407,8 +434,9 @@ def test_best(name, device):
         seen.append(tq.qdq(x, fmt, v=v, max_scale=ratio))
         assert torch.equal(best.value.dequantize(), seen[0 if i < 2 else 2])
     assert best.loss == 1.0 and not torch.equal(seen[2], seen[3])
-    with pytest.raises(ValueError, match="one element"):
-        best.update(x, x, v=v)
+    for loss in (x, 1.0):
+        with pytest.raises(ValueError, match="one element"):
+            best.update(loss, x, v=v)
 
 
 # ---------------------------------------------------------------------------------------------- what torch makes of it
@@ -474,6 +502,16 @@ def test_function_transforms(device):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     one, other = torch.func.vmap(loss)(torch.stack([v, -v]), torch.stack([ratio, ratio]))
     assert one == loss(v, ratio) and other == loss(-v, ratio)
+    stacked = torch.stack([v, -v], 1)
+    for name in ("int4_g32", "nvfp4"):
+
+        def of(v, ratio, name=name):
+            return tq.qdq(x, name, v=v, max_scale=ratio).square().sum()
+
+        ones, gradient = torch.ones(get_format(name).scale_shape((4, 64)), device=device), torch.func.grad(of, (0, 1))
+        both = torch.func.vmap(gradient, (1, None))(stacked, ones)
+        for i, one in enumerate((v, -v)):
+            assert all(torch.equal(a[i], b) for a, b in zip(both, gradient(one, ones), strict=True))
     step = tq.SignStep(0.1, device=device)
     with pytest.raises(ValueError, match="allow"):
         torch.func.grad(lambda v: tq.qdq(x, "int4_g32", v=v, step=step).sum())(v)

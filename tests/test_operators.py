@@ -6,7 +6,7 @@ from conftest import INTERPRET
 from oracle import check_replay
 
 import tritonq as tq
-from tritonq import ops
+from tritonq import formats, ops
 from tritonq.formats import SUPER_PARTS, get_format
 
 NAMES = ("int4_g128", "int4_g128_asym", "fp8_e4m3_channel", "mxfp8", "mxfp4", "nvfp4", "int3_g128", "fp8_e4m3_b128x128",
@@ -26,6 +26,21 @@ def given(x, name):
     return [
         None if (part := parts.get(n)) is None else ops._bits(part) for n in ("scale", "zero_point", "tensor_scale")
     ]
+
+
+def test_given_scales_are_never_reinterpreted(device):
+    """A scale of another 16-bit type is refused in a graph and under vmap as in an eager call: its bits mean another
+    number."""
+    x, scale = sample(device), torch.ones(4, 3, dtype=torch.float16, device=device)
+    assert get_format("int4_g128").scale.dtype is torch.bfloat16
+
+    def call(x):
+        return tq.qdq(x, "int4_g128", scale=scale)
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    for run in (call, compiled, lambda x: torch.func.vmap(call)(x[None])):
+        with pytest.raises(TypeError, match=r"stored as torch\.bfloat16, got torch\.float16"):
+            run(x)
 
 
 @every_name
@@ -70,6 +85,17 @@ def test_one_graph_with_gradients(name, device):
         (got[0] * got[0].detach()).sum().backward()
         (expected[0] * expected[0].detach()).sum().backward()
         assert torch.equal(x.grad, twin.grad)
+
+
+@pytest.mark.parametrize("name", ["e3m2_g20", "fp8_e5m2_b16x48", "e2m1_g16_ue5m3", "int5_g40_asym"])
+def test_names_resolve_in_a_graph(name):
+    """A format that nobody registered or used before, named inside of what is compiled. In Python 3.11 Dynamo stopped
+    at the lock of a cached property."""
+    torch._dynamo.reset()
+    formats._resolve.cache_clear()
+    x = torch.randn(16, 96)
+    compiled = torch.compile(lambda x: tq.qdq(x, name), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), tq.qdq(x, name))
 
 
 def test_symbolic_shapes(device):

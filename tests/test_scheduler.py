@@ -123,9 +123,22 @@ def test_workspace():
         assert memory.budget() == 1000
     with pytest.raises(ValueError, match="workspace 'much' is not a size"), tq.workspace("much"):
         pass
-    with pytest.raises(ValueError, match="workspace 0"), tq.workspace(0):
-        pass
+    for size in (0, 0.5):
+        with pytest.raises(ValueError, match=f"workspace {size} is not"), tq.workspace(size):
+            pass
     assert memory.budget() == 64 << 20
+
+
+@pytest.mark.parametrize("name", ["int4_g64", "fp8_e4m3_tensor"])
+def test_the_smallest_workspace(name):
+    """A row of groups at a time, with nothing to divide by zero."""
+    x = torch.randn(3, 64)
+    with tq.workspace(1):
+        q = tq.quantize(x, name, device=["cpu", "cpu"])
+        y = tq.qdq(x, name, device=["cpu", "cpu"])
+    assert torch.equal(q.dequantize(), tq.qdq(x, name)) and torch.equal(y, tq.qdq(x, name))
+    with pytest.raises(TypeError, match=r"float64, got torch\.int8"):
+        tq.dequantize(q, torch.int8, device=["cpu", "cpu"])
 
 
 @pytest.mark.parametrize("what", ["quantize", "qdq"])

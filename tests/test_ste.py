@@ -208,7 +208,7 @@ def test_errors(device):
             getattr(ste, name)(x.int(), *arguments)
         with pytest.raises(TypeError, match=rf"ste\.{name}_ takes a torch\.Tensor, got list"):
             getattr(ste, f"{name}_")([1.0], *arguments)
-    for dtype in (torch.float16, torch.bfloat16, torch.int8, "int4", "nf4", "e9m9", "float", tq.integer(4)):
+    for dtype in (torch.float16, torch.bfloat16, torch.int8, "int4", "nf4", "e9m9", "ue8m0", "float", tq.integer(4)):
         with pytest.raises(ValueError, match="floats of at most 8 bits") as caught:
             ste.cast(x, dtype)
         assert "ue5m3" in str(caught.value) and "float8_e4m3fn" in str(caught.value)

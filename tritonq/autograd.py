@@ -212,16 +212,23 @@ def _takes_gradient(*given: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
 
 
+def _learned(given: Tensor | None, stored: torch.dtype) -> bool:
+    """Whether this scale or zero point is a parameter. Without gradients it stays one where the format could not store
+    it: evaluation, and the first pass of activation checkpointing, compute what training does."""
+    if not isinstance(given, Tensor) or not given.requires_grad:
+        return False
+    return torch.is_grad_enabled() or given.dtype is not stored
+
+
 def _scale_factor(scale_gradient: float | str, x: Tensor, fmt: Format) -> float:
     """What the gradients of given scales are multiplied by."""
     if scale_gradient != "lsq":
-        if isinstance(scale_gradient, str):
-            raise ValueError(f"scale_gradient is a number or 'lsq', got {scale_gradient!r}")
         return float(scale_gradient)
     rows, cols = fmt.group
     columns = x.shape[-1] if cols == -1 else min(cols, x.shape[-1])
     elements = x.numel() if rows == -1 else columns * min(rows, x.shape[-2] if x.ndim > 1 else 1)
-    return 1.0 / math.sqrt(max(1, elements) * fmt.element.max)
+    largest = (1 << fmt.bits) - 1 if fmt.zero_point else fmt.element.max  # Q_P of the paper
+    return 1.0 / math.sqrt(max(1, elements) * largest)
 
 
 def _present(
@@ -291,8 +298,12 @@ def qdq(
             `out` or another device. TypeError: x is not floating.
     """
     fmt = get_format(fmt)
+    if scale_gradient != "lsq" and not isinstance(scale_gradient, int | float):
+        raise ValueError(f"scale_gradient is a number or 'lsq', got {scale_gradient!r}")
+    if step is not None and not isinstance(step, SignStep):
+        raise TypeError(f"step is a tritonq.SignStep, got {type(step).__name__}; make one of the rate")
     learned = v is not None or min_scale is not None or max_scale is not None
-    if learned or step is not None or _takes_gradient(scale, zero_point):
+    if learned or step is not None or _learned(scale, fmt.scale.dtype) or _learned(zero_point, torch.uint8):
         if search or importance is not None or rounding != "nearest":
             raise ValueError(
                 "tuning parameters take rounding to nearest and no search; leave those out, or v and its like"

@@ -42,8 +42,9 @@ class Best:
     ) -> None:
         """Keep quantize(x, v=..., min_scale=..., max_scale=...) if `loss`, one element, is smaller than any before; NaN
         is not."""
-        if loss.numel() != 1:
-            raise ValueError(f"a loss has one element, got shape {tuple(loss.shape)}; reduce it first")
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"shape {tuple(loss.shape)}; reduce it first" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"a loss is a tensor of one element, got {found}")
         quantize(
             x,
             self.format,

@@ -100,7 +100,7 @@ class ElementType:
         that x * scale rounded leaves one threshold to compare x with. None where that takes more than 4 * 2^bits."""
         return tables.cells(self.thresholds, 4 << self.bits) if len(self.values) > 8 else None
 
-    @functools.cached_property
+    @property  # not cached: that takes a lock in Python 3.11, which torch.compile cannot trace
     def bias(self) -> int:
         """Exponent bias, 2^(ebits - 1) - 1 (OCP MX 1.0 section 5.3); one more for fnuz."""
         return (1 << (self.ebits - 1)) - 1 + (self.special == "fnuz") if self.ebits else 0
@@ -142,7 +142,7 @@ class ElementType:
             return (((1 << self.ebits) - 1) << self.mbits) | (1 << (self.mbits - 1))
         return 1 << (self.bits - 1) if self.special == "fnuz" else -1
 
-    @functools.cached_property
+    @property  # not cached: that takes a lock in Python 3.11, which torch.compile cannot trace
     def max_code(self) -> int:
         """Code of `max` without the sign (minifloats)."""
         top = (1 << (self.bits - self.signed)) - 1

@@ -283,6 +283,8 @@ def of_parameters(
 
 
 def moved(p: Tensor, gradient: Tensor, rate: Tensor, lowest: float, highest: float) -> Tensor:
-    """p - rate * sign(gradient) within [lowest, highest], fp32; NaN has no sign."""
+    """p - rate * sign(gradient) within [lowest, highest], fp32; NaN has no sign, and a parameter that is NaN ends at
+    the lower bound, where the maximum of a GPU leaves it."""
     sign = torch.sign(gradient.to(p.dtype).to(torch.float32)).nan_to_num_(0.0)
-    return (p.to(torch.float32) - rate * sign).clamp_(lowest, highest)
+    found = p.to(torch.float32) - rate * sign
+    return found.masked_fill_(found.isnan(), lowest).clamp_(lowest, highest)

@@ -27,9 +27,10 @@ def parse_size(size: int | str, name: str) -> int:
     """Bytes of a number or of a text such as "2GB" (10^9) or "256MiB" (2^20). ValueError, with the name of the
     argument, for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    if not match or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+    nbytes = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
+    if nbytes < 1:
         raise ValueError(f"{name} {size!r} is not a size; write bytes, or a number with MB, GB, MiB or GiB such as 2GB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return nbytes
 
 
 @contextlib.contextmanager

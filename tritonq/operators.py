@@ -22,7 +22,9 @@ _SEED = "Tensor? seed=None"  # one int64 on the CPU; with it, rounding is stocha
 def _scales(fmt: Format, given: tuple[Tensor | None, ...]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Scale, zero point and tensor scale; an operator's arguments that keep their default are not passed on."""
     scale, zero_point, tensor_scale = (*given, None, None, None)[:3]
-    return None if scale is None else scale.view(fmt.scale.dtype), zero_point, tensor_scale
+    if scale is not None and scale.dtype is torch.uint8:  # any other is what the caller passed, and is checked as such
+        scale = scale.view(fmt.scale.dtype)
+    return scale, zero_point, tensor_scale
 
 
 def _quantize_operator(

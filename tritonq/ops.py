@@ -56,6 +56,8 @@ def _check_given(name: str, value: Tensor, fmt: Format, x: Tensor, anywhere: boo
     shape, dtype = fmt.storage(tuple(x.shape)).get(name, (None, None))
     if shape is None:
         raise ValueError(f"{fmt.name} has no {name}; leave it out")
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} of {fmt.name} is a tensor of {dtype}, got {type(value).__name__}")
     if tuple(value.shape) != shape and not (name == "tensor_scale" and value.numel() == 1):
         raise ValueError(
             f"{name} for {fmt.name} and a tensor of shape {tuple(x.shape)} has shape {shape}, got {tuple(value.shape)}"

@@ -178,7 +178,7 @@ def _reported(progress: Progress | bool | None, total: int) -> Iterator[Callable
 
 def _limits(job: Job, backend: Backend, most: int) -> tuple[int, int]:
     """Elements of a tile and number of slots, so that all slots and the scratch of one tile fit the budget."""
-    depth, room = backend.depth, memory.budget() * 63 // 64  # allocators round up
+    depth, room = backend.depth, max(1, memory.budget() * 63 // 64)  # allocators round up
     while (tile := job.tiles.peek(most)) is not None:
         sizes = [_size(_moved(pieces, backend)) for pieces in (job.inputs(tile), job.outputs(tile))]
         scratch = job.scratch(tile)

@@ -6,6 +6,8 @@ What SignRound tunes with (Cheng et al. 2023): v starts at 0, min_scale and max_
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -24,7 +26,7 @@ class SignStep:
     backward updates: use x once a step, without accumulation of gradients, without `retain_graph`, on one replica.
 
     Raises:
-        ValueError: a rate or a number of steps that is negative, or bounds out of order.
+        ValueError: a rate that is negative or not finite, no steps, or bounds out of order.
     """
 
     def __init__(
@@ -38,9 +40,9 @@ class SignStep:
         device: torch.device | str | None = None,
     ) -> None:
         rates = (float(lr), float(lr if min_scale_lr is None else min_scale_lr))
-        if min(rates) < 0 or (steps is not None and steps <= 0):
-            raise ValueError(f"rates are >= 0 and steps > 0, got lr {rates} and steps {steps}")
-        if clamp_v[0] > clamp_v[1] or clamp_scale[0] > clamp_scale[1]:
+        if not all(0 <= rate < math.inf for rate in rates) or (steps is not None and steps <= 0):
+            raise ValueError(f"rates are >= 0 and finite and steps > 0, got lr {rates} and steps {steps}")
+        if not (clamp_v[0] <= clamp_v[1] and clamp_scale[0] <= clamp_scale[1]):
             raise ValueError(f"bounds are (lowest, highest), got {clamp_v} and {clamp_scale}")
         self.initial = torch.tensor(rates, dtype=torch.float32, device=device)
         self.rates = self.initial.clone()

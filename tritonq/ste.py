@@ -199,7 +199,7 @@ def _fields(dtype: torch.dtype | str | ElementType) -> Fields:
         found = _fields_of(dtype)
     else:
         found = float_fields(str(dtype).removeprefix("torch.").removeprefix("float8_"))
-    if found is None or found[0] + found[1] + found[3] > 8:
+    if found is None or found[0] + found[1] + found[3] > 8 or found[:3] == (8, 0, ""):  # past fp32
         raise ValueError(
             f"ste.cast rounds to floats of at most 8 bits, which {dtype} is not; pass torch.float8_e4m3fn, "
             "float8_e5m2, float8_e4m3fnuz, float8_e5m2fnuz, 'ue5m3', or another name eXmY such as 'e2m1'"

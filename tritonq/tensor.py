@@ -726,6 +726,8 @@ def dequantize(
     if not isinstance(q, QTensor):
         raise TypeError(f"expected a QTensor, got {type(q).__name__}")
     dtype = dtype or (q.dtype if out is None else out.dtype)
+    if dtype not in ops.FLOATS:
+        raise TypeError(f"dequantize gives bfloat16, float16, float32 or float64, got {dtype}")
     where = scheduler.placed(q._buf, device, output_device, out)
     if where is None and out is None:
         return q.dequantize(dtype)

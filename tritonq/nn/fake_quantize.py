@@ -115,6 +115,10 @@ class FakeQuantLinear(KeepsBuffers):
             return {"tensor_scale": ops.tensor_scale(self.input_range, fmt)}
         return {name: part for name, part in ops.quantize(self.input_range, fmt).items() if name != "qdata"}
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.observed = False  # the range of a checkpoint may be that of a model that saw nothing
+        super()._load_from_state_dict(*args)
+
     def extra_repr(self) -> str:
         scheme = self.fake.scheme
         inputs = f", inputs={'static' if self.fake.static else 'dynamic'}" if scheme.inputs else ""
