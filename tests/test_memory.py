@@ -27,9 +27,7 @@ NAMES = (
     "int4_tensor_asym",
     "int5_g64_asym_u6_s512",
 )
-ON_CPU = (
-    "int4_g128", "int4_g128_asym", "int3_g50", "int8_channel", "fp8_e4m3_tensor", "nvfp4", "q4_k",
-)  # fmt: skip
+ON_CPU = ("int4_g128_asym", "int3_g50", "fp8_e4m3_tensor", "nvfp4", "q4_k")
 
 
 def gradient(x, dy, fmt):
