@@ -6,7 +6,6 @@ the scale and the zero point; 8-bit floats pass as bytes.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -279,17 +278,5 @@ operators._operator(
 )
 
 
-def _one_by_one(info: Any, dims: Sequence[Any], *arguments: Any, of: Any) -> tuple[Any, Any]:
-    """An operator under vmap: call by call, as torch would have it but cannot for one that gives several tensors."""
-    calls = [
-        of(*[a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, dims, strict=True)])
-        for i in range(info.batch_size)
-    ]
-    if isinstance(calls[0], Tensor):
-        return torch.stack(calls), 0
-    stacked = [torch.stack(same) for same in zip(*calls, strict=True)]
-    return stacked, [0] * len(stacked)
-
-
-for _op in (torch.ops.tritonq.learned_qdq, torch.ops.tritonq.learned_backward):
-    torch.library.register_vmap(_op.default._schema.name, functools.partial(_one_by_one, of=_op), lib=operators.library)
+for _name in ("learned_qdq", "learned_backward"):
+    operators.map_one_by_one(_name)

@@ -5,6 +5,7 @@ Formats cross a schema by name, 8-bit floats as bytes, a seed as a tensor.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -171,3 +172,25 @@ _operator(
     lambda fresh: torch.empty((), dtype=torch.int64),
     torch.Tag.nondeterministic_seeded,
 )
+
+
+def _one_by_one(info: Any, dims: Sequence[Any], *arguments: Any, of: Any) -> tuple[Any, Any]:
+    calls = [
+        of(*[a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, dims, strict=True)])
+        for i in range(info.batch_size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    stacked = [torch.stack(same) for same in zip(*calls, strict=True)]
+    return stacked, [0] * len(stacked)
+
+
+def map_one_by_one(name: str) -> None:
+    """Take an operator call by call under vmap: as torch does without a rule, but without its warning, with errors as
+    they are, and also where an operator gives several tensors."""
+    function = functools.partial(_one_by_one, of=getattr(torch.ops.tritonq, name))
+    torch.library.register_vmap(f"tritonq::{name}", function, lib=library)
+
+
+for _mapped in ("qdq", "qdq_backward"):
+    map_one_by_one(_mapped)
