@@ -9,7 +9,7 @@ twice the bytes. Bytes of the first, the middle and the last rows are compared w
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +20,8 @@ from torch import Tensor
 
 import tritonq as tq
 from tritonq import memory, ops
+from tritonq.bench import measure as measured
+from tritonq.bench import report
 from tritonq.formats import get_format
 from tritonq.tensor import Layout
 
@@ -149,10 +151,8 @@ def main() -> None:
     start = time.perf_counter()
     generator = torch.Generator("cuda").manual_seed(0)
     block = torch.randn(BLOCK, COLUMNS, device="cuda", dtype=torch.bfloat16, generator=generator).cpu()
-    result: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-        "command": "python -m bench.streaming", "rows": [],
-    }  # fmt: skip
+    result: dict[str, Any] = measured.environment(" ".join(["python -m bench.streaming", *sys.argv[1:]]))
+    result |= {"threads": torch.get_num_threads(), "rows": []}
     for gib, pinned in ((args.gib, True), (args.pageable_gib, False)):
         rows = int(gib * 2**30) // (2 * COLUMNS)
         x, y = filled(rows, block, pinned), torch.empty(rows, COLUMNS, dtype=block.dtype, pin_memory=pinned)
@@ -168,8 +168,7 @@ def main() -> None:
     result["seconds"] = round(time.perf_counter() - start, 1)
     print(f"{result['seconds']} s in all")
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        report.write(result, args.out)
         print(f"wrote {args.out}")
 
 

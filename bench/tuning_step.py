@@ -317,7 +317,10 @@ def main() -> int:
     x = torch.randn(SHAPE, device="cuda", dtype=torch.bfloat16)
     copy_us = timing.device_us(lambda: torch.empty_like(x).copy_(x), [()])
     gb_per_s = 2 * x.nbytes / copy_us / 1e3
-    result: Row = {**measure.environment("python -m bench.tuning_step"), "shape": list(SHAPE)}
+    result: Row = {
+        **measure.environment(" ".join(["python -m bench.tuning_step", *sys.argv[1:]])),
+        "shape": list(SHAPE),
+    }
     result |= {"copy_us": round(copy_us, 1), "copy_gb_per_s": round(gb_per_s, 1)}
     result |= {"rows": [], "memory": [], "failed": []}
     print(f"copy {copy_us:.1f} us, {gb_per_s:.0f} GB/s", flush=True)

@@ -236,7 +236,7 @@ def _present(
 ) -> dict[str, Tensor]:
     """The parts that are given, with those that a search finds."""
     if search or importance is not None:
-        ops.check_search(search, importance, x, given["scale"] is not None)
+        ops.check_search(search, importance, x, fmt, given["scale"] is not None)
         divisor = given["tensor_scale"]
         return dict(ops.searched_scales(x, fmt, tensor_scale=divisor, search=search, importance=importance))
     return {name: part for name, part in given.items() if part is not None}
@@ -318,17 +318,11 @@ def qdq(
             _scale_factor(scale_gradient, x, fmt),
         )  # fmt: skip
     given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
-    if device is not None or output_device is not None or out is not None:
+    searches = search or importance is not None
+    elsewhere = device is not None or output_device is not None or out is not None
+    if elsewhere or (searches and not (_differentiates(x) or ops.traced(x))):
         options = {**given, "rounding": rounding, "generator": generator, "search": search, "importance": importance}
         return _qdq_elsewhere(scheduler.source(x), fmt, device, output_device, out, progress, options)
-    if search or importance is not None:
-        ops.check_search(search, importance, x, scale is not None)
-        if not (_differentiates(x) or ops.traced(x) or x.is_meta):  # scales of a tile at a time
-            out = scheduler.result(None, tuple(x.shape), x.dtype, x.device)
-            return scheduler.qdq(
-                x, fmt, x.device, out, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale, rounding=rounding,
-                generator=generator, search=search, importance=importance,
-            )  # fmt: skip
     present = _present(x, fmt, given, search, importance)
     if _differentiates(x):
         how = {"rounding": rounding, "generator": generator}
@@ -421,7 +415,7 @@ def _qdq_elsewhere(
     progress: scheduler.Progress | bool | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """QDQ into `out`, or of a tensor that is not where it is computed or where the result belongs."""
+    """QDQ into `out`, with a search, or of a tensor that is not where it is computed or where the result belongs."""
     if ops.traced(x):  # a graph holds whole tensors
         y = qdq(x if device is None else x.to(device), fmt, **options)  # type: ignore[arg-type]
         y = y if output_device is None else y.to(output_device)
@@ -429,16 +423,17 @@ def _qdq_elsewhere(
     if _differentiates(x):
         raise ValueError("qdq has no gradient with out, device or output_device; detach x, or move it first")
     ops.check_input(x, fmt)
+    search, importance = options["search"], options["importance"]
     where = scheduler.placed(x, device, output_device, out)
+    if where is None and (search or importance is not None) and not x.is_meta:  # scales of a tile at a time
+        ops.check_search(search, importance, x, fmt, options["scale"] is not None)  # which all lie where x does
+        where = scheduler.devices_of(x.device), x.device
     if where is not None:
         y = scheduler.result(out, tuple(x.shape), x.dtype, where[1])
         return scheduler.qdq(x, fmt, where[0], y, **options, progress=progress)
-    if out is None:
-        return qdq(x, fmt, **options)
-    search, importance = options.pop("search"), options.pop("importance")
-    if search or importance is not None:
-        return out.copy_(qdq(x, fmt, search=search, importance=importance, **options))
-    return ops.qdq(x, fmt, out=out, **options)
+    given = {name: options[name] for name in ("scale", "zero_point", "tensor_scale")}
+    present = _present(x, fmt, given, search, importance)
+    return ops.qdq(x, fmt, **present, rounding=options["rounding"], generator=options["generator"], out=out)
 
 
 class _Linear(torch.autograd.Function):

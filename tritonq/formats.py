@@ -305,6 +305,20 @@ class ScaleType:
         return self.name in _SCALE_INTEGERS
 
     @property
+    def passing(self) -> tuple[int, int]:
+        """fp32 bits (a, b): being stored neither lifts nor saturates scales of magnitudes above a and up to b."""
+        largest = 0x7F7FFFFF
+        if self.is_exponent:
+            return 0x3FFFFF, largest  # from 2^-127 on
+        if self.is_integer:
+            return -1, largest
+        if self.element is None:
+            return 0, largest
+        # Halfway to the next number, if there were one.
+        top = self.element.max + 2.0 ** (self.element.emax - self.element.mbits - 1)
+        return self.element.half_smallest_bits, _fp32_bits(top)
+
+    @property
     def low(self) -> int:
         """Smallest integer of an integer scale."""
         return _SCALE_INTEGERS[self.name][0]
@@ -494,6 +508,14 @@ class Format:
         """dtype of `qdata`: the torch dtype itself for 8-bit floats and symmetric int8, packed uint8 otherwise."""
         dtype = None if self.zero_point or self.minimum else self.element.dtype
         return dtype or torch.uint8
+
+    @property
+    def slope(self) -> float:
+        """d scale / d amax (d scale / d(max - min) of minmax) before the scale is rounded, signs apart."""
+        levels, power = 1 << self.element.bits, 2.0**-self.element.emax
+        known = {"minmax": 1.0 / (levels - 1), "full_range": 2.0 / levels, "half_range": 1.0 / ((levels - 1) / 2),
+                 "floor": power, "even": power}  # fmt: skip
+        return known.get(self.scale.rule, 1.0 / self.element.max)
 
     @property
     def sign_flip(self) -> int:

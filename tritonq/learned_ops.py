@@ -54,13 +54,8 @@ def check(
         if not isinstance(value, Tensor) or value.dtype not in types:
             kinds = ", ".join(str(one).removeprefix("torch.") for one in dict.fromkeys(types))
             raise TypeError(f"{name} is a tensor of {kinds}, got {getattr(value, 'dtype', type(value).__name__)}")
-        if tuple(value.shape) != wanted and not (name == "tensor_scale" and value.numel() == 1):
-            raise ValueError(
-                f"{name} for {fmt.name} and a tensor of shape {tuple(x.shape)} has shape {wanted}, got "
-                f"{tuple(value.shape)}"
-            )
-        if value.device != x.device:
-            raise ValueError(f"{name} is on {value.device} and the tensor on {x.device}; move one of them")
+        ops.check_shape(name, value, wanted, fmt, x)
+        ops.check_device(name, value, x)
     if tensor_scale is not None and not fmt.tensor_scale:
         raise ValueError(f"{fmt.name} has no tensor_scale; leave it out")
     if fmt.tensor_scale:

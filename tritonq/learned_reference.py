@@ -30,7 +30,6 @@ with the sign of x / s.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 import torch
@@ -89,29 +88,6 @@ class Chosen:
     free: Tensor | None
     bad: Tensor
     parts: Parts
-
-
-def slope(fmt: Format) -> float:
-    """d s / d amax (d s / d(hi - lo) of minmax) of the scale before it is rounded, signs apart."""
-    element, rule = fmt.element, fmt.scale.rule
-    levels = 1 << element.bits
-    known = {"minmax": 1.0 / (levels - 1), "full_range": 2.0 / levels, "half_range": 1.0 / ((levels - 1) / 2),
-             "floor": 2.0**-element.emax, "even": 2.0**-element.emax}  # fmt: skip
-    return known.get(rule, 1.0 / element.max)
-
-
-def passing(fmt: Format) -> tuple[int, int]:
-    """fp32 bits (a, b): scales of magnitudes above a and up to b are neither lifted nor saturated by being stored."""
-    largest = 0x7F7FFFFF
-    if fmt.scale.is_exponent:
-        return 0x3FFFFF, largest  # from 2^-127 on
-    if fmt.scale.is_integer:
-        return -1, largest
-    if fmt.scale.element is None:
-        return 0, largest
-    stored = fmt.scale.element
-    top = stored.max + 2.0 ** (stored.emax - stored.mbits - 1)  # halfway to the next number, if there were one
-    return stored.half_smallest_bits, int(struct.unpack("<I", struct.pack("<f", top))[0])
 
 
 def axes(fmt: Format) -> tuple[int, ...]:
@@ -256,10 +232,10 @@ def of_parameters(
         return total * factor, of_zero * factor
     above, below = _times(chosen.positive, chosen.high), _times(chosen.negative, chosen.low)
     if fmt.scale.is_exponent:
-        raw = torch.maximum(above, below) * slope(fmt)
+        raw = torch.maximum(above, below) * fmt.slope
     else:
         raw = scales.raw(above, -below, fmt, tuning.tensor_scale).abs()
-    low_bits, high_bits = passing(fmt)
+    low_bits, high_bits = fmt.scale.passing
     passes = (raw.view(torch.int32) > low_bits) & (raw.view(torch.int32) <= high_bits)
     if fmt.scale.rule == "minmax":
         free = torch.ones_like(passes)
@@ -267,10 +243,10 @@ def of_parameters(
             zero = below / chosen.factor
             free = zero <= (1 << fmt.bits) - 1
             total = total + torch.where(free, outside * zero, 0.0)
-        of_high = torch.where(passes, total * slope(fmt), 0.0)
+        of_high = torch.where(passes, total * fmt.slope, 0.0)
         of_low = of_high - torch.where(free, outside, 0.0)
     else:
-        of_larger = torch.where(passes, total * slope(fmt), 0.0)
+        of_larger = torch.where(passes, total * fmt.slope, 0.0)
         larger, sign = above >= below, -1.0 if fmt.scale.rule == "full_range" else 1.0
         of_high, of_low = torch.where(larger, sign * of_larger, 0.0), torch.where(larger, 0.0, of_larger)
     found = []

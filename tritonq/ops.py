@@ -58,17 +58,27 @@ def _check_given(name: str, value: Tensor, fmt: Format, x: Tensor, anywhere: boo
         raise ValueError(f"{fmt.name} has no {name}; leave it out")
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} of {fmt.name} is a tensor of {dtype}, got {type(value).__name__}")
-    if tuple(value.shape) != shape and not (name == "tensor_scale" and value.numel() == 1):
-        raise ValueError(
-            f"{name} for {fmt.name} and a tensor of shape {tuple(x.shape)} has shape {shape}, got {tuple(value.shape)}"
-        )
+    check_shape(name, value, shape, fmt, x)
     if value.dtype is not dtype:
         raise TypeError(
             f"{name} of {fmt.name} is stored as {dtype}, got {value.dtype}; cast it, it is then used verbatim"
         )
-    if value.device != x.device and not anywhere:
-        raise ValueError(f"{name} is on {value.device} and the tensor on {x.device}; move one of them")
+    if not anywhere:
+        check_device(name, value, x)
     return value.reshape(shape)
+
+
+def check_shape(name: str, value: Tensor, shape: Shape, fmt: Format, x: Tensor) -> None:
+    """ValueError unless what goes with x has its shape; of a tensor scale any shape of one element will do."""
+    if tuple(value.shape) != shape and not (name == "tensor_scale" and value.numel() == 1):
+        raise ValueError(
+            f"{name} for {fmt.name} and a tensor of shape {tuple(x.shape)} has shape {shape}, got {tuple(value.shape)}"
+        )
+
+
+def check_device(name: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device} and the tensor on {x.device}; move one of them")
 
 
 def _checked_out(out: Parts, fmt: Format, x: Tensor) -> Parts:
@@ -117,12 +127,14 @@ def _fill_given(
     return scale is not None
 
 
-def check_search(search: str | bool | None, importance: Tensor | None, x: Tensor, given: bool) -> bool:
-    """Whether scales are searched for; raises where that makes no sense."""
+def check_search(search: str | bool | None, importance: Tensor | None, x: Tensor, fmt: Format, given: bool) -> bool:
+    """Whether scales are searched for; raises where that makes no sense. `given`: a scale is."""
     if search not in (None, False, "mse"):
         raise ValueError(f"search is None (the scale rule of the format) or 'mse', got {search!r}")
     if search and given:
         raise ValueError("a scale that is passed in is used as it is; leave out scale, or search")
+    if search and fmt.super_group:
+        raise ValueError(f"{fmt.name} quantizes its scales again and has no search; leave search out")
     if importance is None:
         return bool(search)
     if not search:
@@ -136,8 +148,7 @@ def check_search(search: str | bool | None, importance: Tensor | None, x: Tensor
             f"importance has one weight a column, shape ({x.shape[-1]},) for a tensor of shape {tuple(x.shape)}, got "
             f"{tuple(importance.shape)}"
         )
-    if importance.device != x.device:
-        raise ValueError(f"importance is on {importance.device} and the tensor on {x.device}; move one of them")
+    check_device("importance", importance, x)
     return True
 
 
@@ -298,9 +309,7 @@ def quantize(
             single.launch.five(x, parts["qdata"], chosen, parts.get("zero_point", chosen), x)
             return parts
     check_input(x, fmt)
-    searched = check_search(search, importance, x, scale is not None)
-    if searched and fmt.super_group:
-        raise ValueError(f"{fmt.name} quantizes its scales again and has no search; leave search out")
+    searched = check_search(search, importance, x, fmt, scale is not None)
     seed = _seed(rounding, generator, x)
     if traced(x):
         scale = None if scale is None else _bits(scale)
@@ -350,7 +359,7 @@ def searched_scales(
     if traced(x) or fmt.super_group or x.numel() == 0 or x.is_meta:
         parts = quantize(x, fmt, tensor_scale=tensor_scale, search=search, importance=importance)
         return {name: part for name, part in parts.items() if name != "qdata"}
-    check_search(search, importance, x, False)
+    check_search(search, importance, x, fmt, False)
     return _searched_scales(x, fmt, tensor_scale, importance)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -216,6 +217,11 @@ def _encode_plans(
     return tuple((m, plan(m)) for m in _geometry(shape, strides, fmt))
 
 
+def _plans_from(first: int) -> Callable[..., Plans]:
+    """`_encode_plans`, which keeps what begins a tensor: tiles further on hardly come again."""
+    return _encode_plans if first == 0 else _encode_plans.__wrapped__
+
+
 def _both_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned: bool) -> Plan:
     from tritonq.kernels.both import both_kernel
 
@@ -352,8 +358,7 @@ def encode(
     zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", x)
     aligned = target.data_ptr() % 4 == 0  # to 32-bit words
     words = () if seed is None else philox.halves(seed)
-    plans_of = _encode_plans if first == 0 else _encode_plans.__wrapped__  # others hardly come again
-    found = plans_of(
+    found = _plans_from(first)(
         x.shape, x.stride(), x.dtype, fmt, mode, given or own, aligned, x.device, seed is not None, own, first
     )
     for m, plan in found:
@@ -370,9 +375,8 @@ def _encode_super_groups(
     scales = [parts.get(name, target) for name in _SUPER_SCALES]
     aligned = target.data_ptr() % 4 == 0
     words = () if seed is None else philox.halves(seed)
-    plans_of = _encode_plans if first == 0 else _encode_plans.__wrapped__
-    found = plans_of(x.shape, x.stride(), x.dtype, fmt, mode, False, aligned, x.device, seed is not None, False, first)
-    for m, plan in found:
+    shape, stochastic = (x.shape, x.stride(), x.dtype), seed is not None
+    for m, plan in _plans_from(first)(*shape, fmt, mode, False, aligned, x.device, stochastic, False, first):
         plan(_view(x, m), _own(target, m), *[_own(part, m) for part in scales], seed=words)
 
 

@@ -432,6 +432,17 @@ class _Encoding:
             _execute(job, backends, lambda elements: None)
         self.x = kept
 
+    def run(
+        self, backends: list[Backend], progress: Progress | bool | None, outputs: Callable[[Tile], Parts],
+        compute: Callable[[Tile, Parts, Parts, Backend], None], scratch: Callable[[Tile], int] = lambda tile: 0,
+    ) -> None:  # fmt: skip
+        """Look at the whole tensor where that is needed, then encode its tiles."""
+        with _reported(progress, self.passes * self.x.numel()) as done:
+            self.look(backends, done)
+            job = Job(Tiles(tuple(self.x.shape), self.x.stride(), self.fmt), self.inputs, outputs, compute, scratch)
+            with memory.workspace(self.room):
+                _execute(job, backends, done)
+
     def inputs(self, tile: Tile) -> Parts:
         found = {name: tile.of_part(name, part) for name, part in self.given.items()}
         if self.weights is not None:
@@ -473,9 +484,7 @@ def _encoding(
 ) -> _Encoding:  # fmt: skip
     ops.check_input(x, fmt)
     importance = importance.to(x.device) if isinstance(importance, Tensor) else importance
-    searched = ops.check_search(search, importance, x, given["scale"] is not None)
-    if searched and fmt.super_group:
-        raise ValueError(f"{fmt.name} quantizes its scales again and has no search; leave search out")
+    searched = ops.check_search(search, importance, x, fmt, given["scale"] is not None)
     parts = ops._checked_given(x, fmt, **given, anywhere=True)
     seed = ops._value(ops._seed(rounding, generator, x))
     return _Encoding(x.detach(), fmt, parts, searched, ops._weights(importance, fmt), seed)
@@ -507,27 +516,20 @@ def quantize(
             )
     given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
     encoding = _encoding(x, fmt, given, rounding, generator, search, importance)
-    x, backends = encoding.x, devices_of(device)
+    backends = devices_of(device)
     if x.numel() == 0:
         with backends[0].current():
-            parts = ops._quantize(x, fmt, *[encoding.given.get(name) for name in given])
+            parts = ops._quantize(encoding.x, fmt, *[encoding.given.get(name) for name in given])
         for name, part in parts.items():
             out[name].copy_(part)
         return out
-    with _reported(progress, encoding.passes * x.numel()) as done:
-        encoding.look(backends, done)
-        x = encoding.x
-        own = {name: part for name, part in out.items() if not encoding.shared(name)}
-        for name in out.keys() - own.keys():
-            out[name].copy_(encoding.given[name])
-        job = Job(
-            Tiles(tuple(x.shape), x.stride(), fmt),
-            encoding.inputs,
-            lambda tile: {name: tile.of_part(name, part) for name, part in own.items()},
-            encoding.quantize,
-        )
-        with memory.workspace(encoding.room):
-            _execute(job, backends, done)
+    own = {name: part for name, part in out.items() if not encoding.shared(name)}
+    encoding.run(
+        backends, progress, lambda tile: {name: tile.of_part(name, part) for name, part in own.items()},
+        encoding.quantize,
+    )  # fmt: skip
+    for name in out.keys() - own.keys():
+        out[name].copy_(encoding.given[name])
     return out
 
 
@@ -552,15 +554,9 @@ def qdq(
     fmt = get_format(fmt)
     given = {"scale": scale, "zero_point": zero_point, "tensor_scale": tensor_scale}
     encoding = _encoding(x, fmt, given, rounding, generator, search, importance)
-    x, backends = encoding.x, devices_of(device)
+    backends = devices_of(device)
     if x.numel():
-        with _reported(progress, encoding.passes * x.numel()) as done:
-            encoding.look(backends, done)
-            x = encoding.x
-            tiles = Tiles(tuple(x.shape), x.stride(), fmt)
-            job = Job(tiles, encoding.inputs, lambda tile: {"y": tile.of_values(out)}, encoding.qdq, encoding.scratch)
-            with memory.workspace(encoding.room):
-                _execute(job, backends, done)
+        encoding.run(backends, progress, lambda tile: {"y": tile.of_values(out)}, encoding.qdq, encoding.scratch)
     return out
 
 

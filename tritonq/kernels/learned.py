@@ -21,37 +21,6 @@ from tritonq.kernels import super_groups, tile
 
 
 @triton.constexpr_function
-def _slope(fmt):
-    """d s / d amax (d s / d(hi - lo) of minmax) of the scale before it is rounded, signs apart."""
-    element, rule = fmt.element, fmt.scale.rule
-    if rule == "minmax":
-        return 1.0 / ((1 << element.bits) - 1)
-    if rule == "full_range":
-        return 1.0 / (1 << (element.bits - 1))
-    if rule == "half_range":
-        return 1.0 / (((1 << element.bits) - 1) / 2)
-    if rule in ("floor", "even"):
-        return 2.0**-element.emax
-    return 1.0 / element.max
-
-
-@triton.constexpr_function
-def _passing(fmt):
-    """fp32 bits (a, b): scales of magnitudes above a and up to b are neither lifted nor saturated by being stored."""
-    largest = 0x7F7FFFFF
-    if fmt.scale.is_exponent:
-        return 0x3FFFFF, largest  # from 2^-127 on
-    if fmt.scale.is_integer:
-        return -1, largest
-    if fmt.scale.element is None:
-        return 0, largest
-    stored = fmt.scale.element
-    # Halfway to the next number, if there were one: a last mantissa bit of one bit more.
-    top = stored.max * 2.0**-stored.emax + 2.0 ** (-stored.mbits - 1)
-    return stored.half_smallest_bits, int((stored.emax + 126 + top) * (1 << 23))
-
-
-@triton.constexpr_function
 def _range(element):
     """Smallest and largest number that a code stands for; of integers the first and the last code, and their unit."""
     if element.codec.offset_binary:
@@ -170,8 +139,8 @@ def element(quotient, v, zero, sign, HAS_V: tl.constexpr, FMT: tl.constexpr):
 def through(total, outside, positive, negative, factor, tensor_scale, FMT: tl.constexpr):
     """Gradients for hi and for -lo, bits `positive` and `negative`, of total = sum of dy dy/ds and outside = sum of dy
     over elements that were clipped."""
-    SLOPE: tl.constexpr = _slope(FMT)
-    PASSING: tl.constexpr = _passing(FMT)
+    SLOPE: tl.constexpr = FMT.slope
+    PASSING: tl.constexpr = FMT.scale.passing
     ABOVE: tl.constexpr = PASSING[0]
     UP_TO: tl.constexpr = PASSING[1]
     if FMT.scale.is_exponent:
