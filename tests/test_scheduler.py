@@ -626,3 +626,16 @@ def test_gpu_devices_share_a_tensor():
             assert_same_parts({n: p.cpu() for n, p in q.parts().items()}, wanted.parts())
             q = tq.quantize(x, name, device=several, output_device="cpu")
             assert_same_parts(q.parts(), wanted.parts())
+
+
+def test_a_search_goes_tile_by_tile():
+    """Where x lies, too, and into `out`: no more scales than the budget holds."""
+    x, seen = dense((300, 256)), []
+    expected = tq.quantize(x, "int4_g32", search="mse").dequantize()
+    out = torch.empty_like(x)
+    for target in (None, out):
+        seen.clear()
+        with tq.workspace(1 << 10):
+            y = tq.qdq(x, "int4_g32", search="mse", out=target, progress=lambda done, total: seen.append(done))
+        assert_same(y, expected)
+        assert len(seen) >= 4 and seen[-1] == x.numel() and (target is None or y is out)
