@@ -21,7 +21,7 @@ COPIES = ("broadcast_", "scatter_", "gather_", "allgather_", "alltoall_", "send"
 @implements("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 def _communicate(func: Any, args: Any, kwargs: Any) -> Any:
     namespace, name = func._schema.name.split("::")
-    if name == "wait_tensor":
+    if name in ("wait_tensor", "_wrap_tensor_autograd"):
         return args[0].detach()  # what came is complete
     if name == "all_gather_into_tensor":
         return _all_gather(*args)

@@ -314,6 +314,8 @@ class QTensor(Tensor):
         parts = padded.parts()
         rows, *rest = padded.shape
         layout = Layout.of(self.format, (rows * mesh.size(), *rest))
+        if mesh.size() == 1:  # fully_shard then passes on the first input only
+            return (padded._buf,), (layout, {})
         shared = {name: part for name, part in parts.items() if not self._spans_rows(name)}
         return tuple(_bytes(part) for name, part in parts.items() if name not in shared), (layout, shared)
 
@@ -334,11 +336,14 @@ class QTensor(Tensor):
         else:
             parameter = getattr(out, "_local_tensor", out)  # a DTensor where tensor parallelism comes with it
             whole = QTensor._wrap(parameter._buf, layout, parameter.dtype)
-        gathered = iter(outputs)
         # What autograd saved is a view of this buffer; the same bytes come back, so its version has to stay.
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter((whole._buf,)):
-            for name, part in whole.parts().items():
-                _bytes(part).copy_(_bytes(shared[name]) if name in shared else next(gathered))
+            parts, gathered = whole.parts(), iter(outputs)
+            if len(outputs) + len(shared) < len(parts):
+                whole._buf.copy_(outputs[0])
+            else:
+                for name, part in parts.items():
+                    _bytes(part).copy_(_bytes(shared[name]) if name in shared else next(gathered))
         return (whole, (whole._buf,)) if out is None else None
 
     # ------------------------------------------------------------------------------------------------ dispatch
@@ -356,8 +361,8 @@ class QTensor(Tensor):
                 return autograd.linear(x, parts, weight.format, tuple(weight.shape), bias)
         if func is Tensor.__setitem__ and isinstance(args[0], QTensor):
             return _set_item(*args)
-        if func is Tensor.untyped_storage and not sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
-            # A wrapper's own is null, as if all were tied; torch itself has to see that this one's is not the buffer's.
+        if func is Tensor.untyped_storage and not _in_torch(sys._getframe(1).f_globals.get("__name__", "")):
+            # A wrapper's own is null, as if all were tied; tracers have to see that it is not the buffer's.
             return args[0]._buf.untyped_storage()
         if func in _TO_PYTHON:  # refused for subclasses
             return func(args[0].detach().dequantize(), *args[1:], **kwargs)
@@ -383,6 +388,10 @@ class QTensor(Tensor):
             with torch.inference_mode(False), torch.no_grad():
                 return _dense(func, args, kwargs)
         return _dense(func, args, kwargs)
+
+
+def _in_torch(module: str) -> bool:
+    return module.startswith("torch.") and not module.startswith("torch.distributed.")
 
 
 def _bytes(part: Tensor) -> Tensor:

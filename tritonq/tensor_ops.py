@@ -174,7 +174,7 @@ def _pad(func: Any, args: Any, kwargs: Any) -> Any:
     dim, shape = q.ndim - 1 - places[0] // 2, [*q.shape]
     shape[dim] += pad[places[0]]
     out = aten.new_zeros.default(q, shape)
-    target = _window(out, dim, 0, q.shape[dim])
+    target = _window(out, dim, 0, q.shape[dim], owned=True)
     if target is None:
         return _refused(q, dim, [q.shape[dim], pad[places[0]]])
     for name, part in q.parts().items():
@@ -236,6 +236,8 @@ def _record_stream(func: Any, args: Any, kwargs: Any) -> Any:
 
 @implements(aten.view.default, aten._unsafe_view.default)
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
+    if list(args[1]) == [-1] and _sharding():  # fully_shard keeps it to recognize the storage
+        return args[0]._buf.detach()
     return _viewed(args[0], torch.empty(args[0].shape, device="meta").view(args[1]).shape)
 
 
@@ -255,9 +257,9 @@ def _viewed(q: QTensor, shape: torch.Size) -> Any:
         return NotImplemented
     unit = 1 if fmt.group[0] == -1 else fmt.super_group or fmt.group[1]  # of a row; -1 is all of it
     if new[-1] != q.shape[-1] and (unit == -1 or any(n % unit or n * fmt.bits % 8 for n in (new[-1], q.shape[-1]))):
-        return _as_bytes(q) if len(new) == 1 and _sharding() else NotImplemented
+        return NotImplemented
     if fmt.group[0] > 1 and new[-2:] != q.shape[-2:] and (new[-1] != q.shape[-1] or new[-2] % fmt.group[0]):
-        return _as_bytes(q) if len(new) == 1 and _sharding() else NotImplemented
+        return NotImplemented
     if fmt.group[0] > 1 and new[-2] != q.shape[-2] and q.shape[-2] % fmt.group[0]:
         return NotImplemented
     stored, segments = fmt.storage(new), []
@@ -267,11 +269,6 @@ def _viewed(q: QTensor, shape: torch.Size) -> Any:
     except RuntimeError:  # windows whose rows do not follow each other
         return NotImplemented
     return QTensor._wrap(q._buf, Layout(fmt, new, tuple(segments), q._layout.nbytes), q.dtype)
-
-
-def _as_bytes(q: QTensor) -> Tensor:
-    """For `view(-1)` of fully_shard, which keeps it without reading it."""
-    return q._buf.detach()
 
 
 def _valid(index: int, size: int) -> bool:
@@ -295,8 +292,9 @@ def _axis(q: QTensor, dim: int, name: str) -> int | None:
     return rows if from_end == -2 and name != "qdata" else 1
 
 
-def _window(q: QTensor, dim: int, start: int, stop: int) -> QTensor | None:
-    """q[start:stop] along `dim` as a view of the same buffer, or None where it would cut through a group or a byte."""
+def _window(q: QTensor, dim: int, start: int, stop: int, owned: bool = False) -> QTensor | None:
+    """q[start:stop] along `dim` as a view of the same buffer, or None where it would cut through a group or a byte.
+    Where what follows is padding, which nobody else owns, it may end inside of one: a shorter group."""
     size, fmt = q.shape[dim], q.format
     segments, shape = [], [*q.shape]
     shape[dim] = stop - start
@@ -305,11 +303,11 @@ def _window(q: QTensor, dim: int, start: int, stop: int) -> QTensor | None:
         if per is None:
             sliced = part
         elif per == 0:
-            if start * fmt.bits % 8 or (stop * fmt.bits % 8 and stop != size):
+            if start * fmt.bits % 8 or (stop * fmt.bits % 8 and stop != size and not owned):
                 return None
             sliced = part.narrow(dim, start * fmt.bits // 8, fmt.row_bytes(stop) - start * fmt.bits // 8)
         else:
-            if start % per or (stop % per and stop != size):
+            if start % per or (stop % per and stop != size and not owned):
                 return None
             sliced = part.narrow(dim, start // per, -(-stop // per) - start // per)
         segments.append(_segment(q, name, sliced))
@@ -322,20 +320,21 @@ def _segment(q: QTensor, name: str, part: Tensor) -> Segment:
 
 
 SHARDING = (
-    "torch.distributed.fsdp", "torch.distributed.tensor.placement_types", "torch.distributed.tensor._collective_utils",
+    "torch.distributed.fsdp._fully_shard", "torch.distributed.tensor.placement_types", "torch.distributed.tensor._collective_utils",
     "torch.distributed._functional_collectives", "torch.distributed.checkpoint", "torch.distributed._shard",
 )  # fmt: skip
 
 
-def _sharding() -> bool:
+def _sharding(libraries: str | tuple[str, ...] = SHARDING) -> bool:
     """Whether a library that shards tensors asks. What it cuts it owns, sends and keeps, so a dequantized copy would
     cost the memory and the bandwidth that quantization saved, without a word; to anybody else it is a value."""
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.startswith(SHARDING):
+        if module.startswith(libraries):
             return True
-        if module.partition(".")[0] not in ("torch", "tritonq"):
+        between = module.partition(".")[0] in ("torch", "tritonq") or frame.f_code.co_name.startswith("__torch_")
+        if not between:  # modes may look on
             return False
         frame = frame.f_back  # type: ignore[assignment]
     return False
@@ -364,7 +363,7 @@ def _slice(func: Any, args: Any, kwargs: Any) -> Any:
     dim = (dim or 0) % q.ndim
     first, last, _ = slice(start, stop).indices(q.shape[dim])
     last = max(first, last)
-    window = _window(q, dim, first, last)
+    window = _window(q, dim, first, last, owned=_sharding())
     if window is None:
         return _refused(q, dim, [first, last - first, q.shape[dim] - last])
     if _sharding():
@@ -380,7 +379,7 @@ def _as_strided(func: Any, args: Any, kwargs: Any) -> Any:
     rows = bool(size) and size[1:] == tuple(q.shape[1:]) and size[0] <= q.shape[0]
     if offset or not rows or stride != contiguous_strides(size):
         return NotImplemented
-    window = _window(q, 0, 0, size[0])
+    window = _window(q, 0, 0, size[0], owned=_sharding())
     return _refused(q, 0, [size[0]]) if window is None else window
 
 
@@ -401,6 +400,11 @@ def _split(func: Any, args: Any, kwargs: Any) -> Any:
     for size in sizes:
         pieces.append(_window(q, dim, start, start + size))
         start += size
+    if dim and _sharding("torch.distributed.fsdp"):
+        raise ValueError(
+            f"fully_shard joins shards of axis {dim} value by value, and this {q.format.name} tensor of shape "
+            f"{tuple(q.shape)} is stored in groups: take Shard(0), its default"
+        )
     return _refused(q, dim, list(sizes)) if any(piece is None for piece in pieces) else pieces
 
 
