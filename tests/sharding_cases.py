@@ -126,10 +126,20 @@ def steps(net, x, optimize=True):
     return found
 
 
+def gathered_bytes(layer):
+    """What a layer holds of its quantized weight beside the shard."""
+    (group,) = groups if (groups := getattr(layer._get_fsdp_state(), "_fsdp_param_groups", None)) else (
+        layer._get_fsdp_state()._fsdp_param_group,)  # fmt: skip
+    (p,) = (p for p in group.fsdp_params if isinstance(p._sharded_local_tensor, QTensor))
+    return sum(t.untyped_storage().nbytes() for t in (*p.all_gather_outputs, *p._unsharded_inner_tensors))
+
+
 def fsdp(name, reshard):
     rows = (101, 512, 1)
     one, two = model(name, rows), sharded(model(name, rows), reshard_after_forward=reshard)
     x = dense((3, 512), seed=99)
+    held = []
+    hooks = [layer.register_forward_pre_hook(lambda m, _: held.append(gathered_bytes(m))) for layer in two]
     for layer, n in zip(two, rows, strict=True):
         local = layer.base.weight._local_tensor
         start, stop = min(n, RANK * -(-n // RANKS)), min(n, (RANK + 1) * -(-n // RANKS))
@@ -139,6 +149,10 @@ def fsdp(name, reshard):
         assert same(whole, tq.quantize(dense(whole.shape, 10 * list(two).index(layer)), name))
     with Sent() as sent:
         found = steps(two, x)
+    for hook in hooks:
+        hook.remove()
+    stored = [part_bytes(name, (RANKS * -(-n // RANKS), k)) for n, k in zip(rows, (512, *rows), strict=False)]
+    assert held[:3] and all(s <= h < s + 1024 for h, s in zip(held[:3], stored, strict=True)), (held, stored)
     wanted = steps(one, x)
     assert [n for n, _ in found] == [n for n, _ in wanted]
     for (n, a), (_, b) in zip(found, wanted, strict=True):
@@ -157,12 +171,7 @@ def fsdp(name, reshard):
     assert set(sent.bytes) <= {
         "_allgather_base_", "_reduce_scatter_base_", "all_gather_into_tensor", "wait_tensor", "_wrap_tensor_autograd"
     }, sent.bytes  # fmt: skip
-    for layer in two:  # given back after backward
-        state = layer.base._get_fsdp_state() if hasattr(layer.base, "_get_fsdp_state") else layer._get_fsdp_state()
-        for group in state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]:
-            for p in group.fsdp_params:
-                held = [*p.all_gather_outputs, *p._unsharded_inner_tensors]
-                assert held and all(t.untyped_storage().nbytes() == 0 for t in held)
+    assert [gathered_bytes(layer) for layer in two] == [0, 0, 0]  # after backward
 
 
 for _name in FORMATS:

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_tensor import SEVERAL, dense, layer, parameter, quantized
 from torch import nn
 from torch.nn import functional as F
@@ -151,6 +152,20 @@ def test_sizes_and_storages_that_libraries_read(device):
     assert first.nbytes == stored and first[:128].nbytes == stored // 2 and first.to("meta").nbytes == stored
     assert first.element_size() == first.itemsize == 4 and first.numel() == 256 * 384
     assert first.dequantize().cpu().numpy().tolist() == first.cpu().numpy().tolist() == first.tolist()
+
+
+def test_safetensors_does_not_read_past_the_codes(tmp_path, device):
+    """It takes numel() * element_size() bytes from data_ptr(): eight times what a tensor of four bits has there."""
+    q = quantized(device=device)
+    with pytest.raises(RuntimeError, match=r"safetensors writes plain tensors.*save_pretrained"):
+        save_file({"w": q}, tmp_path / "w.safetensors")
+    save_file({name: part.clone() for name, part in q.parts().items()}, tmp_path / "w.safetensors")
+    module = nn.Module()
+    module.weight = parameter(q)
+    tq.payload_data_(module)
+    save_file({"w": module.weight.data}, tmp_path / "w.safetensors")
+    module.weight.data = load_file(tmp_path / "w.safetensors", device=device)["w"]
+    assert equal_bits(module.weight.detach(), q)
 
 
 def storage_of(buffer, offset=4096):

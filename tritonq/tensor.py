@@ -237,8 +237,16 @@ class QTensor(Tensor):
 
     def data_ptr(self) -> int:
         """Pointer of the codes: a wrapper's own is 0, which tools take for a sign of tied tensors."""
-        if sys._getframe(1).f_globals.get("__name__") == "torch.distributed.checkpoint._state_dict_stager":
+        caller = sys._getframe(1)
+        module = caller.f_globals.get("__name__", "")
+        if module == "torch.distributed.checkpoint._state_dict_stager":
             return 0  # asynchronous checkpoints then copy what a wrapper holds, and not its storage
+        if module == "safetensors.torch" and caller.f_code.co_name in ("_to_ndarray", "_tobytes"):
+            raise RuntimeError(  # it would read numel() * element_size() bytes from here, beyond the end
+                f"safetensors writes plain tensors, and this is a quantized one ({self.format.name}): write q.parts(), "
+                "a checkpoint with tritonq.save_pretrained, or bytes for a library that moves .data "
+                "(tritonq.payload_data_)"
+            )
         return self.qdata.data_ptr()
 
     @property
@@ -338,7 +346,8 @@ class QTensor(Tensor):
         out: Tensor | None = None,
     ) -> tuple[QTensor, tuple[Tensor, ...]] | None:
         """The tensor of all ranks, padding included, and its buffer, which fully_shard frees and has refilled: then
-        `out` is the parameter that holds it. Parts of all ranks are copied into one buffer."""
+        `out` is the parameter that holds it. Parts of all ranks are copied into one buffer, and what they came in is
+        given back."""
         layout, shared = metadata
         if out is None:
             buf = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
@@ -354,6 +363,8 @@ class QTensor(Tensor):
             else:
                 for name, part in parts.items():
                     _bytes(part).copy_(_bytes(shared[name]) if name in shared else next(gathered))
+        for output in outputs:
+            output.untyped_storage().resize_(0)  # fully_shard makes room again before the next gather
         return (whole, (whole._buf,)) if out is None else None
 
     # ------------------------------------------------------------------------------------------------ dispatch
