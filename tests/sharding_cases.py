@@ -399,6 +399,15 @@ def tensor_parallel_of_quantized_layers():
         inputs = [dense((4, 512), 3).requires_grad_() for _ in range(2)]
         ys = [net(x) for net, x in zip((one, two), inputs, strict=True)]
         assert isinstance(two[1].weight.to_local(), QTensor) and isinstance(two[0], tq.QLinear)
+        saved = []
+
+        def keep(t, saved=saved):
+            saved.append(t.numel() * t.element_size())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            two(inputs[1])
+        assert max(saved) < 512 * 128 * 4 and sum(saved) < 2 * two[0].weight.to_local().nbytes + 100_000, saved
         assert torch.equal(two[0](inputs[0]), one[0](inputs[0]).chunk(2, -1)[RANK])  # columns: bit for bit
         assert torch.allclose(*ys, rtol=1e-4, atol=1e-4), (scheme, (ys[0] - ys[1]).abs().max())
         for y in ys:
@@ -423,6 +432,30 @@ def both_kinds():
     assert isinstance(two.up.weight._local_tensor, QTensor)
     for _ in range(2):
         assert torch.equal(two(x), one(x))
+
+
+@case
+def replicas():
+    """DistributedDataParallel would send values and quantize them again, by another scale than a search had found."""
+    one, two = model("int4_g128", (101,)), model("int4_g128", (101,))
+    refused(lambda: nn.parallel.DistributedDataParallel(two), "int4_g128", "init_sync=False", "fully_shard")
+    two = nn.parallel.DistributedDataParallel(two, init_sync=False)
+    x = dense((3, 512), 9)
+    for net in (one, two):
+        net(x).sum().backward()
+    assert same(two.module[0].base.weight, one[0].base.weight) and torch.equal(one[0].up.grad, two.module[0].up.grad)
+
+
+@case
+def compiled_shards():
+    """Compiled layers under fully_shard, whose hooks stay outside of the graph."""
+    one, two = model("int4_g128", (101, 64)), model("int4_g128", (101, 64))
+    for layer in two:
+        layer.compile(backend="aot_eager")
+    sharded(two)
+    x = dense((3, 512), 9)
+    for (n, a), (_, b) in zip(steps(two, x), steps(one, x), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5), n
 
 
 @case

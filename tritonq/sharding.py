@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from tritonq.formats import get_format
 from tritonq.tensor import QTensor, implements
+from tritonq.tiling import contiguous_strides
 
 COPIES = ("broadcast_", "scatter_", "gather_", "allgather_", "alltoall_", "send", "recv_", "recv_any_source_")
 
@@ -58,6 +59,26 @@ def _all_gather(q: QTensor, ranks: int, group: Any) -> QTensor:
             "groups or scales differ; all-gather q.parts()"
         )
     return result
+
+
+def linear(x: Any, weight: Any, bias: Any) -> Tensor:
+    """`F.linear` of DTensors. Sharded quantized weights are multiplied where they lie, as one process does it: autograd
+    then keeps their codes, where DTensor's own transpose would keep dequantized copies until backward."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    whole, last, mesh = Replicate(), Shard(x.ndim - 1), x.device_mesh
+    quantized = isinstance(weight, DTensor) and isinstance(weight._local_tensor, QTensor) and not weight.requires_grad
+    # Placements of the input, the gradient of the input, and the output.
+    ways = {Shard(0): (whole, Partial(), last), Shard(1): (last, last, Partial()), whole: (whole, whole, whole)}
+    if not quantized or mesh != weight.device_mesh or mesh.ndim != 1 or weight.placements[0] not in ways:
+        return torch.nn.functional.linear(x, weight, bias)
+    given, gradient, found = ways[weight.placements[0]]
+    local = x.redistribute(placements=[given]).to_local(grad_placements=[gradient])
+    beside = bias is not None and bias.placements == weight.placements  # added once: not to parts of a sum
+    y: Tensor = torch.nn.functional.linear(local, weight.to_local(), bias.to_local() if beside else None)
+    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
+    y = DTensor.from_local(y, mesh, [found], run_check=False, shape=shape, stride=contiguous_strides(shape))
+    return y if bias is None or beside else y + bias
 
 
 @functools.cache

@@ -268,7 +268,9 @@ class QTensor(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
         if id(self) in memo:
             return memo[id(self)]
-        copy = QTensor._wrap(self._buf.clone(), self._layout, self.dtype)
+        source = self._compacted()
+        copy = QTensor._wrap(source._buf.clone() if source is self else source._buf, source._layout, self.dtype)
+        copy._cut_from = self._cut_from
         copy.requires_grad_(self.requires_grad)
         if self._is_parameter():
             copy._is_param = True  # type: ignore[attr-defined]
@@ -289,8 +291,10 @@ class QTensor(Tensor):
         return layout.format.name, tuple(layout.shape), layout.segments, layout.nbytes, self.dtype
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        buf = self._buf if self._buf.untyped_storage().nbytes() <= self._layout.nbytes + 256 else self._buf.clone()
-        return _rebuild, (buf, self._description(), self.requires_grad, self._is_parameter())
+        whole = self._compacted()
+        alone = whole._buf.untyped_storage().nbytes() <= whole._layout.nbytes + 256
+        buf = whole._buf if alone else whole._buf.clone()
+        return _rebuild, (buf, whole._description(), self.requires_grad, self._is_parameter())
 
     def share_memory_(self) -> QTensor:
         """Move the buffer to shared memory; a wrapper's own storage is a null pointer."""
