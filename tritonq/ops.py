@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tritonq import learned_plans, memory, plans, rotation, scale_tiles, tiles, tiling, tuning
+from tritonq import learned_plans, meeting, memory, plans, rotation, scale_tiles, tiles, tiling, tuning
 from tritonq.formats import SUPER_PARTS, ElementType, Format, Shape, get_format, minifloat
 from tritonq.learned_reference import Learned, Wanted
 from tritonq.memory import empty, empty_on_gpu
@@ -781,6 +781,10 @@ def _run(
     """Codes, or values of `y`; parts["scale"] and what goes with it are there if `given`. `weights`: see `_weights`."""
     triton = uses_triton(x) and x.numel() > 0
     with _device_of(x):
+        if triton and not (given or given_tensor_scale or search or first) and (fmt.tensor_scale or fmt.group[0] == -1):
+            slots = functools.partial(meeting.slots, x.device, plans.slots_for(x.device))
+            if plans.encode_at_once(x, fmt, parts, y, seed, slots):
+                return
         if fmt.tensor_scale and not given_tensor_scale:
             if triton:
                 plans.tensor_scale(x, fmt, parts["tensor_scale"])

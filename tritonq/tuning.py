@@ -292,6 +292,19 @@ def keys_config(rows: int, columns: int, choice: Choice | None = None) -> Config
     return _block_config(rows, columns, _chosen("keys", choice) or {"TILE": TILE // 2, "PER_THREAD": 16})
 
 
+def at_once_config(elements: int, fmt: Format, mode: str, processors: int) -> tuple[Config, int] | None:
+    """Tiles of `at_once_kernel` for a row of so many elements, no more than there are multiprocessors, and how many
+    they are; None where tiles would be too large."""
+    choice = {"TILE": max(TILE // 4, _power(-(-elements // processors))), "PER_THREAD": 16}
+    if choice["TILE"] > 4 * TILE:
+        return None
+    if fmt.group[0] == -1:
+        config = {"BLOCK_N": choice["TILE"], "num_warps": _warps(choice["TILE"], 16)}
+        return config, -(-elements // choice["TILE"])
+    config, (_, tiles) = group_config(1, elements, fmt, mode, choice)
+    return (config, tiles) if tiles <= processors else None
+
+
 def splits(groups: int, rows: int, columns: int, config: Config, processors: int) -> int:
     """Programs that share one group: as many in all as so many multiprocessors run at once, each with work to do."""
     tiles = -(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"])
