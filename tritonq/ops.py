@@ -781,10 +781,10 @@ def _run(
     """Codes, or values of `y`; parts["scale"] and what goes with it are there if `given`. `weights`: see `_weights`."""
     triton = uses_triton(x) and x.numel() > 0
     with _device_of(x):
-        if triton and not (given or given_tensor_scale or search or first) and (fmt.tensor_scale or fmt.group[0] == -1):
-            slots = functools.partial(meeting.slots, x.device, plans.slots_for(x.device))
-            if plans.encode_at_once(x, fmt, parts, y, seed, slots):
-                return
+        over_all = fmt.tensor_scale or fmt.group[0] == -1
+        at_once = triton and over_all and not (given or given_tensor_scale or search or first)
+        if at_once and plans.encode_at_once(x, fmt, parts, y, seed, functools.partial(meeting.slots, x.device)):
+            return
         if fmt.tensor_scale and not given_tensor_scale:
             if triton:
                 plans.tensor_scale(x, fmt, parts["tensor_scale"])

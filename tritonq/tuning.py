@@ -293,16 +293,16 @@ def keys_config(rows: int, columns: int, choice: Choice | None = None) -> Config
 
 
 def at_once_config(elements: int, fmt: Format, mode: str, processors: int) -> tuple[Config, int] | None:
-    """Tiles of `at_once_kernel` for a row of so many elements, no more than there are multiprocessors, and how many
-    they are; None where tiles would be too large."""
-    choice = {"TILE": max(TILE // 4, _power(-(-elements // processors))), "PER_THREAD": 16}
-    if choice["TILE"] > 4 * TILE:
-        return None
+    """Tiles of `at_once_kernel` for a row of so many elements, and how many they are: one for a multiprocessor, or two
+    of 2 * TILE elements, which fit it at a time whatever registers they take. None where there would be more."""
+    size = max(TILE // 4, _power(-(-elements // processors)))
+    choice = {"TILE": min(size, 2 * TILE), "PER_THREAD": 16 if size <= TILE else 32}
     if fmt.group[0] == -1:
-        config = {"BLOCK_N": choice["TILE"], "num_warps": _warps(choice["TILE"], 16)}
-        return config, -(-elements // choice["TILE"])
-    config, (_, tiles) = group_config(1, elements, fmt, mode, choice)
-    return (config, tiles) if tiles <= processors else None
+        config = {"BLOCK_N": choice["TILE"], "num_warps": _warps(choice["TILE"], choice["PER_THREAD"])}
+        tiles = -(-elements // choice["TILE"])
+    else:
+        config, (_, tiles) = group_config(1, elements, fmt, mode, choice)
+    return (config, tiles) if tiles <= (1 if size <= TILE else 2) * processors else None
 
 
 def splits(groups: int, rows: int, columns: int, config: Config, processors: int) -> int:
