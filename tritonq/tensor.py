@@ -94,6 +94,8 @@ class QTensor(Tensor):
         if isinstance(source, QTensor):
             alias = cls._wrap(source._buf, source._layout, source.dtype)
             alias.requires_grad_(requires_grad)
+            if kwargs.get("_is_param"):  # accelerate's init_empty_weights passes on what it finds in a parameter's dict
+                alias._is_param = True  # type: ignore[attr-defined]
             return alias
         if layout is None or dtype is None:
             raise TypeError(
