@@ -13,7 +13,7 @@ LAYERS = (
     ("tuning", "tuning_cache", "tuning_files", "boxes", "tiling", "tiles", "timing", "launch", "memory", "plans",
      "learned_tiles", "learned_plans"),
     ("ops", "operators", "learned_ops"), ("progress", "streams", "scheduler"),
-    ("sign_step", "autograd", "ste", "tune"), ("tensor",),
+    ("sign_step", "autograd", "ste", "tune"), ("tensor", "tensor_ops", "sharding"),
     ("offload", "nn", "best"), ("calibrate", "io"), ("integrations", "bench", "cli", "demo", "__main__"),
 )  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

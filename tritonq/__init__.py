@@ -2,7 +2,11 @@
 
 import os
 
-from tritonq import ste
+from tritonq import (
+    sharding,  # noqa: F401  registers what collectives do with QTensors
+    ste,
+    tensor_ops,  # noqa: F401  and what operators do
+)
 from tritonq.autograd import hadamard, qdq
 from tritonq.best import Best
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
@@ -15,7 +19,7 @@ from tritonq.nn.quantize import quantize_
 from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
 from tritonq.scale_tiles import swizzle, unswizzle
 from tritonq.sign_step import SignStep
-from tritonq.tensor import QTensor, dequantize, quantize, quantize_both
+from tritonq.tensor import QTensor, dequantize, payload_data_, quantize, quantize_both
 
 if os.environ.get("TRITONQ_AUTOTUNE") == "1":
     from tritonq.tune import tune_on_first_use
@@ -45,6 +49,7 @@ __all__ = [
     "integer",
     "lookup",
     "minifloat",
+    "payload_data_",
     "qdq",
     "quantize",
     "quantize_",
