@@ -217,7 +217,7 @@ def not_quantized(tensor: Tensor) -> bool:
     return not isinstance(tensor, tq.QTensor)
 
 
-for _level, _options in LEVELS.items() if hasattr(tq, "payload_data_") else ():
+for _level, _options in LEVELS.items():
     for _way in ("", "use_stream", "use_stream, record_stream"):
         mode(
             HOST, ", ".join(filter(None, ("enable_group_offload", _level, "offload_to_disk_path", _way))),
@@ -228,7 +228,7 @@ for _level, _options in LEVELS.items() if hasattr(tq, "payload_data_") else ():
 
 @mode(
     HOST, "enable_group_offload, offload_to_disk_path, without payload_data_",
-    error=RuntimeError, message="Attempted to access the data pointer on an invalid python storage",
+    error=RuntimeError, message="a quantized tensor has no storage of its shape and dtype",
 )  # fmt: skip
 def group_offload_disk_refused(at: Setting) -> None:
     """Files of safetensors hold dense tensors only; what is half written must not be used."""
