@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 import tritonq as tq
 
-from .registry import Setting, Tiny, check_contents, contents, equal, mode, qtensors, same_outputs
+from .registry import (
+    IN_SAFETENSORS,
+    Setting,
+    Tiny,
+    check_contents,
+    contents,
+    equal,
+    mode,
+    qtensors,
+    same_outputs,
+    save_refused,
+)  # fmt: skip
 
 HOST = "diffusers"
 
@@ -153,7 +164,7 @@ def same_images(at: Setting, apply: Any, rests_on: str) -> Any:
     wanted = pipeline(at).to(at.device)(x)
     made = pipeline(at)
     before = contents(made.transformer)
-    with at.nothing_left():
+    with at.nothing_left(made.encoder, made.transformer):
         apply(made)
         for step in range(2):
             found = made(x)
@@ -228,7 +239,7 @@ for _level, _options in LEVELS.items():
 
 @mode(
     HOST, "enable_group_offload, offload_to_disk_path, without payload_data_",
-    error=RuntimeError, message="a quantized tensor has no storage of its shape and dtype",
+    error=RuntimeError, message=IN_SAFETENSORS,
 )  # fmt: skip
 def group_offload_disk_refused(at: Setting) -> None:
     """Files of safetensors hold dense tensors only; what is half written must not be used."""
@@ -256,11 +267,16 @@ def group_offload_lora(at: Setting) -> None:
     assert not torch.equal(wanted, plain)
     model = adapted()
     before = contents(model)
-    with at.nothing_left():
+    with at.nothing_left(model):
         model.enable_group_offload(onload_device=torch.device(at.device), offload_type="leaf_level")
         for step in range(3):
             assert equal(call_flux(at, model), wanted), f"outputs differ in step {step}"
     check_contents(model, before, "cpu")
+
+
+@mode(HOST, "save_pretrained", error=RuntimeError, message=IN_SAFETENSORS)
+def saved(at: Setting) -> None:
+    save_refused(at, lambda model, folder: model.save_pretrained(folder), tiny())
 
 
 LAYERWISE = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.bfloat16}

@@ -16,13 +16,13 @@ HOST = "peft"
 TARGETS = ["up", "down", "proj_out"]
 
 
-def attached(model: nn.Module, **options: Any) -> nn.Module:
-    """`model` with adapters of rank 4 on its linear layers, always the same ones, none of them zero."""
-    from peft import LoraConfig, get_peft_model
+def attached(model: nn.Module, kind: str = "LoraConfig", **options: Any) -> nn.Module:
+    """`model` with adapters on its linear layers, always the same ones; those of LoRA have rank 4, and are not zero."""
+    import peft
 
     torch.manual_seed(2)
-    options = {"r": 4, "target_modules": TARGETS, "init_lora_weights": False, **options}
-    return get_peft_model(model, LoraConfig(**options))
+    ranked: dict[str, Any] = {"r": 4, "init_lora_weights": False} if kind == "LoraConfig" else {}
+    return peft.get_peft_model(model, getattr(peft, kind)(**{"target_modules": TARGETS, **ranked, **options}))
 
 
 def dense_twin(model: nn.Module) -> nn.Module:
@@ -65,7 +65,7 @@ def trains_as_dense(at: Setting, base: nn.Module, **options: Any) -> None:
     before = contents(base)
     wanted = train(at, attached(dense_twin(base), **options))
     found = train(at, attached(base, **options))
-    assert found.keys() == wanted.keys()
+    assert found.keys() == wanted.keys() and (options or len(found) > 30)
     different = [name for name, tensor in wanted.items() if not equal(found[name], tensor)]
     assert not different, f"differs from the dense twin: {different}"
     assert all(float(tensor.abs().sum()) > 0 for name, tensor in wanted.items() if "gradient" in name)
@@ -88,6 +88,36 @@ def lora_options(at: Setting) -> None:
 )  # fmt: skip
 def dora(at: Setting) -> None:
     trains_as_dense(at, at.model().float().to(at.device), use_dora=True)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "AdaLoRA": {"kind": "AdaLoraConfig", "total_step": 10},
+    "IA3": {"kind": "IA3Config", "feedforward_modules": ["down"]},
+    "LoHa": {"kind": "LoHaConfig", "init_weights": False},
+    "OFT": {"kind": "OFTConfig", "r": 0, "oft_block_size": 32, "init_weights": False},
+}
+for _name, _options in OTHERS.items():
+
+    @mode(HOST, f"{_name}, training")
+    def other(at: Setting, options: dict[str, Any] = _options) -> None:
+        trains_as_dense(at, at.model().to(at.device), **options)
+
+
+@mode(HOST, "LoRA under torch.compile(fullgraph=True), training", devices=("cuda",))
+def lora_compiled(at: Setting) -> None:
+    """Compiled after the optimizer's first step as well, without a second graph."""
+    import torch._dynamo
+
+    base = at.model().to(at.device)
+    twin = attached(dense_twin(base))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        wanted = train(at, twin)
+        model = attached(base)
+        model.compile(fullgraph=True, backend="aot_eager")
+        found = train(at, model)
+    torch._dynamo.reset()
+    assert all(equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 @mode(HOST, "LoRA on fused experts (target_parameters)")
@@ -147,6 +177,26 @@ def kbit(at: Setting) -> None:
     prepared = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     assert not any(p.requires_grad for p in prepared.parameters())
     check_contents(prepared, before, at.device)
+
+
+@mode(
+    HOST, "LoRA, merged by hand",
+    note="`weight.copy_(weight.dequantize() + layer.get_delta_weight(name))` quantizes the sum, by the format's rule",
+)  # fmt: skip
+@torch.no_grad()
+def merged_by_hand(at: Setting) -> None:
+    import tritonq as tq
+
+    model = attached(at.model().to(at.device))
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert len(layers) == 7
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        total = weight.dequantize() + layer.get_delta_weight("default").to(weight.dtype)
+        weight.copy_(total)
+        wanted = tq.quantize(total, weight.format)
+        assert weight._layout == wanted._layout and torch.equal(weight._buf, wanted._buf)
+    assert torch.isfinite(model.unload()(at.input())).all()
 
 
 # Weights that an adapter is merged into would have to be quantized again. Each of these leaves the model as it was.

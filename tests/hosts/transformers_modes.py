@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .accelerate_modes import restore
 from .peft_modes import attached, dense_twin, under_adapters
-from .registry import Setting, check_contents, contents, equal, mode, qtensors
+from .registry import IN_SAFETENSORS, Setting, check_contents, contents, equal, mode, qtensors, save_refused
 
 HOST = "transformers"
 TRAINED = ["q_proj", "v_proj", "down_proj"]
@@ -31,18 +32,15 @@ def generate(at: Setting, model: nn.Module) -> Any:
     return torch.cat([found.sequences.float().flatten(), *(logits.float().flatten() for logits in found.logits)])
 
 
-def generates(at: Setting, apply: Any, rests_on: str | None) -> nn.Module:
+def generates(at: Setting, apply: Any, rests_on: str) -> None:
     wanted = generate(at, at.model(llama).to(at.device))
     model = at.model(llama)
     before = contents(model)
-    with at.nothing_left():
+    with at.nothing_left(model):
         apply(model)
         for step in range(2):
             assert equal(generate(at, model), wanted), f"outputs differ in call {step}"
-        if rests_on == at.device:
-            model.to("cpu")
-    check_contents(model, before, "cpu" if rests_on == at.device else rests_on)
-    return model
+    check_contents(model, before, rests_on)
 
 
 @mode(HOST, "generate", slow=True)
@@ -62,22 +60,26 @@ def generate_dispatched(at: Setting) -> None:
     """The embedding, tied to the output head, stays on the device, one layer too, the other goes to the CPU."""
     from accelerate import dispatch_model
 
-    device_map = {"model.embed_tokens": 0, "lm_head": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.norm": 0}
-    device_map["model.rotary_emb"] = 0
+    device_map = {
+        "model.embed_tokens": 0, "lm_head": 0, "model.layers.0": 0, "model.layers.1": "cpu", "model.norm": 0,
+        "model.rotary_emb": 0,
+    }  # fmt: skip
     wanted = generate(at, at.model(llama).to(at.device))
     model = at.model(llama)
     before = contents(model)
-    with at.nothing_left():
+    with at.nothing_left(model):
         dispatch_model(model, device_map, main_device=0)
         for step in range(2):
             assert equal(generate(at, model), wanted), f"outputs differ in call {step}"
         found = {name: q.device.type for name, q in qtensors(model).items()}
         assert all(device == ("cuda" if ".layers.0." in name else "meta") for name, device in found.items()), found
-        from accelerate.hooks import remove_hook_from_submodules
+    restore(model)
+    check_contents(model.to("cpu"), before, "cpu")
 
-        remove_hook_from_submodules(model)
-        model.to("cpu")
-    check_contents(model, before, "cpu")
+
+@mode(HOST, "save_pretrained", error=RuntimeError, message=IN_SAFETENSORS)
+def saved(at: Setting) -> None:
+    save_refused(at, lambda model, folder: model.save_pretrained(folder), llama)
 
 
 @mode(HOST, "Trainer with LoRA, gradient checkpointing", slow=True)
