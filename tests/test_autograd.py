@@ -206,6 +206,45 @@ def test_linear(lead, bias, device):
     assert trained.grad.eq(max(1, frozen.numel() // 64) if lead != (0,) else 0).all()
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_output_of_linear_is_a_tensor_of_its_own(bias, device):
+    """Residuals are added in place; autograd refuses that for a view that a Function returned, and in three dimensions
+    with a bias torch's linear returns one."""
+    fmt, weight = tq.get_format("int4_g32"), numbers((64, 64), device, 2)
+    b = numbers((64,), device, 4) if bias else None
+    dense = ops.dequantize(ops.quantize(weight, fmt), fmt, (64, 64), torch.float32)
+    results = []
+    for linear in (
+        lambda x: torch.nn.functional.linear(x, dense, b),
+        lambda x: autograd.linear(x, ops.quantize(weight, fmt), fmt, (64, 64), b),
+        lambda x: autograd.qdq_linear(x, weight, b, fmt),
+    ):
+        x = numbers((2, 3, 64), device, 3).requires_grad_()
+        y = linear(x)
+        y += 1
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad))
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
+
+
+def test_linear_is_recomputed_in_backward(device):
+    """Checkpointing without reentering autograd unpacks what backward saved a single time."""
+    fmt = tq.get_format("int4_g32")
+    parts = ops.quantize(numbers((64, 64), device, 2), fmt)
+    gradients = []
+    for recomputed in (False, True):
+        x = numbers((2, 3, 64), device, 3).requires_grad_()
+
+        def twice(x):
+            return autograd.linear(autograd.linear(x, parts, fmt, (64, 64)), parts, fmt, (64, 64))
+
+        y = torch.utils.checkpoint.checkpoint(twice, x, use_reentrant=False) if recomputed else twice(x)
+        y.square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
 def test_bad_input(device):
     for x, fmt, error, words in (
         (torch.ones(4, dtype=torch.int32, device=device), "mxfp4", TypeError, "int32"),
