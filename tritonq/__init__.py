@@ -5,6 +5,7 @@ import os
 from tritonq import ste
 from tritonq.autograd import hadamard, qdq
 from tritonq.best import Best
+from tritonq.bulk import BulkBuffer, grouped_quantize
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.model import save_pretrained
@@ -28,6 +29,7 @@ __all__ = [
     "FORMATS",
     "SCHEMES",
     "Best",
+    "BulkBuffer",
     "ElementType",
     "Format",
     "QLinear",
@@ -41,6 +43,7 @@ __all__ = [
     "freeze_observers_",
     "get_format",
     "get_scheme",
+    "grouped_quantize",
     "hadamard",
     "integer",
     "lookup",
