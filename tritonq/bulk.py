@@ -10,7 +10,7 @@ all.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -274,9 +274,8 @@ def grouped_quantize(
         else:
             _fill(members, fmt, rowwise, columnwise, tensor_scale, share_tensor_scale, buffers)
         return out
-    row_buffer, column_buffer = quantize_into_buffers(
-        members, fmt, rowwise, columnwise, tensor_scale, share_tensor_scale
-    )
+    make = quantize_into_buffers if any(map(ops.traced, members)) else _allocate_and_fill
+    row_buffer, column_buffer = make(members, fmt, rowwise, columnwise, tensor_scale, share_tensor_scale)
     other = BulkBuffer(column_buffer, columns, dtype) if columnwise else None
     return BulkBuffer(row_buffer, rows, dtype, other)
 
@@ -289,15 +288,15 @@ def quantize_into_buffers(
     tensor_scale: Tensor | None = None,
     share_tensor_scale: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The buffers of `grouped_quantize` as plain tensors, which can be traced: uint8, as `BulkLayout.of` lays them out;
-    one of no bytes for a direction that is not asked for."""
+    """The buffers of `grouped_quantize` as plain tensors, which can be traced: uint8, as `BulkLayout.of` lays them out,
+    with zeros between the parts; one of no bytes for a direction that is not asked for."""
     fmt = get_format(fmt)
     if any(map(ops.traced, members)):
         name = ops._name(fmt)
         arguments = (list(members), name, rowwise, columnwise, tensor_scale, share_tensor_scale)
         row_buffer, column_buffer = torch.ops.tritonq.grouped_quantize(*arguments)
         return row_buffer, column_buffer
-    return _allocate_and_fill(members, fmt, rowwise, columnwise, tensor_scale, share_tensor_scale)
+    return _allocate_and_fill(members, fmt, rowwise, columnwise, tensor_scale, share_tensor_scale, torch.zeros)
 
 
 def _members(tensors: Sequence[Tensor] | Tensor, sizes: Sequence[int] | None) -> list[Tensor]:
@@ -367,11 +366,12 @@ def _check_out(out: BulkBuffer, rows: BulkLayout, columns: BulkLayout, x: Tensor
 
 @torch.no_grad()
 def _allocate_and_fill(
-    members: Sequence[Tensor], fmt: Format, rowwise: bool, columnwise: bool, tensor_scale: Tensor | None, share: bool
-) -> tuple[Tensor, Tensor]:
-    device = members[0].device
-    row_layout, column_layout = _layouts(members, fmt, rowwise, columnwise)
-    buffers = empty(row_layout.nbytes, torch.uint8, device), empty(column_layout.nbytes, torch.uint8, device)
+    members: Sequence[Tensor], fmt: Format, rowwise: bool, columnwise: bool, tensor_scale: Tensor | None, share: bool,
+    allocate: Callable[..., Tensor] = empty,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, columns = (layout.nbytes for layout in _layouts(members, fmt, rowwise, columnwise))
+    kind = {"dtype": torch.uint8, "device": members[0].device}
+    buffers = allocate(rows, **kind), allocate(columns, **kind)
     _fill(members, fmt, rowwise, columnwise, tensor_scale, share, buffers)
     return buffers
 
@@ -438,14 +438,18 @@ def _operator(
 ) -> tuple[Tensor, Tensor]:
     fmt = get_format(name)
     _check(tensors, fmt, rowwise, columnwise, tensor_scale, share)
-    return _allocate_and_fill(tensors, fmt, rowwise, columnwise, tensor_scale, share)
+    return _allocate_and_fill(tensors, fmt, rowwise, columnwise, tensor_scale, share, torch.zeros)
 
 
 def _fake(
     tensors: Sequence[Tensor], name: str, rowwise: bool, columnwise: bool, tensor_scale: Tensor | None, share: bool
 ) -> tuple[Tensor, Tensor]:
-    row_layout, column_layout = _layouts(tensors, get_format(name), rowwise, columnwise)
-    made = [tensors[0].new_empty(layout.nbytes, dtype=torch.uint8) for layout in (row_layout, column_layout)]
+    made = []
+    for wanted, views in ((rowwise, tensors), (columnwise, [x.mT for x in tensors] if columnwise else [])):
+        end = 0  # as `BulkLayout.of`, which keeps what it gives and so takes no symbolic sizes
+        for x in views if wanted else ():
+            end = -(-end // _ALIGNMENT) * _ALIGNMENT + Layout.of.__wrapped__(get_format(name), tuple(x.shape)).nbytes
+        made.append(tensors[0].new_empty(end, dtype=torch.uint8))
     return made[0], made[1]
 
 

@@ -108,13 +108,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()[:200]).strip("-")[:80].rstrip("-") or "unknown"
 
 
-UNTUNED = (
-    "cast.py",
-    "grouped.py",
-    "learned.py",
-    "learned_loop.py",
-    "learned_quantize.py",
-)  # no knobs, so no measurement
+UNTUNED = ("cast.py", "grouped.py", "learned.py", "learned_loop.py", "learned_quantize.py")  # no knobs: never measured
 
 
 @functools.cache
