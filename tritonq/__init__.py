@@ -9,6 +9,7 @@ from tritonq import (
 )
 from tritonq.autograd import hadamard, qdq
 from tritonq.best import Best
+from tritonq.bulk import BulkBuffer, grouped_quantize
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.model import save_pretrained
@@ -32,6 +33,7 @@ __all__ = [
     "FORMATS",
     "SCHEMES",
     "Best",
+    "BulkBuffer",
     "ElementType",
     "Format",
     "QLinear",
@@ -45,6 +47,7 @@ __all__ = [
     "freeze_observers_",
     "get_format",
     "get_scheme",
+    "grouped_quantize",
     "hadamard",
     "integer",
     "lookup",

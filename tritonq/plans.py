@@ -339,6 +339,11 @@ def forget() -> None:
         _search_plans, _pick_plans, _both_plans, _swizzled_plans, _hadamard_plans, _cast_plans, _at_once_plan,
     ):  # fmt: skip
         kept.cache_clear()
+    for more in FORGOTTEN:
+        more()
+
+
+FORGOTTEN: list[Callable[[], None]] = []  # what else was made from them, in modules to the right
 
 
 def encode(

@@ -109,7 +109,7 @@ def slug(name: str) -> str:
 
 
 # Kernels without knobs, so without measurements.
-UNTUNED = ("at_once.py", "cast.py", "learned.py", "learned_loop.py", "learned_quantize.py")
+UNTUNED = ("at_once.py", "cast.py", "grouped.py", "learned.py", "learned_loop.py", "learned_quantize.py")
 
 
 @functools.cache
