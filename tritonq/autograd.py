@@ -451,9 +451,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (dy,) = grads
-        weight = ops.dequantize(dict(zip(ctx.names, ctx.saved_tensors, strict=True)), ctx.fmt, ctx.shape, dy.dtype)
+        parts = ctx.saved_tensors  # once: a checkpoint refuses to give them twice
+        weight = ops.dequantize(dict(zip(ctx.names, parts, strict=True)), ctx.fmt, ctx.shape, dy.dtype)
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return (dy @ weight, dbias, None, None, None, *[None for _ in ctx.saved_tensors])
+        return (dy @ weight, dbias, None, None, None, *[None for _ in parts])
 
 
 def linear(x: Tensor, parts: Parts, fmt: Format, shape: Shape, bias: Tensor | None = None) -> Tensor:
