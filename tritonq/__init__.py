@@ -3,6 +3,7 @@
 import os
 
 from tritonq import (
+    offload,
     sharding,  # noqa: F401  registers what collectives do with QTensors
     ste,
     tensor_ops,  # noqa: F401  and what operators do
@@ -52,6 +53,7 @@ __all__ = [
     "integer",
     "lookup",
     "minifloat",
+    "offload",
     "payload_data_",
     "qdq",
     "quantize",
