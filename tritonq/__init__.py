@@ -2,7 +2,7 @@
 
 import os
 
-from tritonq import ste
+from tritonq import offload, ste
 from tritonq.autograd import hadamard, qdq
 from tritonq.best import Best
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
@@ -45,6 +45,7 @@ __all__ = [
     "integer",
     "lookup",
     "minifloat",
+    "offload",
     "qdq",
     "quantize",
     "quantize_",
