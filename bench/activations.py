@@ -176,8 +176,8 @@ def main() -> None:
         shares = [100 * way["gb_s"] / rates[key] for key, way in (("to_host", out), ("to_device", back))]
         print(
             f"{name:12} peak {extra / 2**20:8.1f} MiB, step {taken:7.1f} ms ({taken / whole:.2f} of plain, "
-            f"{taken / floor:.2f} of its floor), to the host {out['bytes'] / 2**30:5.2f} GiB at {out['gb_s']:5.1f} GB/s "
-            f"({shares[0]:3.0f}%), back at {back['gb_s']:5.1f} ({shares[1]:3.0f}%)",
+            f"{taken / floor:.2f} of its floor), to the host {out['bytes'] / 2**30:5.2f} GiB at {out['gb_s']:5.1f} "
+            f"GB/s ({shares[0]:3.0f}%), back at {back['gb_s']:5.1f} ({shares[1]:3.0f}%)",
             flush=True,
         )
     result["seconds"] = round(time.perf_counter() - began, 1)

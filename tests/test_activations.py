@@ -667,6 +667,37 @@ def test_threads(fake):
     assert context.pool.used == 0
 
 
+def test_other_streams_come_after_the_copy(fake):
+    """Memory that may be of the stream the context was entered on is freed after that has waited for the copy, too."""
+
+    class Stream(Device):
+        stream = "where the context was entered"
+
+        def __init__(self):
+            super().__init__()
+            self.followed = []
+
+        def follow(self, event):
+            assert event.device is fake
+            self.followed.append(event)
+            super().follow(event)
+
+    owner, waits = offload(fake), []
+    for ends in ("release", "death"):
+        home = Stream()
+        base = saved.Base(torch.randn(500), fake, owner.pool, owner, home)
+        owner.nbytes += base.nbytes
+        waits.append(home.followed)
+        base.start()
+        if ends == "release":
+            base.release()
+        del base
+    assert [len(events) for events in waits] == [1, 1] and waits[0] != waits[1]
+    same_stream = saved.Base(torch.randn(500), fake, owner.pool, owner, fake)
+    owner.nbytes += same_stream.nbytes
+    assert same_stream.home is None and owner.nbytes == 2000
+
+
 def test_what_lives_on_is_not_copied_back(fake):
     x = torch.randn(300, requires_grad=True)
     with offload(fake):
