@@ -57,7 +57,7 @@ class QLinear(KeepsBuffers):
         divisor = torch.ones(1, dtype=torch.float32, device=weight.device) if needs_divisor else None
         self.register_buffer("input_scale", None)
         self.register_buffer("input_zero_point", None)
-        self.register_buffer("input_global_scale", divisor, persistent=needs_divisor)
+        self.register_buffer("input_global_scale", divisor)  # persistent: hosts move the others without asking for None
         self.train(linear.training)
         for name, hook in linear.__dict__.items():
             if "_hook" in name and hook:  # also the flags: which take keywords, always run, see full gradients
