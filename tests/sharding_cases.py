@@ -238,12 +238,16 @@ def fsdp_casts():
 @case
 def fsdp_offload():
     for name in ("int4_g128", "nvfp4", "fp8_e4m3_tensor"):
-        one, two = model(name, (101, 64)), model(name, (101, 64)).cpu()
+        one, two = model(name, (101, 64)), model(name, (101, 64)).double().float().cpu()
         two = sharded(two, offload_policy=CPUOffloadPolicy(pin_memory=DEVICE.type == "cuda"))
         x = dense((3, 512), 9)
         assert all(p.device.type == "cpu" for p in two.parameters())
+        assert not any(layer.base.weight.requires_grad for layer in two)
+        seen = []
+        two[0].base.register_forward_pre_hook(lambda m, _: seen.append((m.weight.requires_grad, str(m.weight.device))))
         for _ in range(2):
-            assert torch.equal(two(x), one(x))
+            assert torch.equal(two(x), one(x)), seen
+        assert seen == 2 * [(False, str(DEVICE))], seen
 
 
 @case

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from test_tensor import SEVERAL, dense, layer, parameter, quantized
 from torch import nn
 from torch.nn import functional as F
@@ -157,8 +157,9 @@ def test_sizes_and_storages_that_libraries_read(device):
 def test_safetensors_does_not_read_past_the_codes(tmp_path, device):
     """It takes numel() * element_size() bytes from data_ptr(): eight times what a tensor of four bits has there."""
     q = quantized(device=device)
-    with pytest.raises(RuntimeError, match=r"safetensors writes plain tensors.*save_pretrained"):
-        save_file({"w": q}, tmp_path / "w.safetensors")
+    for write in (lambda: save_file({"w": q}, tmp_path / "w.safetensors"), lambda: save({"w": q})):
+        with pytest.raises(RuntimeError, match=r"safetensors.*save_pretrained.*payload_data_"):
+            write()
     save_file({name: part.clone() for name, part in q.parts().items()}, tmp_path / "w.safetensors")
     module = nn.Module()
     module.weight = parameter(q)
@@ -435,3 +436,19 @@ def test_between_two_gpus():
         torch.cuda.synchronize()
         assert str(p.device) == str(p._buf.device) == where and held() is p
         assert torch.equal(p.dequantize().cpu(), wanted)
+
+
+def test_a_frozen_layer_keeps_codes_for_backward(device):
+    """autograd of a naive subclass keeps the dequantized weight, four bytes an element, from forward to backward."""
+    q, x = parameter(quantized(device=device)), dense((2, 384), device=device).requires_grad_()
+    saved = []
+
+    def keep(t):
+        saved.append(t.numel() * t.element_size())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = F.linear(x, q)
+    assert sum(saved) <= q.nbytes + x.numel() * 4 < 4 * q.numel(), saved
+    y.sum().backward()
+    assert torch.allclose(x.grad, q.dequantize().sum(0).expand(2, -1), rtol=1e-4, atol=1e-3)

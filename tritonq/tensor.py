@@ -244,11 +244,7 @@ class QTensor(Tensor):
         if module == "torch.distributed.checkpoint._state_dict_stager":
             return 0  # asynchronous checkpoints then copy what a wrapper holds, and not its storage
         if module == "safetensors.torch" and caller.f_code.co_name in ("_to_ndarray", "_tobytes"):
-            raise RuntimeError(  # it would read numel() * element_size() bytes from here, beyond the end
-                f"safetensors writes plain tensors, and this is a quantized one ({self.format.name}): write q.parts(), "
-                "a checkpoint with tritonq.save_pretrained, or bytes for a library that moves .data "
-                "(tritonq.payload_data_)"
-            )
+            raise RuntimeError(_NO_STORAGE)  # it would read numel() * element_size() bytes from here, beyond the end
         return self.qdata.data_ptr()
 
     @property
@@ -356,7 +352,7 @@ class QTensor(Tensor):
         given back."""
         layout, shared = metadata
         if out is None:
-            buf = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
+            buf = torch.empty(layout.nbytes, dtype=torch.uint8, device=outputs[0].device)  # the shard may be on the CPU
             whole = QTensor._wrap(buf, layout, param_dtype)
         else:
             parameter: Any = getattr(out, "_local_tensor", out)  # a DTensor where tensor parallelism comes with it
@@ -392,11 +388,7 @@ class QTensor(Tensor):
             caller = sys._getframe(1).f_globals.get("__name__", "")
             if func is Tensor.storage or caller.startswith("safetensors."):
                 # safetensors goes on to copy as many bytes from the pointer as a dense tensor would have.
-                raise RuntimeError(
-                    "a quantized tensor has no storage of its shape and dtype, which files of safetensors hold; write "
-                    "the model with tritonq.save_pretrained or torch.save, dequantize it, or, for a host that writes "
-                    "and assigns .data, see tritonq.payload_data_"
-                )
+                raise RuntimeError(_NO_STORAGE)
             if not _in_torch(caller):
                 # A wrapper's own is null, as if all were tied; tracers have to see that it is not the buffer's.
                 return args[0]._buf.untyped_storage()
@@ -434,6 +426,11 @@ def _bytes(part: Tensor) -> Tensor:
     return part.view(-1).view(torch.uint8)
 
 
+_NO_STORAGE = (
+    "a quantized tensor has no storage of its shape and dtype, which files of safetensors hold; write the model with "
+    "tritonq.save_pretrained or torch.save, its parts, or dequantize it, or, for a host that writes and assigns .data, "
+    "see tritonq.payload_data_"
+)
 _TO_PYTHON = (Tensor.numpy, Tensor.tolist)
 # Operators, or whole namespaces, and what they do with quantized tensors (`tensor_ops`, `sharding`). A handler that
 # returns NotImplemented leaves the operator to the dequantized tensors.
