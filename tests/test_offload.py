@@ -610,9 +610,7 @@ def test_groups():
     assert [u.name for u in planning.units(model, "block")] == ["layers.0", "layers.1", "layers.2"]
     leaves = [name for name, _ in planning.find(model.layers[0], "leaf")]
     assert leaves == ["up", "down", "adapter"]
-    stacked = nn.ModuleDict(
-        {"a": nn.ModuleList([nn.ModuleList([nn.Linear(2, 2) for _ in range(2)]) for _ in range(2)])}
-    )
+    stacked = nn.ModuleDict({"a": nn.ModuleList([nn.ModuleList([nn.Linear(2, 2) for _ in range(2)]) for _ in range(2)])})
     assert [n for n, _ in planning.find(stacked, "block")] == ["a.0.0", "a.0.1", "a.1.0", "a.1.1"]
     named = nn.Sequential(nn.Embedding(4, 4), nn.LayerNorm(4))
     assert [n for n, _ in planning.find(named, "block")] == ["0", "1"]  # nothing repeats
@@ -840,3 +838,4 @@ def test_disk_errors(tmp_path):
         same([model(x)], [expected])
         handle.disable()
     same([model(x).detach()], [expected])
+
