@@ -5,6 +5,7 @@ One start of two processes for all cases, since importing torch takes longer tha
 """
 
 import copy
+import functools
 import json
 import sys
 import time
@@ -244,7 +245,8 @@ def fsdp_offload():
         assert all(p.device.type == "cpu" for p in two.parameters())
         assert not any(layer.base.weight.requires_grad for layer in two)
         seen = []
-        two[0].base.register_forward_pre_hook(lambda m, _: seen.append((m.weight.requires_grad, str(m.weight.device))))
+        hook = functools.partial(lambda seen, m, _: seen.append((m.weight.requires_grad, str(m.weight.device))), seen)
+        two[0].base.register_forward_pre_hook(hook)
         for _ in range(2):
             assert torch.equal(two(x), one(x)), seen
         assert seen == 2 * [(False, str(DEVICE))], seen
@@ -275,6 +277,20 @@ def fsdp_states():
         loaded = sharded(model(name, (101, 64)))
         state = {"m": loaded.state_dict()}
         dcp.load(state, checkpoint_id=folder)
+        loaded.load_state_dict(state["m"])
+        assert torch.equal(loaded(x), wanted), name
+        pickled = {k: v.detach() for k, v in source.state_dict().items()}
+        torch.save(pickled, FOLDER / f"{name}-{RANK}.pt")
+        found = torch.load(FOLDER / f"{name}-{RANK}.pt", weights_only=True)
+        read = sharded(model(name, (101, 64)))
+        read.load_state_dict(found, assign=True)
+        assert torch.equal(read(x), wanted), name
+        if RANK == 0:  # one wrote, two ranks read
+            dcp.save({"m": other.state_dict()}, checkpoint_id=FOLDER / f"one-{name}", no_dist=True)
+        dist.barrier()
+        loaded = sharded(model(name, (101, 64)))
+        state = {"m": loaded.state_dict()}
+        dcp.load(state, checkpoint_id=FOLDER / f"one-{name}")
         loaded.load_state_dict(state["m"])
         assert torch.equal(loaded(x), wanted), name
         alone = model(name, (101, 64))  # two ranks wrote, one reads
@@ -322,6 +338,50 @@ def distributing():
                 own = distribute_tensor(whole, MESH, [placement], src_data_rank=None).to_local()
                 assert same(own, wanted) and own._is_compact()
                 assert torch.equal(own.dequantize(), wanted.dequantize())
+
+
+@case
+def other_axes():
+    """Redistributing, casting, copying a DTensor: bytes all the way."""
+    for name in ("int4_g128", "nvfp4", "int8_channel", "fp8_e4m3_tensor"):
+        whole = tq.quantize(dense((512, 768)), name)
+        made = distribute_tensor(whole, MESH, [Shard(0)])
+        columns = made.redistribute(placements=[Shard(1)])
+        assert same(columns.to_local(), whole.chunk(2, 1)[RANK])
+        assert same(columns.redistribute(placements=[Shard(0)]).to_local(), whole.chunk(2, 0)[RANK])
+        assert same(made.redistribute(placements=[Replicate()]).to_local(), whole)
+        back = distribute_tensor(whole, MESH, [Replicate()]).redistribute(placements=[Shard(1)])
+        assert same(back.to_local(), columns.to_local())
+        for moved in (
+            made.to(torch.bfloat16),
+            made.clone(),
+            made.detach(),
+            made.cpu(),
+            torch.empty_like(made).copy_(made),
+        ):
+            assert isinstance(moved.to_local(), QTensor) and moved.to_local().dtype is moved.dtype
+            assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(
+                bits(moved.to_local()), bits(made.to_local()), strict=True))  # fmt: skip
+    short = distribute_tensor(tq.quantize(dense((64, 384)), "int4_g128"), MESH, [Shard(0)])
+    refused(lambda: short.redistribute(placements=[Shard(1)]), "int4_g128", "384")
+
+
+def bits(q):
+    return [part.contiguous().view(torch.uint8) for part in q.parts().values()]
+
+
+@case
+def hybrid():
+    """Meshes of two axes, one of which replicates."""
+    for shape in ((1, RANKS), (RANKS, 1)):
+        mesh = init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard"))
+        one, two = model("nvfp4", (101, 64)), model("nvfp4", (101, 64))
+        for layer in two:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(two, mesh=mesh)
+        x = dense((3, 512), 9)
+        for (n, a), (_, b) in zip(steps(two, x), steps(one, x), strict=True):
+            assert torch.equal(a, b), (shape, n)
 
 
 @case

@@ -29,6 +29,8 @@ def _communicate(func: Any, args: Any, kwargs: Any) -> Any:
         return args[0].detach()  # what came is complete
     if name == "all_gather_into_tensor":
         return _all_gather(*args)
+    if name == "shard_dim_alltoall":
+        return _resharded(*args)
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     if namespace != "c10d" or name not in COPIES or not all(isinstance(t, QTensor) for t in tensors):
         about = next(t for t in tensors if isinstance(t, QTensor)).format.name
@@ -59,6 +61,23 @@ def _all_gather(q: QTensor, ranks: int, group: Any) -> QTensor:
             "groups or scales differ; all-gather q.parts()"
         )
     return result
+
+
+def _resharded(q: QTensor, gathered: int, sharded: int, name: Any) -> Tensor:
+    """Shards along one axis from those along another: gathers and keeps a part, as torch does without an all-to-all."""
+    groups: Any = torch.distributed.distributed_c10d
+    group = groups._resolve_process_group(name) if isinstance(name, str) else name
+    shards = _all_gather(q, group.size(), name).chunk(group.size())
+    whole = torch.cat(list(shards), gathered)
+    if not isinstance(whole, QTensor):
+        raise RuntimeError(f"{q.format.name} shards of shape {tuple(q.shape)} do not join along axis {gathered}")
+    kept = whole.chunk(group.size(), sharded)[group.rank()].clone()
+    if not isinstance(kept, QTensor):
+        raise RuntimeError(
+            f"a {q.format.name} tensor of shape {tuple(whole.shape)} cannot be cut along axis {sharded} into "
+            f"{group.size()} shards of whole groups; take another axis or number of ranks"
+        )
+    return kept
 
 
 def linear(x: Any, weight: Any, bias: Any) -> Tensor:
