@@ -268,7 +268,6 @@ class QTensor(Tensor):
             return memo[id(self)]
         source = self._compacted()
         copy = QTensor._wrap(source._buf.clone() if source is self else source._buf, source._layout, self.dtype)
-        copy._cut_from = self._cut_from
         copy.requires_grad_(self.requires_grad)
         if self._is_parameter():
             copy._is_param = True  # type: ignore[attr-defined]
