@@ -234,7 +234,10 @@ class QTensor(Tensor):
                 f"{layout.format.name}, or see tritonq.payload_data_ to assign bytes"
             )
         wrapper = QTensor._wrap(buf, layout, dtype)
-        torch._C.TensorBase.data.__set__(self, wrapper)  # type: ignore[attr-defined]
+        if buf.is_meta == self._buf.is_meta or self.requires_grad:
+            torch._C.TensorBase.data.__set__(self, wrapper)  # type: ignore[attr-defined]
+        else:  # refused above, and to plain tensors; frozen parameters have no gradient that this would lose
+            torch._C._swap_tensor_impl(self, wrapper)  # type: ignore[attr-defined]
         self._buf, self._layout, self._cut_from = buf, layout, getattr(value, "_cut_from", None)
 
     def data_ptr(self) -> int:
