@@ -180,7 +180,14 @@ def fsdp(name, reshard):
 for _name in FORMATS:
     for _reshard in (True, False) if _name in ("int4_g128", "nvfp4") else (True,):
         CASES[f"fsdp[{_name}-{_reshard}]"] = lambda name=_name, reshard=_reshard: fsdp(name, reshard)
-ALONE = (*CASES, "fsdp_experts", "fsdp_casts", "fsdp_offload")  # what a single rank can show
+ALONE = (
+    *CASES,
+    "fsdp_experts",
+    "fsdp_casts",
+    "fsdp_offload",
+    "fsdp_training",
+    "fsdp_inference",
+)  # what a single rank can show
 
 
 @case
@@ -252,6 +259,38 @@ def fsdp_offload():
         for _ in range(2):
             assert torch.equal(two(x), one(x)), seen
         assert seen == 2 * [(False, str(DEVICE))], seen
+
+
+@case
+def fsdp_training():
+    """Accumulated gradients, an optimizer's step, layers gathered by hand, and modes without gradients between."""
+    one, two = model("int4_g128", (101, 64)), sharded(model("int4_g128", (101, 64)))
+    x, trained = dense((3, 512), 9), []
+    for net in (two, one):
+        with torch.no_grad():
+            net(x)
+        for last in (False, True):
+            if net is two:
+                net.set_requires_gradient_sync(last)
+            net(x).square().sum().backward()
+        trained.append([p for p in net.parameters() if p.requires_grad])
+        optimizer = torch.optim.AdamW(trained[-1], lr=0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(two(x), one(x))
+    two[0].unshard(async_op=True).wait()
+    assert same(two[0].base.weight, one[0].base.weight) and two[0].up.shape == (101, 4)
+    two[0].reshard()
+    assert isinstance(two[0].base.weight, DTensor)
+
+
+@case
+def fsdp_inference():
+    one, two = model("nvfp4", (101, 64)), sharded(model("nvfp4", (101, 64)))
+    x = dense((3, 512), 9)
+    for _ in range(2):
+        with torch.inference_mode():
+            assert torch.equal(two(x), one(x))
 
 
 @case

@@ -354,7 +354,8 @@ class QTensor(Tensor):
         given back."""
         layout, shared = metadata
         if out is None:
-            buf = torch.empty(layout.nbytes, dtype=torch.uint8, device=outputs[0].device)  # the shard may be on the CPU
+            with torch.inference_mode(False):  # it outlives the mode, and the shard may be on the CPU
+                buf = torch.empty(layout.nbytes, dtype=torch.uint8, device=outputs[0].device)
             whole = QTensor._wrap(buf, layout, param_dtype)
         else:
             parameter: Any = getattr(out, "_local_tensor", out)  # a DTensor where tensor parallelism comes with it
