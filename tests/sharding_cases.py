@@ -517,6 +517,8 @@ def tensor_parallel_of_quantized_layers():
         assert max(saved) < 512 * 128 * 4 and sum(saved) < 2 * two[0].weight.to_local().nbytes + 100_000, saved
         assert torch.equal(two[0](inputs[0]), one[0](inputs[0]).chunk(2, -1)[RANK])  # columns: bit for bit
         assert torch.allclose(*ys, rtol=1e-4, atol=1e-4), (scheme, (ys[0] - ys[1]).abs().max())
+        with torch.inference_mode():
+            assert torch.allclose(two(inputs[1]), ys[0], rtol=1e-4, atol=1e-4)
         for y in ys:
             y.square().sum().backward()
         assert torch.allclose(inputs[0].grad, inputs[1].grad, rtol=1e-3, atol=1e-3), scheme
