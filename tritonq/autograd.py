@@ -464,7 +464,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, parts: Parts, fmt: Format, shape: Shape, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times a quantized weight [N, K] transposed, plus bias [N]; computed in x's dtype."""
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if bias is None else bias.to(x.dtype)
     if torch.is_grad_enabled() and x.requires_grad:

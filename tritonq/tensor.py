@@ -187,6 +187,14 @@ class QTensor(Tensor):
         layout = self._layout
         return layout == Layout.of(layout.format, layout.shape) and self._buf.numel() == layout.nbytes
 
+    def _compacted(self) -> QTensor:
+        """This tensor, or a copy of it in a buffer of its own where it is a window of another."""
+        if self._is_compact():
+            return self
+        copy = self.clone()
+        assert isinstance(copy, QTensor)
+        return copy
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """Dense contiguous tensor of `dtype` (default: this tensor's): (code - zero_point) * scale in fp32 (with
         super-groups: `codecs/scale.py`), rounded once."""
@@ -205,7 +213,7 @@ class QTensor(Tensor):
         """A new alias of this tensor, as of any tensor; assigning moves the parameter to what is assigned. With
         `payload_data_` both are the bytes, uint8 [nbytes]."""
         if self._payload:
-            return (self if self._is_compact() else self.clone())._buf.detach()
+            return self._compacted()._buf.detach()
         return QTensor._wrap(self._buf, self._layout, self.dtype)
 
     @data.setter
@@ -231,6 +239,16 @@ class QTensor(Tensor):
 
     def data_ptr(self) -> int:
         """Pointer of the codes: a wrapper's own is 0, which tools take for a sign of tied tensors."""
+        caller = sys._getframe(1)
+        module = caller.f_globals.get("__name__", "")
+        if module == "torch.distributed.checkpoint._state_dict_stager":
+            return 0  # asynchronous checkpoints then copy what a wrapper holds, and not its storage
+        if module == "safetensors.torch" and caller.f_code.co_name in ("_to_ndarray", "_tobytes"):
+            raise RuntimeError(  # it would read numel() * element_size() bytes from here, beyond the end
+                f"safetensors writes plain tensors, and this is a quantized one ({self.format.name}): write q.parts(), "
+                "a checkpoint with tritonq.save_pretrained, or bytes for a library that moves .data "
+                "(tritonq.payload_data_)"
+            )
         return self.qdata.data_ptr()
 
     @property
@@ -290,7 +308,7 @@ class QTensor(Tensor):
         """This shard in a compact buffer with as many rows as every rank's: where rows are uneven, fully_shard keeps
         the first rows of a padded tensor."""
         if self._cut_from is None or self._cut_from[1:] != tuple(self.shape[1:]):
-            return self if self._is_compact() else self.clone()
+            return self._compacted()
         layout = Layout.of(self.format, self._cut_from)
         placed = [(offset, stride) for _, offset, _, stride, _ in layout.segments]
         if self._layout.nbytes == layout.nbytes and placed == [(s[1], s[3]) for s in self._layout.segments]:
@@ -330,13 +348,14 @@ class QTensor(Tensor):
         out: Tensor | None = None,
     ) -> tuple[QTensor, tuple[Tensor, ...]] | None:
         """The tensor of all ranks, padding included, and its buffer, which fully_shard frees and has refilled: then
-        `out` is the parameter that holds it. Parts of all ranks are copied into one buffer."""
+        `out` is the parameter that holds it. Parts of all ranks are copied into one buffer, and what they came in is
+        given back."""
         layout, shared = metadata
         if out is None:
             buf = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
             whole = QTensor._wrap(buf, layout, param_dtype)
         else:
-            parameter = getattr(out, "_local_tensor", out)  # a DTensor where tensor parallelism comes with it
+            parameter: Any = getattr(out, "_local_tensor", out)  # a DTensor where tensor parallelism comes with it
             whole = QTensor._wrap(parameter._buf, layout, parameter.dtype)
         # What autograd saved is a view of this buffer; the same bytes come back, so its version has to stay.
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter((whole._buf,)):
@@ -346,6 +365,8 @@ class QTensor(Tensor):
             else:
                 for name, part in parts.items():
                     _bytes(part).copy_(_bytes(shared[name]) if name in shared else next(gathered))
+        for output in outputs:
+            output.untyped_storage().resize_(0)  # fully_shard makes room again before the next gather
         return (whole, (whole._buf,)) if out is None else None
 
     # ------------------------------------------------------------------------------------------------ dispatch

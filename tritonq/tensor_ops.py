@@ -75,7 +75,7 @@ def _copy(func: Any, args: Any, kwargs: Any) -> Any:
         return target.copy_(source.dequantize().to(target.dtype))
     if tuple(target.shape) != tuple(source.shape):
         raise RuntimeError(f"copy_ into a QTensor of shape {tuple(target.shape)} from shape {tuple(source.shape)}")
-    kept, given = _shared_parts(target), {}
+    kept: dict[str, Any] = _shared_parts(target)
     if isinstance(source, QTensor) and source.format == target.format:
         given = source.parts()
         if all(_equal(part, given[name]) for name, part in kept.items()):
@@ -85,7 +85,7 @@ def _copy(func: Any, args: Any, kwargs: Any) -> Any:
                 for name, part in target.parts().items():
                     part.copy_(given[name], non_blocking)
             return target
-    if "qdata" in _cut(target) and any(name != "tensor_scale" for name in kept):
+    if "scale" in kept and target.format.group[0] != -1:
         raise RuntimeError(
             f"copy_ into columns of a quantized tensor ({target.format.name}) whose scale the rest of the row shares; "
             "dequantize it, change the result and write it back with copy_, which quantizes"
@@ -103,22 +103,19 @@ def _equal(part: Tensor, other: Tensor) -> bool:
     return torch.equal(part.contiguous().view(torch.uint8), other.to(part.device).contiguous().view(torch.uint8))
 
 
-def _cut(q: QTensor) -> tuple[str, ...]:
-    """("qdata",) where q is a window of some columns, whose rows go on outside of it."""
-    whole = q.ndim > 1 and (q.shape[-2] < 2 or q.qdata.stride(-2) * q.qdata.dtype.itemsize == _row_bytes(q))
-    return () if whole or q._is_compact() else ("qdata",)
-
-
-def _row_bytes(q: QTensor) -> int:
-    return math.prod(q.qdata.shape[-1:]) * q.qdata.dtype.itemsize
+def _ends_inside_rows(q: QTensor) -> bool:
+    """Whether q is a window of some columns only (vectors are not, see `_window` and `_select`)."""
+    bytes_of_row = q.qdata.shape[-1] * q.qdata.dtype.itemsize
+    return q.ndim > 1 and q.qdata.stride(-2) * q.qdata.dtype.itemsize != bytes_of_row
 
 
 def _shared_parts(q: QTensor) -> Parts:
     """Parts that a window has in common with the rest of its tensor, which a write into the window must not change."""
     if q._is_compact() or q._cut_from is not None:
         return {}
-    scales = ("scale", "zero_point", "tensor_scale")
-    names = scales if q.format.group[0] == -1 or (q.format.group[1] == -1 and _cut(q)) else scales[2:]
+    rows, columns = q.format.group
+    by_row = rows == -1 or (columns == -1 and _ends_inside_rows(q))
+    names = ("scale", "zero_point", "tensor_scale") if by_row else ("tensor_scale",)
     return {name: part for name, part in q.parts().items() if name in names}
 
 
@@ -236,7 +233,9 @@ def _record_stream(func: Any, args: Any, kwargs: Any) -> Any:
 
 @implements(aten.view.default, aten._unsafe_view.default)
 def _view(func: Any, args: Any, kwargs: Any) -> Any:
-    if list(args[1]) == [-1] and _sharding():  # fully_shard keeps it to recognize the storage
+    if list(args[1]) == [-1] and _sharding(
+        "torch.distributed.fsdp._fully_shard"
+    ):  # fully_shard keeps it to recognize the storage
         return args[0]._buf.detach()
     return _viewed(args[0], torch.empty(args[0].shape, device="meta").view(args[1]).shape)
 
@@ -255,20 +254,33 @@ def _viewed(q: QTensor, shape: torch.Size) -> Any:
         return _same(q, q._buf)
     if not q.numel() or not _holds(q, new):
         return NotImplemented
-    unit = 1 if fmt.group[0] == -1 else fmt.super_group or fmt.group[1]  # of a row; -1 is all of it
-    if new[-1] != q.shape[-1] and (unit == -1 or any(n % unit or n * fmt.bits % 8 for n in (new[-1], q.shape[-1]))):
-        return NotImplemented
-    if fmt.group[0] > 1 and new[-2:] != q.shape[-2:] and (new[-1] != q.shape[-1] or new[-2] % fmt.group[0]):
-        return NotImplemented
-    if fmt.group[0] > 1 and new[-2] != q.shape[-2] and q.shape[-2] % fmt.group[0]:
-        return NotImplemented
+    if not _whole_groups(q, new):
+        return _refused_view(q, new)
     stored, segments = fmt.storage(new), []
     try:
         for name, part in q.parts().items():
             segments.append(_segment(q, name, part.view(stored[name][0])))
     except RuntimeError:  # windows whose rows do not follow each other
-        return NotImplemented
+        return _refused_view(q, new)
     return QTensor._wrap(q._buf, Layout(fmt, new, tuple(segments), q._layout.nbytes), q.dtype)
+
+
+def _whole_groups(q: QTensor, shape: Shape) -> bool:
+    """Whether each group of q is a group of that shape."""
+    rows, columns = q.format.group
+    unit = 1 if rows == -1 else q.format.super_group or columns
+    if shape[-1] != q.shape[-1]:
+        return rows < 2 and unit != -1 and not any(n % unit or n * q.format.bits % 8 for n in (shape[-1], q.shape[-1]))
+    return rows < 2 or shape[-2] == q.shape[-2] or not (shape[-2] % rows or q.shape[-2] % rows)
+
+
+def _refused_view(q: QTensor, shape: Shape) -> Any:
+    if not _sharding():
+        return NotImplemented
+    raise ValueError(
+        f"a {q.format.name} tensor of shape {tuple(q.shape)} seen in shape {shape} has other groups, and would be "
+        "communicated dequantized; take another axis or number of ranks"
+    )
 
 
 def _valid(index: int, size: int) -> bool:
@@ -298,6 +310,8 @@ def _window(q: QTensor, dim: int, start: int, stop: int, owned: bool = False) ->
     size, fmt = q.shape[dim], q.format
     segments, shape = [], [*q.shape]
     shape[dim] = stop - start
+    if q.ndim == 1 and fmt.group[1] == -1 and stop - start != size:
+        return None  # nothing would tell it from a whole row, with a scale of its own
     for name, part in q.parts().items():
         per = _axis(q, dim, name)
         if per is None:
@@ -320,8 +334,9 @@ def _segment(q: QTensor, name: str, part: Tensor) -> Segment:
 
 
 SHARDING = (
-    "torch.distributed.fsdp._fully_shard", "torch.distributed.tensor.placement_types", "torch.distributed.tensor._collective_utils",
-    "torch.distributed._functional_collectives", "torch.distributed.checkpoint", "torch.distributed._shard",
+    "torch.distributed.fsdp._fully_shard", "torch.distributed.tensor.placement_types",
+    "torch.distributed.tensor._collective_utils", "torch.distributed._functional_collectives",
+    "torch.distributed.checkpoint", "torch.distributed._shard",
 )  # fmt: skip
 
 
@@ -417,6 +432,8 @@ def _select(func: Any, args: Any, kwargs: Any) -> Any:
     inner = 2 if q.format.group[0] > 1 else 1
     if dim >= q.ndim - inner or q.ndim - 1 < inner:
         return NotImplemented  # the axes that groups run along
+    if q.ndim == 2 and q.format.group[1] == -1 and _ends_inside_rows(q):
+        return NotImplemented
     segments = []
     for name, part in q.parts().items():
         sliced = part if _axis(q, dim, name) is None else part.select(dim, index)

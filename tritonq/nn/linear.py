@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tritonq.autograd import qdq
 from tritonq.formats import Format
+from tritonq.sharding import teach_dtensor
 from tritonq.tensor import QTensor
 
 # Parts of a Format that inputs may be given, and the buffers that hold them.
@@ -65,6 +66,8 @@ class QLinear(KeepsBuffers):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.input_format is not None:
+            if type(input).__name__ == "DTensor":
+                teach_dtensor()
             parts = {name: getattr(self, buffer) for name, buffer in STATIC.items()}
             input = qdq(input, self.input_format, **parts)
         return nn.functional.linear(input, self.weight, self.bias)
