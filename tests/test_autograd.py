@@ -107,6 +107,20 @@ def test_given_scales(name, device):
         check(x, name, tensor_scale=parts["tensor_scale"])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*tq.FORMATS, "e3m4_g48", "int5_g96"])
+def test_gpu_gives_the_bits_of_the_cpu(name):
+    """Two definitions: the kernel recomputes what it clips, the CPU path compares with scales that it has computed."""
+    fmt = tq.get_format(name)
+    for dtype, shape in ((torch.bfloat16, (96, 512)), (torch.float32, (3, 40, 200)), (torch.float64, (33, 70))):
+        x, dy = numbers(shape, "cpu", dtype=dtype), numbers(shape, "cpu", 1, dtype)
+        x[..., 3] *= 1e4
+        x[0, ..., 1] = float("inf")
+        x[-1, ..., 2] = float("nan")
+        found = ops.qdq_backward(x.cuda(), dy.cuda(), fmt)
+        assert torch.equal(found.cpu(), ops.qdq_backward(x, dy, fmt))
+
+
 @pytest.mark.parametrize("name", ["int4_g32_half_range", "mxfp4", "fp8_e4m3_b32x16", "nvfp4", "fp8_e5m2_tensor"])
 def test_strides_of_inputs_and_gradients(name, device):
     """Transposed, sliced, expanded: gradients line up with the elements, not with memory."""

@@ -3,12 +3,14 @@
 import os
 
 from tritonq import (
+    offload,
     sharding,  # noqa: F401  registers what collectives do with QTensors
     ste,
     tensor_ops,  # noqa: F401  and what operators do
 )
 from tritonq.autograd import hadamard, qdq
 from tritonq.best import Best
+from tritonq.bulk import BulkBuffer, grouped_quantize
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.model import save_pretrained
@@ -32,6 +34,7 @@ __all__ = [
     "FORMATS",
     "SCHEMES",
     "Best",
+    "BulkBuffer",
     "ElementType",
     "Format",
     "QLinear",
@@ -45,10 +48,12 @@ __all__ = [
     "freeze_observers_",
     "get_format",
     "get_scheme",
+    "grouped_quantize",
     "hadamard",
     "integer",
     "lookup",
     "minifloat",
+    "offload",
     "payload_data_",
     "qdq",
     "quantize",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from tritonq import learned_ops, operators, ops, scheduler
+from tritonq import learned_ops, memory, operators, ops, scheduler
 from tritonq.formats import Format, Shape, get_format
 from tritonq.learned_reference import Learned, Wanted
 from tritonq.reference import Parts
@@ -450,6 +450,8 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, fmt: Format, shape: Shape, names: tuple[str, ...], *parts: Tensor
     ) -> Tensor:
         ctx.fmt, ctx.shape, ctx.names = fmt, shape, names
+        if not torch.compiler.is_compiling() and memory.offloading:
+            memory.stay(*parts)  # of a weight, which is alive anyway
         ctx.save_for_backward(*parts)
         weight = ops.dequantize(dict(zip(names, parts, strict=True)), fmt, shape, x.dtype)
         return _unviewed(torch.nn.functional.linear(x, weight, bias))
