@@ -53,7 +53,7 @@ class Mode:
 
 
 MODES: list[Mode] = []
-IN_SAFETENSORS = "a quantized tensor has no storage of its shape and dtype"  # what their writer is told
+IN_SAFETENSORS = "safetensors writes plain tensors, and this is a quantized one"  # what their writer is told
 
 
 def mode(host: str, name: str, **options: Any) -> Callable[[Callable[[Setting], None]], Callable[[Setting], None]]:
