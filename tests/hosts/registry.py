@@ -168,8 +168,8 @@ class Setting:
 @functools.cache
 def _warm(device: str) -> None:
     """Have the libraries that multiply matrices allocate their workspaces."""
-    if device != "cpu":
-        for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32) if device != "cpu" else ():
+        with torch.enable_grad():
             model = Tiny().to(device, dtype)
             model(torch.ones(2, 3, Tiny.width, device=device, dtype=dtype)).sum().backward()
 
