@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -229,6 +230,33 @@ def disk_offload(at: Setting) -> None:
     from accelerate import disk_offload
 
     dense_after(at, lambda model: disk_offload(model, str(at.folder), execution_device=torch.device(at.device)))
+
+
+def is_mapped(q: QTensor, path: Path) -> bool:
+    """Whether the payload lies in a mapping of this file, as Linux knows (elsewhere: True)."""
+    if not Path("/proc/self/maps").exists():
+        return True
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    return any(start <= q._buf.data_ptr() < end for start, end in spans)
+
+
+@mode(
+    HOST, "cpu_offload, state_dict=torch.load(file, mmap=True)",
+    note="from the disk with quantized weights, which stay quantized",
+)  # fmt: skip
+def mapped_offload(at: Setting) -> None:
+    from accelerate import cpu_offload
+
+    path = at.folder / "weights.pt"
+    torch.save(at.model().state_dict(), path)
+    state = torch.load(path, mmap=True, weights_only=True)
+    weights = [tensor for tensor in state.values() if isinstance(tensor, QTensor)]
+    assert len(weights) == 10 and all(is_mapped(q, path) for q in weights)
+    options = {"state_dict": state, "offload_buffers": True}
+    model = same_outputs(at, lambda m: cpu_offload(m, torch.device(at.device), **options), rests_on="meta")
+    restore(model)
+    check_contents(model, contents(at.model()), "cpu")
 
 
 @mode(HOST, "dispatch_model, disk", note="as disk_offload, for what the map puts on the disk")
