@@ -37,11 +37,13 @@ def test_tiles_cover_the_tensor_and_fit_the_gpu(name, elements):
     fmt = get_format(name)
     for processors in (1, 16, 68, 132, 304):
         for mode in MODES:
-            found = tuning.at_once_config(elements, fmt, mode, processors)
+            alone = tuning.at_once_config(elements, fmt, mode, processors, True)
+            found = tuning.at_once_config(elements, fmt, mode, processors, False)
             if found is None:
-                assert elements > processors * 4 * tuning.TILE
+                assert elements > processors * 4 * tuning.TILE and alone is None
                 continue
             config, tiles = found
+            assert (alone == found) == (tiles <= processors)
             tile = config["BLOCK_N"] if "BLOCK_N" in config else math.prod(config[k] for k in ("S", "M", "GROUPS", "W"))
             assert (tiles - 1) * tile < elements <= tiles * tile
             assert tiles <= processors or (tile == 2 * tuning.TILE and tiles <= 2 * processors)

@@ -589,7 +589,8 @@ def _at_once_plan(
     m = _geometry(shape, strides, fmt)[0]
     if m.columns != math.prod(shape) or m.strides[2] != 1 or m.offset:
         return None
-    found = tuning.at_once_config(m.columns, fmt, mode, _multiprocessors(device))
+    alone = stochastic or dtype.itemsize > 4
+    found = tuning.at_once_config(m.columns, fmt, mode, _multiprocessors(device), alone)
     if found is None:
         return None
     from tritonq.kernels.at_once import at_once_kernel
@@ -604,7 +605,7 @@ def _at_once_plan(
         tiles,
         (*rounding[1], m.columns, fmt.row_bytes(m.columns), tiles),
         (fmt, mode, rounding[0], _limit(dtype), partial, words, block, slots, *extents),
-        {**_options(config, dtype, rounding[0]), "launch_cooperative_grid": True},
+        {**_options(config, dtype, rounding[0]), "maxnreg": config["maxnreg"], "launch_cooperative_grid": True},
         (2, 3) if mode == "qdq" else (1, 2, 3),
     )
     return plan, slots
@@ -629,7 +630,12 @@ def encode_at_once(
     scale = parts.get("scale", target)
     words = () if seed is None else philox.halves(seed)
     zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", x)
-    found[0](x, target, scale, zero, divisor, where, seed=words)
+    try:
+        found[0](x, target, scale, zero, divisor, where, seed=words)
+    except RuntimeError as error:
+        if "cooperative" not in str(error):
+            raise
+        return False  # a part of a GPU that holds fewer programs than its multiprocessors suggest; nothing was launched
     return True
 
 
