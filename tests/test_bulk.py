@@ -115,17 +115,18 @@ def test_aligned_members_in_both_directions(name, device):
 def test_any_tile(name, device, monkeypatch):
     """Law 8: tile sizes do not matter."""
     fmt = get_format(name)
-    if INTERPRET and name not in ("int4_g128", "int8_channel"):
+    if INTERPRET and name != "nvfp4":
         pytest.skip("programs cost milliseconds")
-    tensors = [values(shape, torch.bfloat16, i) for i, shape in enumerate(((20, 300), (1, 512), (33, 256)))]
-    for size, width in ((1 << 12, 16),) if INTERPRET else ((512, 8), (1 << 13, 128)):
+    shapes = ((20, 70), (1, 64), (33, 32)) if INTERPRET else ((20, 300), (1, 512), (33, 256))
+    tensors = [values(shape, torch.bfloat16, i) for i, shape in enumerate(shapes)]
+    for size, width in ((1 << 10, 16),) if INTERPRET else ((512, 8), (1 << 13, 128)):
         monkeypatch.setattr(tuning, "TILE", size)
         monkeypatch.setattr(tuning, "WRITTEN_COLUMNS", width)
         plans.forget()
         check(tensors, fmt, device)
 
 
-@pytest.mark.parametrize("name", ["int8_channel", "fp8_e4m3_b256x256", "int4_g33000_asym"])
+@pytest.mark.parametrize("name", ["int8_channel", "fp8_e4m3_b256x256", "int4_g33000_asym"][: 1 if INTERPRET else 3])
 def test_groups_larger_than_a_tile(name, device):
     """Rows that `row_kernel` loops over, large blocks, large groups: their extremes are collected by many programs."""
     fmt, columns = get_format(name), 140_000 if name == "int8_channel" and device == "cuda" else 66_200
@@ -137,7 +138,7 @@ def test_groups_larger_than_a_tile(name, device):
 def test_tokens_sorted_by_expert(device):
     """sizes cut one tensor along its first axis; some experts have no tokens."""
     sizes = (0, 7, 1, 0, 24, 0)
-    x = values((32, 256), torch.bfloat16, 3)
+    x = values((32, 64 if INTERPRET else 256), torch.bfloat16, 3)
     for name in ("mxfp8", "nvfp4", "int8_channel"):
         fmt = get_format(name)
         made = tq.grouped_quantize(moved_to(x, device), name, sizes=sizes, columnwise=True)
@@ -214,7 +215,7 @@ def test_launches_do_not_depend_on_the_number_of_members(device, monkeypatch):
     for name, kernels in expected.items():
         for count in (1, 3):
             launched.clear()
-            tq.grouped_quantize([values((4, 40), torch.bfloat16, i) for i in range(count)], name, columnwise=True)
+            tq.grouped_quantize([values((16, 40), torch.bfloat16, i) for i in range(count)], name, columnwise=True)
             assert launched == kernels, name
 
 
@@ -384,6 +385,7 @@ def test_one_storage(device):
         made[3]
 
 
+@pytest.mark.skipif(INTERPRET, reason="the interpreter keeps what it was called with")
 def test_dropping_one_direction_frees_it():
     for dropped in ("columns", "rows"):
         made = sample()
@@ -466,6 +468,7 @@ def test_rebind_moves_members_and_parameters():
         made.rebind(other, parameters[:1])
 
 
+@pytest.mark.skipif(INTERPRET, reason="the interpreter keeps what it was called with")
 def test_rebind_frees_what_it_left():
     made = sample()
     list(made)

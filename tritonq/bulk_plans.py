@@ -25,7 +25,7 @@ from tritonq.tiling import Matrix
 
 _KEPT = 8  # tables of a program: places that its tensors take turns in
 _TURNED_ROWS = 16  # rows of a transposed tile of channels: a sector of bf16
-_ROWS, _COLUMNS = 32, 64  # of a transposed tile of `grouped_apply_kernel`
+_ROWS = 32  # of a transposed tile of `grouped_apply_kernel`
 _ALIGNED = 16
 
 
@@ -92,7 +92,7 @@ class Program:
 def _matrix(m: Matrix) -> Matrix:
     """Axes of one element get the stride that says most about the others."""
     batch, row, col = m.strides
-    col = 1 if m.columns == 1 else col
+    col = 1 if m.columns == 1 and row != 1 else col  # a single column of neighbours is one of tall tiles
     row = (0 if col == 1 else 1) if m.rows == 1 else row
     return Matrix(m.index, m.batch, m.rows, m.columns, (0 if m.batch == 1 else batch, row, col), m.offset)
 
@@ -160,6 +160,7 @@ def _group_tiling(entries: list[Entry], fmt: Format, mode: str, choice: _Choice,
     total, cols = sum(entry.size for entry in entries), fmt.group[1]
     widest = max(entry.matrix.columns for entry in entries)
     sizes = dict.fromkeys((e.matrix.rows, widest if cols == -1 else e.matrix.columns) for e in _by_size(entries))
+    least = tuning.TILE // 4  # lanes that a program costs, however few it has
     if beside is not None:
         choice = {"TILE": max(tuning.TILE, beside.lanes // 2)}
     choice = choice or tuning._group_choice(total, fmt, mode)
@@ -170,7 +171,8 @@ def _group_tiling(entries: list[Entry], fmt: Format, mode: str, choice: _Choice,
         if config["S"] > 1 and cols == tuning._power(cols) and not whole:  # slices are of whole groups
             config.update(S=1, W=config["S"] * config["W"])
         own = _Tiling(config, fmt)
-        found.append((sum(own.programs(entry.matrix) for entry in entries) * own.lanes, len(found), own))
+        programs = sum(own.programs(entry.matrix) for entry in entries)
+        found.append((programs * max(least, own.lanes), len(found), own))
     return min(found)[2]
 
 
@@ -318,8 +320,9 @@ class _Builder:
             return
         straight, turned = [e for e in entries if not e.turned], [e for e in entries if e.turned]
         own = _apply_tiling(straight, self.fmt, self._choice("apply", straight)) if straight else None
-        warps = tuning._warps(2 * _ROWS * _COLUMNS)
-        other = _Tiling({"BLOCK_M": _ROWS, "BLOCK_N": _COLUMNS, "num_warps": warps}, None) if turned else None
+        warps = tuning._warps(tuning.TILE)
+        blocks = {"BLOCK_M": _ROWS, "BLOCK_N": tuning.TILE // 2 // _ROWS, "num_warps": warps}
+        other = _Tiling(blocks, None) if turned else None
         first, programs = self._tiles(entries, own, other)
         kinds: list[Any] = []
         for some, tiling_of in ((straight, own), (turned, other)):
