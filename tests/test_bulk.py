@@ -247,6 +247,33 @@ def test_gpu_launches():
                 assert len(found[1]) == kernels, f"{name} {directions}: {events}"
 
 
+@pytest.mark.skipif(not INTERPRET, reason="only kernels collect maxima in memory")
+@pytest.mark.parametrize("name", ["nvfp4", "fp8_e4m3_tensor", "int4_tensor_asym"])
+def test_maxima_are_left_at_zero(name, device, monkeypatch):
+    """A table serves the next call, which has smaller numbers."""
+    tables, make = {}, bulk_plans._table
+    monkeypatch.setattr(bulk_plans, "_table", lambda of, *rest: tables.setdefault(id(of), (of, make(of, *rest)))[1])
+    tensors = [values((4, 40), torch.bfloat16, i) for i in range(2)]
+    for factor in (8.0, 0.125):
+        for x in tensors:
+            x.mul_(factor)
+        check(tensors, get_format(name), device)
+    assert len(tables) == 1
+    assert not any(table[len(of.table) :].any() for of, table in tables.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["nvfp4", "fp8_e4m3_tensor", "int4_tensor_asym"])
+def test_new_numbers_in_the_same_tensors(name):
+    """The table of the call before is used again."""
+    tensors = [torch.randn(96, 192, device="cuda", dtype=torch.bfloat16) for _ in range(5)]
+    for factor in (8.0, 0.125, 1.0):
+        for x in tensors:
+            x.mul_(factor)
+        made = tq.grouped_quantize(tensors, name, columnwise=True)
+        check_members(made, [x.cpu() for x in tensors], get_format(name))
+
+
 @pytest.mark.gpu
 def test_gpu_calls_do_not_wait():
     tensors = [torch.randn(64, 256, device="cuda", dtype=torch.bfloat16) for _ in range(8)]
@@ -264,7 +291,7 @@ def test_gpu_calls_do_not_wait():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["int4_g128", "nvfp4", "int8_channel", "fp8_e4m3_tensor"])
-@pytest.mark.parametrize("known", [True, False], ids=["table_is_there", "first_call_with_these_tensors"])
+@pytest.mark.parametrize("known", [True, False], ids=["again", "first_call_with_these_tensors"])
 def test_cuda_graph(name, known):
     """Replays follow new data, long after other calls took their turn."""
     fmt = get_format(name)
@@ -290,16 +317,17 @@ def test_cuda_graph(name, known):
 
 @pytest.mark.gpu
 def test_streams():
-    """A table that another stream brought is waited for."""
+    """Calls on two streams at a time, of which one is far behind: each has a table and maxima of its own."""
     tensors = [torch.randn(64, 512, device="cuda", dtype=torch.bfloat16) for _ in range(16)]
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     torch.cuda._sleep(50_000_000)
-    tq.grouped_quantize(tensors, "mxfp8")
+    first = tq.grouped_quantize(tensors, "nvfp4")
     with torch.cuda.stream(side):
-        made = tq.grouped_quantize(tensors, "mxfp8")
-    side.synchronize()
-    check_members(made, [x.cpu() for x in tensors], get_format("mxfp8"), (True, False))
+        second = tq.grouped_quantize(tensors, "nvfp4")
+    torch.cuda.synchronize()
+    for made in (first, second):
+        check_members(made, [x.cpu() for x in tensors], get_format("nvfp4"), (True, False))
 
 
 @pytest.mark.gpu

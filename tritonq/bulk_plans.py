@@ -2,8 +2,8 @@
 
 A `Program` is made from shapes, strides and places of results, once, and kept; a call adds where the tensors lie. Its
 table goes to the device in one copy from pinned memory, and stays there for the next call with tensors that lie
-together in the same way. So calls do not wait for the device, and a captured CUDA graph holds either no copy of a table
-or one from memory that is never freed.
+together in the same way. So calls do not wait for the device. A CUDA graph holds the copy, from memory that is never
+freed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Program:
     sources: Tensor  # int64 [entries]: the tensor of each
     keys: int
     divisors: int
-    uploaded: OrderedDict[Any, _Table] = field(default_factory=OrderedDict)
+    uploaded: OrderedDict[Any, Tensor] = field(default_factory=OrderedDict)
 
 
 # ------------------------------------------------------------------------------------------------------- entries
@@ -470,23 +470,12 @@ def _with_scales(entry: Entry, of: dict[str, int]) -> Entry:
 
 # ------------------------------------------------------------------------------------------------------- running
 
-
-@dataclass
-class _Table:
-    """A table on a device. `arrived` has passed when its copy has ended; None if that is known."""
-
-    values: Tensor
-    stream: int
-    arrived: torch.cuda.Event | None
-
-
-_captured: list[Tensor] = []  # what CUDA graphs read, for as long as the process runs
-_spare: list[Tensor] = []  # pinned memory for tables that are copied while a graph is captured
+_spare: list[Tensor] = []  # pinned memory for tables of CUDA graphs
 _SPARE = 1 << 20
 
 
-def _spare_memory(nbytes: int) -> Tensor:
-    """Pinned bytes that are never handed out again."""
+def _kept_memory(nbytes: int) -> Tensor:
+    """Pinned bytes that are never handed out again, because a CUDA graph reads them at every replay."""
     if not _spare or _spare[0].numel() < nbytes:
         _spare[:] = [torch.empty(max(_SPARE, nbytes), dtype=torch.uint8, pin_memory=True)]
     taken, _spare[0] = _spare[0][:nbytes], _spare[0][nbytes:]
@@ -494,44 +483,39 @@ def _spare_memory(nbytes: int) -> Tensor:
 
 
 def _filled(of: Program, offsets: tuple[int, ...], target: Tensor) -> Tensor:
+    """The table of tensors that lie `offsets` elements after the first, and zeros for the keys, which kernels leave
+    behind as zeros."""
     from tritonq.kernels import grouped
 
-    target.copy_(of.table)
-    target[:, grouped.place("x")] += torch.tensor(offsets, dtype=torch.int64)[of.sources]
+    entries = len(of.table)
+    target[entries:].zero_()
+    target[:entries].copy_(of.table)
+    target[:entries, grouped.place("x")] += torch.tensor(offsets, dtype=torch.int64)[of.sources]
     return target
 
 
 def _table(of: Program, offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    """The table on the device, where tensors lie `offsets` elements after the first."""
+    """The table on the device. Each stream has one of its own, so that no call waits for another stream, or shares keys
+    with what runs there."""
+    width = of.table.shape[1]
+    rows = len(of.table) + -(-3 * of.keys // (2 * width))
     if device.type != "cuda":
-        return _filled(of, offsets, torch.empty_like(of.table)).to(device)
-    key, stream = (device, offsets), torch.cuda.current_stream(device)
-    found = of.uploaded.get(key)
-    capturing = torch.cuda.is_current_stream_capturing()
-    if capturing and (found is None or found.arrived is not None):  # a graph cannot wait for what it does not hold
-        host = _spare_memory(of.table.nbytes).view(torch.int64).view(of.table.shape)
+        return _filled(of, offsets, torch.empty((rows, width), dtype=torch.int64)).to(device)
+    if torch.cuda.is_current_stream_capturing():
+        host = _kept_memory(8 * rows * width).view(torch.int64).view(rows, width)
         return _filled(of, offsets, host).to(device, non_blocking=True)
-    if capturing:
-        assert found is not None
-        _captured.append(found.values)
-        return found.values
-    if found is None:
-        if not _spare:
-            _spare_memory(0)  # capturing is no time to allocate it
-        host = torch.empty(of.table.shape, dtype=torch.int64, pin_memory=True)
-        values = _filled(of, offsets, host).to(device, non_blocking=True)
-        found = of.uploaded[key] = _Table(values, stream.cuda_stream, stream.record_event())
-        if len(of.uploaded) > _KEPT:
-            of.uploaded.popitem(last=False)
-        return values
-    of.uploaded.move_to_end(key)
-    if found.arrived is not None and found.arrived.query():
-        found.arrived = None
-    if found.stream != stream.cuda_stream:
-        if found.arrived is not None:
-            stream.wait_event(found.arrived)
-        found.values.record_stream(stream)
-    return found.values
+    key = (device, torch.cuda.current_stream(device).cuda_stream, offsets)
+    found = of.uploaded.get(key)
+    if found is not None:
+        of.uploaded.move_to_end(key)
+        return found
+    if not _spare:
+        _kept_memory(0)  # while a graph is captured is no time to allocate it
+    host = torch.empty((rows, width), dtype=torch.int64, pin_memory=True)
+    found = of.uploaded[key] = _filled(of, offsets, host).to(device, non_blocking=True)
+    if len(of.uploaded) > _KEPT:
+        of.uploaded.popitem(last=False)
+    return found
 
 
 def run(tensors: Sequence[Tensor], views: tuple[View, ...], fmt: Format, buffers: tuple[Tensor, Tensor],
@@ -555,8 +539,7 @@ def run(tensors: Sequence[Tensor], views: tuple[View, ...], fmt: Format, buffers
         return
     table = _table(of, offsets, device)
     given: dict[str, Tensor] = {"x": tensors[anchor], "rows": buffers[0], "columns": buffers[1]}
-    if of.keys:
-        given["keys"] = torch.zeros(3 * of.keys, dtype=torch.int32, device=device)
+    given["keys"] = table[len(of.table) :].view(torch.int32)
     if divisors is None:
         divisors = torch.empty(max(1, of.divisors), dtype=torch.float32, device=device)
     given["divisors"] = divisors
