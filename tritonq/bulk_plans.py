@@ -84,6 +84,7 @@ class Program:
     keys: int
     divisors: int
     uploaded: OrderedDict[Any, Tensor] = field(default_factory=OrderedDict)
+    captured: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # what CUDA graphs copy, by the same offsets
 
 
 # ------------------------------------------------------------------------------------------------------- entries
@@ -470,16 +471,25 @@ def _with_scales(entry: Entry, of: dict[str, int]) -> Entry:
 
 # ------------------------------------------------------------------------------------------------------- running
 
-_spare: list[Tensor] = []  # pinned memory for tables of CUDA graphs
-_SPARE = 1 << 20
+_arenas: list[Tensor] = []  # pinned memory that CUDA graphs read at every replay, so never freed; the last has room
+_room = 0  # bytes of the last that are left
+_ARENA, _RESERVE = 1 << 20, 1 << 18
+
+
+def _reserve(nbytes: int) -> None:
+    """Have room for so many bytes: while a graph is captured is no time to allocate it."""
+    global _room
+    if _room < nbytes:
+        _arenas.append(torch.empty(max(_ARENA, 4 * nbytes), dtype=torch.uint8, pin_memory=True))
+        _room = _arenas[-1].numel()
 
 
 def _kept_memory(nbytes: int) -> Tensor:
-    """Pinned bytes that are never handed out again, because a CUDA graph reads them at every replay."""
-    if not _spare or _spare[0].numel() < nbytes:
-        _spare[:] = [torch.empty(max(_SPARE, nbytes), dtype=torch.uint8, pin_memory=True)]
-    taken, _spare[0] = _spare[0][:nbytes], _spare[0][nbytes:]
-    return taken
+    """Pinned bytes that are never handed out again."""
+    global _room
+    _reserve(nbytes)
+    _room -= nbytes
+    return _arenas[-1][_room : _room + nbytes]
 
 
 def _filled(of: Program, offsets: tuple[int, ...], target: Tensor) -> Tensor:
@@ -502,15 +512,17 @@ def _table(of: Program, offsets: tuple[int, ...], device: torch.device) -> Tenso
     if device.type != "cuda":
         return _filled(of, offsets, torch.empty((rows, width), dtype=torch.int64)).to(device)
     if torch.cuda.is_current_stream_capturing():
-        host = _kept_memory(8 * rows * width).view(torch.int64).view(rows, width)
-        return _filled(of, offsets, host).to(device, non_blocking=True)
+        kept = of.captured.get(offsets)
+        if kept is None:
+            kept = _kept_memory(8 * rows * width).view(torch.int64).view(rows, width)
+            of.captured[offsets] = _filled(of, offsets, kept)
+        return kept.to(device, non_blocking=True)
     key = (device, torch.cuda.current_stream(device).cuda_stream, offsets)
     found = of.uploaded.get(key)
     if found is not None:
         of.uploaded.move_to_end(key)
         return found
-    if not _spare:
-        _kept_memory(0)  # while a graph is captured is no time to allocate it
+    _reserve(max(_RESERVE, 8 * rows * width))
     host = torch.empty((rows, width), dtype=torch.int64, pin_memory=True)
     found = of.uploaded[key] = _filled(of, offsets, host).to(device, non_blocking=True)
     if len(of.uploaded) > _KEPT:
