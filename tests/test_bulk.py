@@ -640,7 +640,7 @@ def test_fields_fit_an_entry():
     from tritonq.kernels import grouped
 
     fmt = get_format("nvfp4")
-    views = bulk._views((((4, 64), (64, 1)), ((3, 70), (1, 3))), fmt, True, True)
+    views = bulk._job((((4, 64), (64, 1)), ((3, 70), (1, 3))), fmt, True, True).views
     made = bulk_plans.program(views, fmt, torch.bfloat16, True, torch.device("cpu"), "own")
     assert made.table.shape[1] == grouped.FIELDS.value and len(made.sources) == len(made.table)
     assert [step.last - step.first for step in made.steps] == [2, 4]

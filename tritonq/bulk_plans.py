@@ -45,6 +45,13 @@ class View:
     parts: tuple[tuple[str, int], ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Views:
+    """Views, hashed by identity: a program is looked up at every call."""
+
+    all: tuple[View, ...]
+
+
 @dataclass(frozen=True)
 class Entry:
     """A slab of a view, and the fields of its row in the table that do not follow from tiles."""
@@ -407,15 +414,16 @@ class _Builder:
 
 @functools.lru_cache(maxsize=512)
 def program(
-    views: tuple[View, ...], fmt: Format, dtype: torch.dtype, aligned: bool, device: torch.device, scales: str
+    wanted: Views, fmt: Format, dtype: torch.dtype, aligned: bool, device: torch.device, scales: str
 ) -> Program:
-    """The launches that quantize `views`.
+    """The launches that quantize what is wanted.
 
     Args:
         aligned: 16 divides the numbers of elements between the tensors.
         scales: tensor scales are "own" of each tensor, one of all ("shared"), or given: "one", or one "each".
     """
-    build, tensors = _Builder(fmt, dtype, aligned, device), 1 + max((v.source for v in views), default=0)
+    build, views = _Builder(fmt, dtype, aligned, device), wanted.all
+    tensors = 1 + max(v.source for v in views)
     first = {view.source: view for view in reversed(views)}  # a tensor's first view
     computed = fmt.tensor_scale and scales in ("own", "shared")
     divisors = {source: source if scales in ("own", "each") else 0 for source in first}
@@ -530,12 +538,10 @@ def _table(of: Program, offsets: tuple[int, ...], device: torch.device) -> Tenso
     return found
 
 
-def run(tensors: Sequence[Tensor], views: tuple[View, ...], fmt: Format, buffers: tuple[Tensor, Tensor],
+def run(tensors: Sequence[Tensor], views: Views, fmt: Format, buffers: tuple[Tensor, Tensor],
         divisors: Tensor | None, scales: str) -> None:  # fmt: skip
     """Fill both buffers (uint8) with the parts of `views` of `tensors`, which share a device and a dtype; scales as in
     `program`, with `divisors` (fp32) those that are given."""
-    if not views:
-        return
     size = tensors[0].element_size()
     pointers = [t.data_ptr() if t.numel() else 0 for t in tensors]
     anchor = next((i for i, p in enumerate(pointers) if p and p % 16 == 0), None)
