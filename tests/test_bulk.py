@@ -316,6 +316,27 @@ def test_cuda_graph(name, known):
 
 
 @pytest.mark.gpu
+def test_inference_mode():
+    """What is kept from one call to the next can be used in any mode."""
+    tensors = [torch.randn(8, 96, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    with torch.inference_mode():
+        bulk_plans._arenas.clear()
+        bulk_plans._room = 0
+        tq.grouped_quantize(tensors, "nvfp4")
+    tq.grouped_quantize(tensors[:2], "nvfp4")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = tq.grouped_quantize(tensors, "nvfp4")
+    graph.replay()
+    torch.cuda.synchronize()
+    check_members(made, [x.cpu() for x in tensors], get_format("nvfp4"), (True, False))
+    with torch.inference_mode():
+        made = tq.grouped_quantize(tensors, "nvfp4")
+    check_members(made, [x.cpu() for x in tensors], get_format("nvfp4"), (True, False))
+
+
+@pytest.mark.gpu
 def test_streams():
     """Calls on two streams at a time, of which one is far behind: each has a table and maxima of its own."""
     tensors = [torch.randn(64, 512, device="cuda", dtype=torch.bfloat16) for _ in range(16)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from tritonq.launch import Plan
 from tritonq.tiling import Matrix
 
 _KEPT = 8  # tables of a program: places that its tensors take turns in
-_TURNED_ROWS = 16  # rows of a transposed tile of channels: a sector of bf16
+_TURNED_ROWS = 32  # rows of a transposed tile of channels at most: two sectors of bf16
 _ROWS = 32  # of a transposed tile of `grouped_apply_kernel`
 _ALIGNED = 16
 
@@ -107,13 +108,11 @@ def _matrix(m: Matrix) -> Matrix:
 
 def _entry(view: View, m: Matrix, fmt: Format, divisor: int) -> Entry:
     m = _matrix(m)
-    storage = fmt.storage(view.shape)
-    fields = {"side": view.side, "divisor": divisor, "row_bytes": fmt.row_bytes(m.columns)}
-    for name, start in view.parts:
-        shape, dtype = storage[name]
-        own = m.index if math.prod(shape) > 1 else ()
-        steps = tiling.contiguous_strides(shape)
-        fields[name] = start + dtype.itemsize * sum(i * s for i, s in zip(own, steps, strict=False))
+    fields = {"side": view.side, "divisor": divisor, "row_bytes": fmt.row_bytes(m.columns), **dict(view.parts)}
+    for name, (shape, dtype) in fmt.storage(view.shape).items() if m.index else ():
+        if math.prod(shape) > 1:
+            steps = tiling.contiguous_strides(shape)
+            fields[name] += dtype.itemsize * sum(i * s for i, s in zip(m.index, steps, strict=False))
     return Entry(m, view.source, m.strides[2] != 1, fields)
 
 
@@ -172,15 +171,16 @@ def _group_tiling(entries: list[Entry], fmt: Format, mode: str, choice: _Choice,
     if beside is not None:
         choice = {"TILE": max(tuning.TILE, beside.lanes // 2)}
     choice = choice or tuning._group_choice(total, fmt, mode)
+    whole = cols != -1 and all(entry.matrix.columns % cols == 0 for entry in entries)
     found: list[tuple[int, int, _Tiling]] = []
     for rows, columns in list(sizes)[:8]:
         config = tuning.group_config(max(1, rows), max(1, columns), fmt, mode, choice)[0]
-        whole = cols != -1 and all(entry.matrix.columns % cols == 0 for entry in entries)
         if config["S"] > 1 and cols == tuning._power(cols) and not whole:  # slices are of whole groups
             config.update(S=1, W=config["S"] * config["W"])
         own = _Tiling(config, fmt)
-        programs = sum(own.programs(entry.matrix) for entry in entries)
-        found.append((programs * max(least, own.lanes), len(found), own))
+        if all(own != seen for _, _, seen in found):
+            programs = sum(own.programs(entry.matrix) for entry in entries)
+            found.append((programs * max(least, own.lanes), len(found), own))
     return min(found)[2]
 
 
@@ -284,8 +284,8 @@ class _Builder:
         for entry in entries:
             tiling_of = other if entry.turned else own
             assert tiling_of is not None
-            tiles, programs = tiling_of.tiles(entry.matrix), tiling_of.programs(entry.matrix)
-            start = self._add(entry, programs, start, tiles)
+            tiles = tiling_of.tiles(entry.matrix)
+            start = self._add(entry, max(1, entry.matrix.batch * math.prod(tiles)), start, tiles)
         return first, start
 
     def _options(self, own: _Tiling | None, other: _Tiling | None) -> dict[str, int]:
@@ -482,13 +482,15 @@ def _with_scales(entry: Entry, of: dict[str, int]) -> Entry:
 _arenas: list[Tensor] = []  # pinned memory that CUDA graphs read at every replay, so never freed; the last has room
 _room = 0  # bytes of the last that are left
 _ARENA, _RESERVE = 1 << 20, 1 << 18
+_lock = threading.RLock()  # threads share tables and arenas
 
 
 def _reserve(nbytes: int) -> None:
     """Have room for so many bytes: while a graph is captured is no time to allocate it."""
     global _room
     if _room < nbytes:
-        _arenas.append(torch.empty(max(_ARENA, 4 * nbytes), dtype=torch.uint8, pin_memory=True))
+        with torch.inference_mode(False):  # to be written in any mode
+            _arenas.append(torch.empty(max(_ARENA, 4 * nbytes), dtype=torch.uint8, pin_memory=True))
         _room = _arenas[-1].numel()
 
 
@@ -513,6 +515,11 @@ def _filled(of: Program, offsets: tuple[int, ...], target: Tensor) -> Tensor:
 
 
 def _table(of: Program, offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    with _lock:
+        return _table_of(of, offsets, device)
+
+
+def _table_of(of: Program, offsets: tuple[int, ...], device: torch.device) -> Tensor:
     """The table on the device. Each stream has one of its own, so that no call waits for another stream, or shares keys
     with what runs there."""
     width = of.table.shape[1]
