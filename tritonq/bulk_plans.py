@@ -26,6 +26,7 @@ from tritonq.tiling import Matrix
 
 _KEPT = 8  # tables of a program: places that its tensors take turns in
 _TURNED_ROWS = 32  # rows of a transposed tile of channels at most: two sectors of bf16
+_TURNED_TILE = tuning.LARGEST_TILE // 2  # elements of such a tile: 32 a thread
 _ROWS = 32  # of a transposed tile of `grouped_apply_kernel`
 _ALIGNED = 16
 
@@ -192,13 +193,21 @@ def _turned_group_tiling(entries: list[Entry], fmt: Format) -> _Tiling:
     group_rows, group_columns = -(-largest.rows // fmt.group[0]), -(-largest.columns // max(1, fmt.group[1]))
     groups = max(min(max(1, tuning.WRITTEN_COLUMNS // c), tuning._power(group_columns)), 8 // c, fmt.super_group // c)
     if fmt.group[1] == -1 or fmt.super_group:
-        m = min(_TURNED_ROWS, max(1, tuning.LARGEST_TILE // (c * groups)))
+        m = min(_TURNED_ROWS // (2 if fmt.super_group else 1), max(1, _TURNED_TILE // (c * groups)))
     else:
         m = max(1, tuning.TILE // (2 * r * c * groups))
     m = min(m, tuning._power(group_rows))
     own = _Tiling({"S": 1, "M": m, "R": r, "GROUPS": groups, "W": c}, fmt)
-    warps = tuning._warps(own.lanes if own.lanes > 2 * tuning.TILE else 2 * own.lanes)  # turning a tile takes registers
+    per_thread = 32 if r == 1 and own.lanes > 2 * tuning.TILE else 16  # turning a tile takes registers
+    warps = tuning._warps(own.lanes, None if r > 1 and own.lanes > 2 * tuning.TILE else per_thread)
     return _Tiling({**own.config, "num_warps": warps}, fmt)
+
+
+def _too_long(view: View, fmt: Format) -> bool:
+    """Whether rows that are groups fit no tile of `grouped_kernel`."""
+    turned = view.strides[-1] != 1 and fmt.group == (1, -1)
+    columns = view.shape[-1]
+    return tuning.loops_over_rows(fmt, columns) or (turned and tuning._power(columns) > _TURNED_TILE)
 
 
 def _apply_tiling(entries: list[Entry], fmt: Format, choice: _Choice) -> _Tiling:
@@ -436,9 +445,9 @@ def program(
         columns, entries = view.shape[-1], _entries(view, fmt, divisors[view.source])
         if fmt.group[0] == -1:
             wholes.append((view, entries))
-        elif fmt.super_group or (tuning.fits(fmt, columns) and not tuning.loops_over_rows(fmt, columns)):
+        elif fmt.super_group or (tuning.fits(fmt, columns) and not _too_long(view, fmt)):
             one_pass += entries
-        elif tuning.fits_tile(fmt, columns) and not tuning.loops_over_rows(fmt, columns):
+        elif tuning.fits_tile(fmt, columns) and not _too_long(view, fmt):
             by_tiles += entries
         else:
             by_keys += entries
