@@ -41,7 +41,7 @@ def events(call: Callable[[], Any]) -> list[str]:
 
 def same(got: Parts, expected: Parts, what: str) -> None:
     for name, part in expected.items():
-        if not torch.equal(got[name].cpu().view(torch.uint8), part.cpu().view(torch.uint8)):
+        if not torch.equal(got[name].view(torch.uint8), part.to(got[name].device).view(torch.uint8)):
             raise SystemExit(f"{what}: {name} differs")
 
 
