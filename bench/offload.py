@@ -158,30 +158,34 @@ def transfer_bound(model: nn.Module, name: str, pinned: float) -> Row:
 def balanced(model: nn.Module, name: str, pinned: float, total: int) -> tuple[list[Row], int]:
     """Rows of a step without and with backward, and the number of tokens."""
     limit, rows, count = total // 3, [], 4096
-    transfer = total * (2 / 3 + 2 / len(list(model.children())[0])) / pinned / 1e9  # what is left beside two slabs
+    transfer = total * (2 / 3 + 2 / len(model.blocks)) / pinned / 1e9  # what is left beside two slabs
     for _ in range(2):
         x = tokens(count)
         computing = seconds(lambda x=x: forward(model, x))
         count = max(256, round(count * transfer / computing / 128) * 128)
     x = tokens(count)
-    for what, call, ways in (("forward", forward, 1.0), ("forward and backward", backward, 2.0)):
+    for what, call, budget in (
+        ("forward", forward, limit),
+        ("forward and backward", backward, limit),
+        ("forward, all offloaded", forward, None),
+    ):
         expected = call(model, x)
         computing = seconds(lambda call=call: call(model, x))
         torch.cuda.empty_cache()
         base = torch.cuda.memory_allocated() - total
-        with tq.offload.enable(model, device="cuda", budget=limit) as handle:
+        with tq.offload.enable(model, device="cuda", budget=budget) as handle:
             moved = handle.offloaded_bytes
             held = torch.cuda.memory_allocated() - base
             check(f"{name}, {what}", call(model, x), expected)
             taken = seconds(lambda call=call: call(model, x))
             counts = trace(lambda call=call: call(model, x), 3)
             # On the way back the two groups that were last are still there, and the first two on the next way there.
-            copied = moved * (ways - 4 / len(handle.groups) if ways == 2 else 1)
+            copied = moved * (2 - 4 / len(handle.groups) if call is backward else 1)
             bound = max(computing, copied / pinned / 1e9)
             after = torch.cuda.memory_allocated() - base
         rows.append({
             "model": "balanced", "what": what, "format": name, "tokens": count, "groups": len(handle.groups),
-            "gib": round(total / 2**30, 3), "budget_gib": round(limit / 2**30, 3), "held_bytes": held,
+            "gib": round(total / 2**30, 3), "budget_gib": budget and round(budget / 2**30, 3), "held_bytes": held,
             "planned_bytes": handle.slab_bytes + handle.resident_bytes, "held_after_bytes": after,
             "compute_ms": round(1e3 * computing, 3), "transfer_ms": round(1e3 * copied / pinned / 1e9, 3),
             "step_ms": round(1e3 * taken, 3), "of_bound": round(taken / bound, 4), **counts,
