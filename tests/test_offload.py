@@ -18,6 +18,8 @@ import torch
 from conftest import INTERPRET
 from fake_device import FakeDevice
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import tritonq as tq
@@ -202,7 +204,8 @@ def test_a_graph_may_wait_and_be_used_twice():
     same(run(lambda m: tq.offload.enable(m, device=FakeDevice())), expected)
 
 
-def test_orders_that_change():
+@pytest.mark.parametrize("lazy", [True, False])
+def test_orders_that_change(lazy):
     """Modules that are called several times, skipped, or in another order every step."""
     model, order = Model(6), random.Random(0)
     x, sequences = data(), [[order.randrange(6) for _ in range(order.randrange(1, 12))] for _ in range(12)]
@@ -215,7 +218,7 @@ def test_orders_that_change():
         return [y.detach(), leaf.grad]
 
     expected = [run(s) for s in sequences]
-    with tq.offload.enable(model, device=FakeDevice()):
+    with tq.offload.enable(model, device=FakeDevice(lazy=lazy)):
         for sequence, wanted in zip(sequences, expected, strict=True):
             same(run(sequence), wanted)
 
@@ -229,7 +232,7 @@ class Nested(nn.Module):
         self.others = [shared]  # no submodule
 
     def forward(self, x, depth=1):
-        y = self.inner(self.layer(x))
+        y = self.inner(self.layer(x)) * self.layer.bias
         if depth:
             y = self.others[0](y, depth - 1) + self.layer(y)
         return self.layer(y)
@@ -249,10 +252,11 @@ def test_units_within_units():
 
     expected = run()
     device = FakeDevice()
-    with tq.offload.enable(model, ["a", "b", "a.inner", "b.inner"], device):
+    with tq.offload.enable(model, ["a", "b", "a.inner", "b.inner"], device) as handle:
         live = device.live
         for _ in range(3):
-            same(run(), expected)
+            with NothingOnTheHost(handle):
+                same(run(), expected)
         assert device.live == live
 
 
@@ -327,13 +331,13 @@ def test_nodes_that_need_weights_of_several_units():
         y = x
         for i in (0, 1, 2, 0, 2, 1):
             y = model["layers"][i](model["outer"][i](y))
-            y = model["inner"][2 - i](y)
         return [y.detach(), *torch.autograd.grad(y.sum(), x)]
 
     expected = run()
-    with tq.offload.enable(model, [*inner, *outer, *layers], FakeDevice()):
+    with tq.offload.enable(model, [*inner, *outer, *layers], FakeDevice(lazy=False)) as handle:
         for _ in range(4):
-            same(run(), expected)
+            with NothingOnTheHost(handle):
+                same(run(), expected)
 
 
 class LateDevice(FakeDevice):
@@ -367,6 +371,36 @@ def test_kernels_that_run_late_read_their_weights(seed):
         device.join()
     assert [index for index, _ in read[::3]] == steps
     assert all(torch.equal(weight, weights[index]) for index, weight in read)
+
+
+class NothingOnTheHost(TorchDispatchMode):
+    """What a real device does: refuse to compute with weights that are not there. Views and copies are fine."""
+
+    def __init__(self, handle):
+        super().__init__()
+        self.ranges = [(g.host.bytes.data_ptr(), g.nbytes) for g in handle._manager.groups]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        views = any(r.alias_info is not None for r in function._schema.returns)
+        if not views and function is not torch.ops.aten.copy_.default:
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, torch.Tensor):
+                    pointer = tensor._buf.data_ptr() if isinstance(tensor, tq.QTensor) else tensor.data_ptr()
+                    assert not any(a <= pointer < a + n for a, n in self.ranges), f"{function} of a host tensor"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("groups", ["block", "leaf"])
+@pytest.mark.parametrize("where", [None, False, True, "inner"])
+def test_weights_are_on_the_device_where_they_are_used(groups, where):
+    model, x = Model(4), data()
+    model.checkpoint = None if where == "inner" else where
+    for layer in model.layers:
+        layer.inner_checkpoint = where == "inner"
+    expected = results(model, x, 2)
+    with tq.offload.enable(model, groups, FakeDevice()) as handle, NothingOnTheHost(handle):
+        for _ in range(2):
+            same(results(model, x, 2), expected)
 
 
 # -------------------------------------------------------------------------------------- what refers to others' weights

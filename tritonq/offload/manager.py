@@ -204,6 +204,7 @@ class Manager:
         self.backend, self.arena, self.groups, self.slabs = backend, arena, groups, slabs
         self.closed = False
         self.kept: list[Group] = []
+        self._extras: list[Group] = []  # that have memory of their own
         self._lock = threading.RLock()
         self._next: dict[tuple[int, int], Group] = {}
         self._last: Group | None = None
@@ -257,6 +258,8 @@ class Manager:
                     self._drop(group)
                 group.memory, group.ready = self._memory(group)
                 self._follow(group.ready)
+                if group.slab is None or group.memory is not group.slab.memory:
+                    self._extras.append(group)
                 try:
                     group.point(group.memory)
                 except BaseException:
@@ -287,6 +290,8 @@ class Manager:
                 if group.versions() != group.stamp:
                     self._write_back(group)
                 group.rest()
+                if group in self._extras:
+                    self._extras.remove(group)
                 if not torch.is_grad_enabled():  # else the slab may be needed again first
                     self._prefetch(group)
             if self._capture is not None:  # a graph ends with all of its copies
@@ -305,10 +310,10 @@ class Manager:
                     f"weights of the offloaded group {group.name!r} that are needed for a gradient were modified "
                     "after forward used them"
                 )
-            node = _node()
-            if slab is None or self.closed or torch._C._current_graph_task_id() < 0:
+            # Gradients of gradients save what they are given outside of any group, and others keep it.
+            if slab is None or self.closed or torch.is_grad_enabled() or torch._C._current_graph_task_id() < 0:
                 return _rebased(record.tensor, self._extra(group)[0])
-            if not self._current(slab, group) and (self._busy(slab) or slab.node == node >= 0):
+            if not self._current(slab, group) and self._busy(slab):
                 return _rebased(record.tensor, self._extra(group)[0])
             if not any(running.thread == threading.get_ident() for running in self._running()):
                 running = _Backward()
@@ -319,9 +324,9 @@ class Manager:
             if not self._current(slab, group):
                 self._load(slab, group)
             self._follow(slab.ready)
-            slab.node = node
+            slab.node = _node()
             self._remember(group)
-            self._prefetch(group, node)
+            self._prefetch(group, slab.node)
             return record.tensor
 
     # --------------------------------------------------------------------------------------------------- memory
@@ -433,12 +438,18 @@ class Manager:
         if following is None or following.slab is None or self.closed or self._replayed():
             return
         slab = following.slab
-        if node is not None and (slab is group.slab or slab.node == node >= 0):
+        if node is not None and slab.node == node:
             return
         if slab.content != following.index and not following.users and not self._busy(slab):
             self._load(slab, following)
 
     # -------------------------------------------------------------------------------------------------- saving
+
+    def on_extra(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter that lies in memory of its own for a call."""
+        return isinstance(tensor, nn.Parameter | QTensor) and any(
+            tensor is weight.parameter for group in self._extras for weight in group.weights
+        )
 
     def group_of(self, tensor: Tensor) -> Group | None:
         """The group whose memory in a slab a saved tensor views."""
@@ -462,7 +473,9 @@ class _Pack:
     def __call__(self, tensor: Tensor) -> Any:
         group = self.manager.group_of(tensor)
         if group is not None:
-            return _Saved(group, tensor)
+            return _Saved(group, tensor.detach())  # a parameter will point elsewhere
+        if self.manager.on_extra(tensor):
+            tensor = tensor.detach()
         return _Kept(tensor) if self._outer is None else self._outer[0](tensor)
 
     def unpack(self, packed: Any) -> Tensor:
