@@ -72,6 +72,15 @@ class Backend:
         event."""
         self.wait(event)
 
+    @property
+    def stream(self) -> object | None:
+        """What the lane "compute" is."""
+        return None
+
+    def borrow(self, tensor: Tensor) -> None:
+        """Keep memory that was allocated for the lane "compute" until what the caller has given the device by the time
+        it is freed, on the stream that is its current one, has ended."""
+
     def capture(self) -> object | None:
         """What tells the graph that the caller captures from others; None outside of captures."""
         return None
@@ -152,6 +161,15 @@ class Cuda(Backend):
     def follow(self, event: Event) -> None:
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
+
+    @property
+    def stream(self) -> object | None:
+        return self._streams["compute"]
+
+    def borrow(self, tensor: Tensor) -> None:
+        current = torch.cuda.current_stream(self.device)
+        if current != self._streams["compute"]:
+            tensor.record_stream(current)
 
     def capture(self) -> object | None:
         if not torch.cuda.is_current_stream_capturing():
