@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import tritonq as tq
 from tritonq import memory
 from tritonq.formats import get_format
+from tritonq.offload import pool as pools
 from tritonq.offload import saved
 from tritonq.offload.pool import PinnedPool, size_class
 from tritonq.tensor import Layout
@@ -965,6 +966,16 @@ def test_captures(fake):
     gc.collect()
     step(context)
     assert pool.held == 2 * held
+    lost = PinnedPool()
+    lost.reserve(fake, [2000, 1200])
+    fake.graph = "third"
+    step(offload(fake, pool=lost))
+    fake.graph = None
+    pins = fake.pins
+    del lost  # the graph may still be replayed
+    assert fake.pins == pins
+    pools._orphans.clear()
+    fake.pins -= 2
     pool.trim()
     assert pool.held == held  # those of the graph
     pool.forget_graphs()

@@ -128,8 +128,9 @@ class Activations:
             self._group = None
             if self._depth == 0:
                 self._early.clear()
-                if drain and not self._manual:
-                    self.flush()
+            outermost = all(context is not self for context, *_ in _contexts())  # in this thread
+            if outermost and drain and not self._manual:
+                self.flush()
 
     def flush(self) -> None:
         """Let the stream wait for all copies to the host that are under way, and free what they copied."""
