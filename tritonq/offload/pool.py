@@ -61,6 +61,10 @@ class Buffer:
             self._unpin()
             self._unpin = None
 
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not finalizing() and hasattr(self, "_unpin"):  # else the process ends, and the driver with it
+            self.close()
+
 
 def _pages(size: int) -> Tensor:
     """Memory in pages of its own: huge ones where there are some, which are quicker to pin, and none that a child
@@ -176,11 +180,8 @@ class PinnedPool:
             self.most = self.used
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if finalizing():  # the process ends, and the driver with it
+        if finalizing():
             return
-        for buffers in self._free.values():
-            for buffer in buffers:
-                buffer.close()
         for of_graph in self._graphs.values():
             _orphans.extend(of_graph)
 
