@@ -60,9 +60,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The tables of README.md and docs/speed.md, which a test compares.
+# The tables of README.md and docs/speed.md, and docs/hosts.md, which tests compare.
 tables: $(STAMP)
 	$(BIN)/python -m tests.test_readme
+	$(BIN)/python -m tests.hosts.page
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

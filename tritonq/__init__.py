@@ -2,9 +2,15 @@
 
 import os
 
-from tritonq import offload, ste
+from tritonq import (
+    offload,
+    sharding,  # noqa: F401  registers what collectives do with QTensors
+    ste,
+    tensor_ops,  # noqa: F401  and what operators do
+)
 from tritonq.autograd import hadamard, qdq
 from tritonq.best import Best
+from tritonq.bulk import BulkBuffer, grouped_quantize
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.model import save_pretrained
@@ -15,7 +21,7 @@ from tritonq.nn.quantize import quantize_
 from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
 from tritonq.scale_tiles import swizzle, unswizzle
 from tritonq.sign_step import SignStep
-from tritonq.tensor import QTensor, dequantize, quantize, quantize_both
+from tritonq.tensor import QTensor, dequantize, payload_data_, quantize, quantize_both
 
 if os.environ.get("TRITONQ_AUTOTUNE") == "1":
     from tritonq.tune import tune_on_first_use
@@ -28,6 +34,7 @@ __all__ = [
     "FORMATS",
     "SCHEMES",
     "Best",
+    "BulkBuffer",
     "ElementType",
     "Format",
     "QLinear",
@@ -41,11 +48,13 @@ __all__ = [
     "freeze_observers_",
     "get_format",
     "get_scheme",
+    "grouped_quantize",
     "hadamard",
     "integer",
     "lookup",
     "minifloat",
     "offload",
+    "payload_data_",
     "qdq",
     "quantize",
     "quantize_",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tritonq.autograd import qdq
 from tritonq.formats import Format
+from tritonq.sharding import teach_dtensor
 from tritonq.tensor import QTensor
 
 # Parts of a Format that inputs may be given, and the buffers that hold them.
@@ -56,7 +57,7 @@ class QLinear(KeepsBuffers):
         divisor = torch.ones(1, dtype=torch.float32, device=weight.device) if needs_divisor else None
         self.register_buffer("input_scale", None)
         self.register_buffer("input_zero_point", None)
-        self.register_buffer("input_global_scale", divisor, persistent=needs_divisor)
+        self.register_buffer("input_global_scale", divisor)  # persistent: hosts move the others without asking for None
         self.train(linear.training)
         for name, hook in linear.__dict__.items():
             if "_hook" in name and hook:  # also the flags: which take keywords, always run, see full gradients
@@ -65,6 +66,8 @@ class QLinear(KeepsBuffers):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.input_format is not None:
+            if type(input).__name__ == "DTensor":
+                teach_dtensor()
             parts = {name: getattr(self, buffer) for name, buffer in STATIC.items()}
             input = qdq(input, self.input_format, **parts)
         return nn.functional.linear(input, self.weight, self.bias)

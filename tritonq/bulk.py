@@ -1,0 +1,461 @@
+"""Many quantized tensors in one allocation, quantized together: MoE experts, fused projections, tokens by expert.
+
+    member i of the result = quantize(tensors[i], fmt), and of its `columns` = quantize(tensors[i].mT, fmt), bit by bit
+
+Each direction is one allocation, so that dropping one frees its memory. Members begin at multiples of 256 bytes, and
+are QTensors whose buffers are slices of it: what is done to the whole (a copy, `record_stream`, pinning) is done to
+all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from tritonq import bulk_plans, operators, ops
+from tritonq.bulk_plans import View
+from tritonq.formats import Format, Shape, get_format
+from tritonq.memory import empty
+from tritonq.tensor import Layout, QTensor, _outside_graphs
+
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class BulkLayout:
+    """Where quantized tensors lie in a buffer of `nbytes` bytes: layouts, and the bytes at which they begin."""
+
+    members: tuple[Layout, ...]
+    offsets: tuple[int, ...]
+    nbytes: int
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def of(fmt: Format, shapes: tuple[Shape, ...]) -> BulkLayout:
+        """One after the other, each from a multiple of 256 bytes on."""
+        members, offsets, end = [], [], 0
+        for shape in shapes:
+            layout = Layout.of(fmt, shape)
+            start = -(-end // _ALIGNMENT) * _ALIGNMENT
+            members.append(layout)
+            offsets.append(start)
+            end = start + layout.nbytes
+        return BulkLayout(tuple(members), tuple(offsets), end)
+
+
+class BulkBuffer(Sequence[QTensor]):
+    """Quantized tensors that are slices of one buffer. Made by `tritonq.grouped_quantize`.
+
+    Indexing, `len` and iteration are over `members`, those quantized along rows.
+
+    Attributes:
+        base: the allocation, uint8 [nbytes].
+        layout: where members lie in it.
+        dtype: of the members.
+        columns: a BulkBuffer of what is quantized along columns, or None. It has a buffer of its own: `bulk.columns =
+            None` frees that one, and to keep nothing else frees the other.
+    """
+
+    def __init__(self, base: Tensor, layout: BulkLayout, dtype: torch.dtype, columns: BulkBuffer | None = None) -> None:
+        _check_base(base, layout)
+        self.base, self.layout, self.dtype, self.columns = base, layout, dtype, columns
+        self._members: list[QTensor | None] = [None] * len(layout.members)
+
+    # ------------------------------------------------------------------------------------------------- members
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def _slice(self, i: int, base: Tensor) -> Tensor:
+        start = self.layout.offsets[i]
+        return base[start : start + self.layout.members[i].nbytes]
+
+    def _member(self, i: int) -> QTensor:
+        found = self._members[i]
+        if found is None:
+            found = QTensor._wrap(self._slice(i, self.base), self.layout.members[i], self.dtype)
+            self._members[i] = found
+        return found
+
+    @overload
+    def __getitem__(self, index: int) -> QTensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[QTensor]: ...
+    def __getitem__(self, index: int | slice) -> QTensor | list[QTensor]:
+        if isinstance(index, slice):
+            return [self._member(i) for i in range(len(self))[index]]
+        return self._member(range(len(self))[index])
+
+    def __iter__(self) -> Iterator[QTensor]:
+        return (self._member(i) for i in range(len(self)))
+
+    @property
+    def members(self) -> tuple[QTensor, ...]:
+        """The QTensors, the same objects every time; `_buf` of each is a slice of `base`."""
+        return tuple(self)
+
+    # ----------------------------------------------------------------------------------------------- the whole
+
+    @property
+    def format(self) -> Format | None:
+        """Of the members; None where there are none."""
+        for layout in (*self.layout.members, *(self.columns.layout.members if self.columns is not None else ())):
+            return layout.format
+        return None
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the allocations, that of `columns` included."""
+        return self.base.numel() + (self.columns.nbytes if self.columns is not None else 0)
+
+    def __repr__(self) -> str:
+        name = self.format.name if self.format else None
+        columns = f", columns={len(self.columns)}" if self.columns is not None else ""
+        return f"BulkBuffer({len(self)} x {name}, nbytes={self.nbytes}, device={self.device}{columns})"
+
+    def _with(self, base: Tensor, columns: BulkBuffer | None) -> BulkBuffer:
+        return BulkBuffer(base, self.layout, self.dtype, columns)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> BulkBuffer:
+        """A copy on a device, one copy an allocation; self where it lies there already."""
+        target = torch.device(device)
+        if target == self.device or (target.type == self.device.type and target.index is None):
+            return self
+        columns = None if self.columns is None else self.columns.to(device, non_blocking)
+        return self._with(self.base.to(device, non_blocking=non_blocking), columns)
+
+    def clone(self) -> BulkBuffer:
+        """A copy where it lies."""
+        return self._with(self.base.clone(), None if self.columns is None else self.columns.clone())
+
+    def pin_memory(self) -> BulkBuffer:
+        """A copy in pinned host memory; self where it lies in such."""
+        if self.is_pinned():
+            return self
+        columns = None if self.columns is None else self.columns.pin_memory()
+        return self._with(self.base.pin_memory(), columns)
+
+    def is_pinned(self) -> bool:
+        return bool(self.base.is_pinned()) and (self.columns is None or self.columns.is_pinned())
+
+    def record_stream(self, stream: Any) -> None:
+        """No memory of any member is handed out again before work that is on `stream` now has ended."""
+        self.base.record_stream(stream)
+        if self.columns is not None:
+            self.columns.record_stream(stream)
+
+    @torch.no_grad()
+    def rebind(self, base: Tensor, tensors: Sequence[Tensor] | None = None) -> BulkBuffer:
+        """Let the members lie in another buffer that holds the same bytes, such as a copy on another device; nothing is
+        copied. Returns self.
+
+        Args:
+            base: uint8 [nbytes], contiguous, any device.
+            tensors: QTensors to point at it besides, one a member: parameters of a model that were made of the members.
+                They stay the objects that they are. `columns` is a BulkBuffer with a `rebind` of its own.
+
+        Raises:
+            ValueError: a buffer of another size or kind, or another number of tensors. TypeError: no QTensors.
+        """
+        _check_base(base, self.layout)
+        if tensors is not None and len(tensors) != len(self):
+            raise ValueError(f"rebind takes one tensor a member, {len(self)}, got {len(tensors)}")
+        for i, layout in enumerate(self.layout.members):
+            member = self._members[i]
+            for target in (member, None if tensors is None else tensors[i]):
+                if target is not None:
+                    target.data = QTensor._wrap(self._slice(i, base), layout, self.dtype)
+        self.base = base
+        return self
+
+    # ------------------------------------------------------------------------------------------------- copying
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BulkBuffer:
+        copy = memo[id(self)] = self.clone()
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        whole = self.base.untyped_storage().nbytes() <= self.base.numel() + _ALIGNMENT
+        base = self.base if whole else self.base.clone()
+        members = tuple((tuple(own.shape), own.segments, own.nbytes) for own in self.layout.members)
+        name = None if not members else ops._name(self.layout.members[0].format)
+        return _rebuild_bulk, (base, name, members, self.layout.offsets, self.dtype, self.columns)
+
+
+def _check_base(base: Tensor, layout: BulkLayout) -> None:
+    if base.dtype is not torch.uint8 or base.shape != (layout.nbytes,) or not base.is_contiguous():
+        raise ValueError(
+            f"the buffer of {len(layout.members)} members is contiguous uint8 of shape ({layout.nbytes},), got "
+            f"{base.dtype} of shape {tuple(base.shape)} with strides {base.stride()}"
+        )
+
+
+def _rebuild_bulk(
+    base: Tensor, name: str | None, members: tuple[Any, ...], offsets: tuple[int, ...], dtype: torch.dtype,
+    columns: BulkBuffer | None,
+) -> BulkBuffer:  # fmt: skip
+    """Inverse of `BulkBuffer.__reduce_ex__`; the format comes back by its name."""
+    layouts = []
+    for shape, segments, nbytes in members:
+        kept = tuple((part, offset, tuple(size), tuple(stride), kind) for part, offset, size, stride, kind in segments)
+        layouts.append(Layout(get_format(name or ""), tuple(shape), kept, nbytes))
+    return BulkBuffer(base, BulkLayout(tuple(layouts), tuple(offsets), base.numel()), dtype, columns)
+
+
+torch.serialization.add_safe_globals([BulkBuffer, _rebuild_bulk])
+
+
+# ---------------------------------------------------------------------------------------------------- public functions
+
+
+@_outside_graphs
+def grouped_quantize(
+    tensors: Sequence[Tensor] | Tensor,
+    fmt: Format | str,
+    *,
+    sizes: Sequence[int] | None = None,
+    rowwise: bool = True,
+    columnwise: bool = False,
+    tensor_scale: Tensor | None = None,
+    share_tensor_scale: bool = False,
+    out: BulkBuffer | None = None,
+) -> BulkBuffer:
+    """Quantize many tensors into one allocation; on a GPU in one launch, whatever their number.
+
+    Formats with a tensor scale take two launches, the first for the largest magnitudes; so do formats whose groups are
+    whole tensors, larger than 32768 elements, or share bytes with their neighbours (docs/bulk.md).
+
+    Args:
+        tensors: floating tensors of one dtype on one device, of any shapes and strides, also without elements; or one
+            tensor with `sizes`.
+        fmt: a Format or its name; see `quantize`.
+        sizes: cut one tensor along its first axis into members of so many rows, such as tokens sorted by expert. They
+            add up to its rows, and can be 0.
+        rowwise: quantize the tensors.
+        columnwise: quantize their transposes x.mT, into `columns`, which has a buffer of its own.
+        tensor_scale: used verbatim instead of being computed, fp32: one element, or one a tensor.
+        share_tensor_scale: one tensor scale for all, that of the largest finite magnitude among them, as runtimes that
+            fuse q, k and v need it.
+        out: a BulkBuffer of an equal call, whose buffers receive the result; it is returned.
+
+    Returns:
+        A BulkBuffer whose member i equals `quantize(tensors[i], fmt)` bit for bit, and `columns[i]`
+        `quantize(tensors[i].mT, fmt)`. Without `rowwise` it has no members but `columns`.
+
+    Raises:
+        ValueError: an unknown format, no tensor, neither direction, sizes, a tensor scale or out that do not fit,
+            fewer dimensions than `fmt` or `columnwise` takes. TypeError: tensors that are not floating, or of several
+            dtypes or devices.
+    """
+    fmt = get_format(fmt)
+    members = _members(tensors, sizes)
+    _check(members, fmt, rowwise, columnwise, tensor_scale, share_tensor_scale)
+    rows, columns = _layouts(members, fmt, rowwise, columnwise)
+    dtype = members[0].dtype
+    if out is not None:
+        _check_out(out, rows, columns, members[0])
+        buffers = out.base, out.base if out.columns is None else out.columns.base
+        if ops.traced(members[0]):
+            made = torch.ops.tritonq.grouped_quantize(
+                members, ops._name(fmt), rowwise, columnwise, tensor_scale, share_tensor_scale
+            )
+            for target, values in zip(buffers, made, strict=True):
+                if values.numel():
+                    target.copy_(values)
+        else:
+            _fill(members, fmt, rowwise, columnwise, tensor_scale, share_tensor_scale, buffers)
+        return out
+    make = quantize_into_buffers if any(map(ops.traced, members)) else _allocate_and_fill
+    row_buffer, column_buffer = make(members, fmt, rowwise, columnwise, tensor_scale, share_tensor_scale)
+    other = BulkBuffer(column_buffer, columns, dtype) if columnwise else None
+    return BulkBuffer(row_buffer, rows, dtype, other)
+
+
+def quantize_into_buffers(
+    members: Sequence[Tensor],
+    fmt: Format | str,
+    rowwise: bool = True,
+    columnwise: bool = False,
+    tensor_scale: Tensor | None = None,
+    share_tensor_scale: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The buffers of `grouped_quantize` as plain tensors, which can be traced: uint8, as `BulkLayout.of` lays them out,
+    with zeros between the parts; one of no bytes for a direction that is not asked for."""
+    fmt = get_format(fmt)
+    if any(map(ops.traced, members)):
+        name = ops._name(fmt)
+        arguments = (list(members), name, rowwise, columnwise, tensor_scale, share_tensor_scale)
+        row_buffer, column_buffer = torch.ops.tritonq.grouped_quantize(*arguments)
+        return row_buffer, column_buffer
+    return _allocate_and_fill(members, fmt, rowwise, columnwise, tensor_scale, share_tensor_scale, torch.zeros)
+
+
+def _members(tensors: Sequence[Tensor] | Tensor, sizes: Sequence[int] | None) -> list[Tensor]:
+    if sizes is None:
+        if isinstance(tensors, Tensor):
+            raise TypeError(
+                "tensors is a sequence of tensors, got one; pass sizes=[...] to cut it along its first axis"
+            )
+        members = [t.detach() if isinstance(t, Tensor) else t for t in tensors]
+    else:
+        if not isinstance(tensors, Tensor):
+            raise TypeError(f"sizes cut one tensor, got {type(tensors).__name__}; leave sizes out, or concatenate")
+        counts = [int(n) for n in sizes]
+        if tensors.ndim < 1 or min(counts, default=0) < 0 or sum(counts) != tensors.shape[0]:
+            raise ValueError(
+                f"sizes are >= 0 and add up to the rows of a tensor of shape {tuple(tensors.shape)}, got {counts}, "
+                f"which add up to {sum(counts)}"
+            )
+        members = list(tensors.detach().split(counts))
+    if not members:
+        raise ValueError("grouped_quantize takes at least one tensor, got none; it could not say of what dtype")
+    return members
+
+
+def _check(
+    members: Sequence[Tensor], fmt: Format, rowwise: bool, columnwise: bool, tensor_scale: Tensor | None, share: bool
+) -> None:
+    if not (rowwise or columnwise):
+        raise ValueError("rowwise and columnwise are both False; ask for one of them")
+    for i, x in enumerate(members):
+        (ops.check_both if columnwise else ops.check_input)(x, fmt)
+        if x.dtype is not members[0].dtype or x.device != members[0].device:
+            raise TypeError(
+                f"tensors are of one dtype and device, got {x.dtype} on {x.device} at {i} beside "
+                f"{members[0].dtype} on {members[0].device}; cast or move them, or call once for each kind"
+            )
+    if not fmt.tensor_scale and (tensor_scale is not None or share):
+        raise ValueError(f"{fmt.name} has no tensor_scale; leave tensor_scale and share_tensor_scale out")
+    if tensor_scale is None:
+        return
+    if share:
+        raise ValueError("share_tensor_scale computes what tensor_scale gives; leave one of them out")
+    if not isinstance(tensor_scale, Tensor) or tensor_scale.dtype is not torch.float32:
+        kind = getattr(tensor_scale, "dtype", type(tensor_scale).__name__)
+        raise TypeError(f"tensor_scale of {fmt.name} is a tensor of float32, got {kind}")
+    if tensor_scale.numel() not in (1, len(members)):
+        raise ValueError(f"tensor_scale has 1 or {len(members)} elements, one a tensor, got {tensor_scale.numel()}")
+    ops.check_device("tensor_scale", tensor_scale, members[0])
+
+
+def _layouts(members: Sequence[Tensor], fmt: Format, rowwise: bool, columnwise: bool) -> tuple[BulkLayout, BulkLayout]:
+    shapes = tuple(tuple(x.shape) for x in members)
+    turned = tuple((*shape[:-2], shape[-1], shape[-2]) for shape in shapes) if columnwise else ()
+    return BulkLayout.of(fmt, shapes if rowwise else ()), BulkLayout.of(fmt, turned)
+
+
+def _check_out(out: BulkBuffer, rows: BulkLayout, columns: BulkLayout, x: Tensor) -> None:
+    if not isinstance(out, BulkBuffer):
+        raise TypeError(f"out is a BulkBuffer, got {type(out).__name__}; make one with tritonq.grouped_quantize")
+    own = BulkLayout.of(get_format("mxfp8"), ()) if out.columns is None else out.columns.layout
+    if (out.layout, own, out.dtype, out.device) != (rows, columns, x.dtype, x.device):
+        raise ValueError(
+            f"out has to come from a call with tensors of the same shapes, format and directions, {x.dtype} on "
+            f"{x.device}; got {out!r} of {out.dtype} with shapes {[layout.shape for layout in out.layout.members]}"
+        )
+
+
+@torch.no_grad()
+def _allocate_and_fill(
+    members: Sequence[Tensor], fmt: Format, rowwise: bool, columnwise: bool, tensor_scale: Tensor | None, share: bool,
+    allocate: Callable[..., Tensor] = empty,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, columns = (layout.nbytes for layout in _layouts(members, fmt, rowwise, columnwise))
+    kind = {"dtype": torch.uint8, "device": members[0].device}
+    buffers = allocate(rows, **kind), allocate(columns, **kind)
+    _fill(members, fmt, rowwise, columnwise, tensor_scale, share, buffers)
+    return buffers
+
+
+@torch.no_grad()
+def _fill(
+    members: Sequence[Tensor], fmt: Format, rowwise: bool, columnwise: bool, tensor_scale: Tensor | None, share: bool,
+    buffers: tuple[Tensor, Tensor],
+) -> None:  # fmt: skip
+    members = [x.resolve_neg() for x in members]
+    if members[0].device.type == "meta":
+        return
+    layouts = _layouts(members, fmt, rowwise, columnwise)
+    if ops.uses_triton(members[0]):
+        scales = "shared" if share else "own"
+        if tensor_scale is not None:
+            scales, tensor_scale = "one" if tensor_scale.numel() == 1 else "each", tensor_scale.contiguous()
+        with ops._device_of(members[0]):
+            views = _views(tuple((tuple(x.shape), x.stride()) for x in members), fmt, rowwise, columnwise)
+            bulk_plans.run(members, views, fmt, buffers, tensor_scale, scales)
+        return
+    given: list[Tensor | None] = [None] * len(members)
+    if tensor_scale is not None:
+        given = list(tensor_scale.reshape(-1, 1).expand(len(members), 1))
+    elif share:
+        given = [_shared_tensor_scale(members, fmt)] * len(members)
+    for side, (layout, buffer) in enumerate(zip(layouts, buffers, strict=True)):
+        for i, own in enumerate(layout.members):
+            start, x = layout.offsets[i], members[i].mT if side else members[i]
+            piece = buffer[start : start + own.nbytes]
+            parts = {segment[0]: own.part(piece, segment) for segment in own.segments}
+            ops._quantize(x, fmt, None, None, given[i], out=parts)
+
+
+def _shared_tensor_scale(members: Sequence[Tensor], fmt: Format) -> Tensor:
+    """The smallest of those tensors that have a finite element other than 0; 1 without any."""
+    found = [ops._tensor_scale(x, fmt) for x in members if bool(x.nan_to_num(0.0, 0.0, 0.0).any())]
+    return torch.stack(found).amin(0) if found else torch.ones(1, device=members[0].device)
+
+
+@functools.lru_cache(maxsize=512)
+def _views(members: tuple[tuple[Shape, Shape], ...], fmt: Format, rowwise: bool, columnwise: bool) -> tuple[View, ...]:
+    """What is quantized and where its parts go, rows of a tensor before its columns."""
+    shapes = tuple(shape for shape, _ in members)
+    turned = tuple((*shape[:-2], shape[-1], shape[-2]) for shape in shapes) if columnwise else ()
+    rows, columns = BulkLayout.of(fmt, shapes if rowwise else ()), BulkLayout.of(fmt, turned)
+    views = []
+    for i, (_, strides) in enumerate(members):
+        for side, layout in enumerate((rows, columns)):
+            if i >= len(layout.members):
+                continue
+            own = layout.members[i]
+            parts = tuple((segment[0], layout.offsets[i] + segment[1]) for segment in own.segments)
+            seen = (*strides[:-2], strides[-1], strides[-2]) if side else strides
+            views.append(View(i, side, own.shape, tuple(seen), parts))
+    return tuple(views)
+
+
+# --------------------------------------------------------------------------------------------------------- operator
+
+
+def _operator(
+    tensors: Sequence[Tensor], name: str, rowwise: bool, columnwise: bool, tensor_scale: Tensor | None, share: bool
+) -> tuple[Tensor, Tensor]:
+    fmt = get_format(name)
+    _check(tensors, fmt, rowwise, columnwise, tensor_scale, share)
+    return _allocate_and_fill(tensors, fmt, rowwise, columnwise, tensor_scale, share, torch.zeros)
+
+
+def _fake(
+    tensors: Sequence[Tensor], name: str, rowwise: bool, columnwise: bool, tensor_scale: Tensor | None, share: bool
+) -> tuple[Tensor, Tensor]:
+    made = []
+    for wanted, views in ((rowwise, tensors), (columnwise, [x.mT for x in tensors] if columnwise else [])):
+        end = 0  # as `BulkLayout.of`, which keeps what it gives and so takes no symbolic sizes
+        for x in views if wanted else ():
+            end = -(-end // _ALIGNMENT) * _ALIGNMENT + Layout.of.__wrapped__(get_format(name), tuple(x.shape)).nbytes
+        made.append(tensors[0].new_empty(end, dtype=torch.uint8))
+    return made[0], made[1]
+
+
+operators._operator(
+    "grouped_quantize(Tensor[] tensors, str format, bool rowwise, bool columnwise, Tensor? tensor_scale, "
+    "bool share_tensor_scale) -> (Tensor, Tensor)",
+    _operator,
+    _fake,
+)
