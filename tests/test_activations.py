@@ -379,6 +379,26 @@ def test_weights_of_quantized_layers_stay(fake):
     assert fake.out == [64 * 128 * 4]  # what sin saves, and no weight
 
 
+def test_beside_offloaded_weights(fake):
+    """The same activations move, and no weight twice."""
+    model, x = nn.ModuleList(Block(32) for _ in range(3)), torch.randn(2, 8, 32)
+    tq.quantize_(model, "W8A16", ignore=())
+
+    def forward(x):
+        for block in model:
+            x = block(x)
+        return x
+
+    expected = results(model, x, forward=forward)
+    same(results(model, x, offload(fake), forward), expected)
+    alone = list(fake.out)
+    fake.out.clear()
+    with tq.offload.enable(model, device=FakeDevice(seed=2)):
+        for _ in range(3):
+            same(results(model, x, offload(fake), forward), expected)
+    assert fake.out == 3 * alone
+
+
 def test_threshold_and_budget(fake):
     sizes = (50, 100, 200, 400)
 
@@ -1489,6 +1509,25 @@ def test_gpu_views(view):
     make, context = dict(_views("cuda"))[view], gpu_context(min_bytes=0)
     (got,) = kept(context, lambda: (make(),))
     check_view(got, make())
+    assert context.pool.held > 0
+
+
+@pytest.mark.gpu
+def test_gpu_beside_offloaded_weights():
+    model = nn.ModuleList(Block(256) for _ in range(4)).to("cuda", torch.bfloat16)
+    tq.quantize_(model, "W4A16", ignore=())
+    x = torch.randn(8, 256, 256, device="cuda", dtype=torch.bfloat16)
+
+    def forward(x):
+        for block in model:
+            x = block(x)
+        return x
+
+    expected, context = results(model, x, forward=forward), gpu_context()
+    model.zero_grad()  # moving the model would move them
+    with tq.offload.enable(model.cpu(), device="cuda"):
+        for _ in range(4):
+            same(results(model, x, context, forward), expected)
     assert context.pool.held > 0
 
 
