@@ -108,9 +108,9 @@ class Activations:
     def _number(self) -> int:
         """The next layer's."""
         with lock:
-            self._prune()
-            if self._cursor >= 0 or (self._saved and not self._groups):  # the last step is over
+            if self._cursor >= 0 or (self._saved and self.nbytes == 0):  # the last step is over
                 self._next_layer, self._cursor, self._saved = 0, -1, False
+                self._prune()
                 self._layers = {group.layer for group in self._groups}
             self._next_layer += 1
             return self._next_layer - 1
@@ -118,7 +118,9 @@ class Activations:
     def _open(self, name: Hashable, drain: bool) -> None:
         with lock:
             settle()
-            self._prune()
+            if self._cursor >= 0:  # after a backward
+                self._cursor = -1
+                self._prune()
             self._layer, self._group = name, None
             self._layers.add(name)
             self._depth += 1
@@ -253,13 +255,12 @@ class Activations:
         self._fetch(base, base)
         end = bisect.bisect_right(self._groups, index, key=lambda group: group.index)
         wanted = self._prefetch + 1
-        for group in reversed(self._groups[:end]):
-            bases = group.bases()
+        while end > 0 and wanted > 0:
+            end -= 1
+            bases = self._groups[end].bases()
             wanted -= bool(bases)
             for other in reversed(bases):
                 self._fetch(other, base)
-            if wanted <= 0:
-                break
 
     def _fetch(self, base: Base, reached: Base) -> None:
         # Copies that a graph did not capture cannot be waited for in it, so graphs prefetch what they saved themselves.
