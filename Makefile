@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-search bench-streaming bench-activations bench-check bench-cpu instructions lint tables clean
+.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-search bench-streaming bench-activations bench-offload bench-check bench-cpu instructions lint tables clean
 
 demo: $(STAMP)
 	$(BIN)/tritonq demo
@@ -19,7 +19,7 @@ test-cpu: $(STAMP)
 # The kernels themselves, in Triton's interpreter, which has to be chosen before they are defined.
 test-interpret: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" -n 2 tests/test_laws.py tests/test_codecs.py \
-		tests/test_tuning.py tests/test_tune.py tests/test_search.py tests/test_super_groups.py tests/test_both.py tests/test_ste.py
+		tests/test_tuning.py tests/test_tune.py tests/test_search.py tests/test_super_groups.py tests/test_both.py tests/test_ste.py tests/test_bulk.py
 
 # On a machine with a GPU: with the interpreter of the environment that holds torch, `make test-gpu BIN=$$(dirname $$(which python3))`.
 test-gpu:
@@ -39,6 +39,10 @@ bench-search:
 # Tensors in host memory through a GPU, beside copies of pinned memory.
 bench-streaming:
 	PYTHONPATH=. $(BIN)/python -m bench.streaming
+
+# Offloaded weights beside pinned copies, computing alone, and diffusers where it is installed.
+bench-offload:
+	PYTHONPATH=. $(BIN)/python -m bench.offload
 
 # Training steps with saved activations in host memory, beside torch's save_on_cpu.
 bench-activations:

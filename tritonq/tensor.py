@@ -387,14 +387,11 @@ class QTensor(Tensor):
                 return autograd.linear(x, parts, weight.format, tuple(weight.shape), bias)
         if func is Tensor.__setitem__ and isinstance(args[0], QTensor):
             return _set_item(*args)
-        if func is Tensor.untyped_storage or func is Tensor.storage:
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if func is Tensor.storage or caller.startswith("safetensors."):
-                # safetensors goes on to copy as many bytes from the pointer as a dense tensor would have.
-                raise RuntimeError(_NO_STORAGE)
-            if not _in_torch(caller):
-                # A wrapper's own is null, as if all were tied; tracers have to see that it is not the buffer's.
-                return args[0]._buf.untyped_storage()
+        if func is Tensor.storage:
+            raise RuntimeError(_NO_STORAGE)
+        if func is Tensor.untyped_storage and not _in_torch(sys._getframe(1).f_globals.get("__name__", "")):
+            # A wrapper's own is null, as if all were tied; tracers have to see that it is not the buffer's.
+            return args[0]._buf.untyped_storage()
         if func in _TO_PYTHON:  # refused for subclasses
             return func(args[0].detach().dequantize(), *args[1:], **kwargs)
         with torch._C.DisableTorchFunctionSubclass():  # a dense result is a plain tensor

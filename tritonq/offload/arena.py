@@ -51,7 +51,7 @@ class HostArena:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._releases: list[Callable[[], object]] = []
-        self._end = weakref.finalize(self, _release, backend, self._releases)
+        self._end: weakref.finalize[..., HostArena] = weakref.finalize(self, _release, backend, self._releases)
         self._end.atexit = False  # the process ends, and the driver with it
 
     def slab(self, nbytes: int) -> HostSlab:
@@ -164,7 +164,7 @@ class DiskArena(HostArena):
 def _read_and_copy(arena: DiskArena, turn: int, slab: HostSlab, target: Tensor, after: list[Event]) -> Event:
     arena._backend.wait(arena._free[turn])
     staging = arena._staging[turn].bytes
-    read(arena._files, slab._start, slab.nbytes, memoryview(staging.numpy()))
+    read(arena._files, slab._start, slab.nbytes, memoryview(staging.numpy()))  # type: ignore[arg-type]
     source, copy = staging[: slab.nbytes], arena._backend.copy
     event = arena._backend.submit("in", lambda: copy(target, source), *after)
     arena._free[turn] = event

@@ -46,6 +46,7 @@ class DeviceSlab:
         self.ready: Event | concurrent.futures.Future[Event] = None
         self.used: list[Event] = []
         self.task = -1  # of autograd, in which it was loaded
+        self.node = -1  # of autograd, that was last given views of it
 
     def holds(self, tensor: Tensor) -> bool:
         return self.start <= tensor.data_ptr() < self.stop
@@ -160,6 +161,12 @@ def _rest(view: View) -> tuple[Any, ...]:
     return view.nbytes, view.shape, view.stride, view.dtype, view.layout
 
 
+def _node() -> int:
+    """Which node of autograd runs."""
+    node = torch._C._current_autograd_node()
+    return -1 if node is None else int(node._sequence_nr())
+
+
 def _about(tensor: Tensor | None) -> str:
     if tensor is None:
         return "nothing"
@@ -197,6 +204,7 @@ class Manager:
         self.backend, self.arena, self.groups, self.slabs = backend, arena, groups, slabs
         self.closed = False
         self.kept: list[Group] = []
+        self._extras: list[Group] = []  # that have memory of their own
         self._lock = threading.RLock()
         self._next: dict[tuple[int, int], Group] = {}
         self._last: Group | None = None
@@ -218,7 +226,7 @@ class Manager:
             self.exit(group)
 
     def _hooked(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        hooked = torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled()
+        hooked = torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
         outer = torch._C._autograd._top_saved_tensors_default_hooks(False) if hooked else None
         if not hooked or (outer is not None and getattr(outer[0], "manager", None) is self):
             return function(*args, **kwargs)
@@ -250,6 +258,8 @@ class Manager:
                     self._drop(group)
                 group.memory, group.ready = self._memory(group)
                 self._follow(group.ready)
+                if group.slab is None or group.memory is not group.slab.memory:
+                    self._extras.append(group)
                 try:
                     group.point(group.memory)
                 except BaseException:
@@ -280,6 +290,8 @@ class Manager:
                 if group.versions() != group.stamp:
                     self._write_back(group)
                 group.rest()
+                if group in self._extras:
+                    self._extras.remove(group)
                 if not torch.is_grad_enabled():  # else the slab may be needed again first
                     self._prefetch(group)
             if self._capture is not None:  # a graph ends with all of its copies
@@ -298,11 +310,11 @@ class Manager:
                     f"weights of the offloaded group {group.name!r} that are needed for a gradient were modified "
                     "after forward used them"
                 )
-            task = torch._C._current_graph_task_id()
-            own = task >= 0 and slab is not None and not self.closed
-            if not own or (not self._current(slab, group) and self._busy(slab)):
+            # Gradients of gradients save what they are given outside of any group, and others keep it.
+            if slab is None or self.closed or torch.is_grad_enabled() or torch._C._current_graph_task_id() < 0:
                 return _rebased(record.tensor, self._extra(group)[0])
-            assert slab is not None
+            if not self._current(slab, group) and self._busy(slab):
+                return _rebased(record.tensor, self._extra(group)[0])
             if not any(running.thread == threading.get_ident() for running in self._running()):
                 running = _Backward()
                 self._backwards.append(weakref.ref(running))
@@ -312,8 +324,9 @@ class Manager:
             if not self._current(slab, group):
                 self._load(slab, group)
             self._follow(slab.ready)
+            slab.node = _node()
             self._remember(group)
-            self._prefetch(group, beside=slab)
+            self._prefetch(group, slab.node)
             return record.tensor
 
     # --------------------------------------------------------------------------------------------------- memory
@@ -418,16 +431,25 @@ class Manager:
             self._before = last.index
         self._last = group
 
-    def _prefetch(self, group: Group, beside: DeviceSlab | None = None) -> None:
-        """Load the group that came next the last time, if its slab is free and not the one `beside` which to load."""
+    def _prefetch(self, group: Group, node: int | None = None) -> None:
+        """Load the group that came next the last time, if its slab is free; also of what the node of autograd was given
+        that is about to run."""
         following = self._next.get((self._before, group.index))
         if following is None or following.slab is None or self.closed or self._replayed():
             return
         slab = following.slab
-        if slab is not beside and slab.content != following.index and not following.users and not self._busy(slab):
+        if node is not None and slab.node == node:
+            return
+        if slab.content != following.index and not following.users and not self._busy(slab):
             self._load(slab, following)
 
     # -------------------------------------------------------------------------------------------------- saving
+
+    def on_extra(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a parameter that lies in memory of its own for a call."""
+        return isinstance(tensor, nn.Parameter | QTensor) and any(
+            tensor is weight.parameter for group in self._extras for weight in group.weights
+        )
 
     def group_of(self, tensor: Tensor) -> Group | None:
         """The group whose memory in a slab a saved tensor views."""
@@ -451,7 +473,9 @@ class _Pack:
     def __call__(self, tensor: Tensor) -> Any:
         group = self.manager.group_of(tensor)
         if group is not None:
-            return _Saved(group, tensor)
+            return _Saved(group, tensor.detach())  # a parameter will point elsewhere
+        if self.manager.on_extra(tensor):
+            tensor = tensor.detach()
         return _Kept(tensor) if self._outer is None else self._outer[0](tensor)
 
     def unpack(self, packed: Any) -> Tensor:

@@ -16,7 +16,7 @@ from tritonq.memory import parse_size
 from tritonq.offload import groups as planning
 from tritonq.offload.arena import DiskArena, HostArena
 from tritonq.offload.manager import DeviceSlab, Group, Manager
-from tritonq.offload.pieces import Piece, move, movable, pieces
+from tritonq.offload.pieces import Piece, movable, move, pieces
 from tritonq.streams import Backend, Cuda, Device
 from tritonq.streams import backend as backend_of
 
