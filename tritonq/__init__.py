@@ -38,6 +38,7 @@ try:
     from tritonq.tensor import QTensor, dequantize, payload_data_, quantize, quantize_both
 finally:
     if _collected:
+        gc.collect(0)  # of what was just made; else the next one goes through everything
         gc.enable()
 
 if os.environ.get("TRITONQ_AUTOTUNE") == "1":
