@@ -263,11 +263,13 @@ class _Builder:
         self.keys = 0
 
     def _choice(self, op: str, entries: list[Entry]) -> _Choice:
+        """What was measured for a tensor of as many elements, if anything."""
         if not entries:
             return None
-        largest = _by_size(entries)[0].matrix
-        rows = sum(entry.size for entry in entries) // max(1, largest.columns)
-        return tuning_cache.lookup(op, self.fmt, self.dtype, rows, largest.columns, largest.strides[2], self.device)
+        largest, total = _by_size(entries)[0].matrix, sum(entry.size for entry in entries)
+        columns = total if largest.batch * largest.rows == 1 else largest.columns
+        rows = total // max(1, columns)
+        return tuning_cache.lookup(op, self.fmt, self.dtype, rows, columns, largest.strides[2], self.device)
 
     def _add(self, entry: Entry, count: int, start: int, tiles: tuple[int, int] = (1, 1), **more: int) -> int:
         m = entry.matrix
