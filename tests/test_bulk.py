@@ -179,6 +179,11 @@ def test_tensor_scales(device):
     check(tensors, fmt, device, expected_of=lambda i: {"tensor_scale": given[0]}, tensor_scale=given[:1].to(device))
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "fp8_e4m3_tensor", "int8_channel", "int4_g128"])
+def test_nothing_but_empty_members(name, device):
+    check([torch.zeros(shape, dtype=torch.bfloat16) for shape in ((0, 16), (3, 0), (0, 0))], get_format(name), device)
+
+
 def test_tensor_scale_of_a_whole_tensor_scale(device):
     """A format nobody has heard of: one scale a tensor, of two levels."""
     fmt = Format("bulk_test_two_levels", get_format("nvfp4").element, (-1, -1), ScaleType("e4m3"), tensor_scale=True)

@@ -267,8 +267,8 @@ class _Builder:
         if not entries:
             return None
         largest, total = _by_size(entries)[0].matrix, sum(entry.size for entry in entries)
-        columns = total if largest.batch * largest.rows == 1 else largest.columns
-        rows = total // max(1, columns)
+        columns = max(1, total if largest.batch * largest.rows == 1 else largest.columns)
+        rows = max(1, total // columns)
         return tuning_cache.lookup(op, self.fmt, self.dtype, rows, columns, largest.strides[2], self.device)
 
     def _add(self, entry: Entry, count: int, start: int, tiles: tuple[int, int] = (1, 1), **more: int) -> int:
