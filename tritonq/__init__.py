@@ -5,7 +5,8 @@ import os
 from tritonq import ste
 from tritonq.autograd import hadamard, qdq
 from tritonq.best import Best
-from tritonq.bulk import BulkBuffer, grouped_quantize
+from tritonq.bulk import BulkBuffer
+from tritonq.bulk_quantize import grouped_quantize
 from tritonq.formats import FORMATS, ElementType, Format, ScaleType, get_format, integer, lookup, minifloat, register
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.model import save_pretrained
