@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-search bench-streaming bench-grouped bench-check bench-cpu instructions lint tables clean
+.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-search bench-streaming bench-grouped bench-activations bench-offload bench-check bench-cpu instructions lint tables clean
 
 demo: $(STAMP)
 	$(BIN)/tritonq demo
@@ -44,6 +44,14 @@ bench-streaming:
 bench-grouped:
 	PYTHONPATH=. $(BIN)/python -m bench.grouped
 
+# Offloaded weights beside pinned copies, computing alone, and diffusers where it is installed.
+bench-offload:
+	PYTHONPATH=. $(BIN)/python -m bench.offload
+
+# Training steps with saved activations in host memory, beside torch's save_on_cpu.
+bench-activations:
+	PYTHONPATH=. $(BIN)/python -m bench.activations
+
 # Exit code 1 if anything got slower than a committed file: `make bench-check RESULTS=bench/results/<gpu>/kernels.json`.
 bench-check:
 	PYTHONPATH=. $(BIN)/python -m bench.kernels --peers none --check $(RESULTS)
@@ -60,9 +68,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The tables of README.md and docs/speed.md, which a test compares.
+# The tables of README.md and docs/speed.md, and docs/hosts.md, which tests compare.
 tables: $(STAMP)
 	$(BIN)/python -m tests.test_readme
+	$(BIN)/python -m tests.hosts.page
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

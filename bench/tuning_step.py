@@ -2,9 +2,9 @@
 
 Rows: forward; forward and backward with v, min_scale and max_scale; and a whole step of sign descent (forward,
 backward, update, clamps), fused into backward. The peers are the same in plain torch operations with `detach` for
-straight-through rounding, eager and through torch.compile, whose step has its update compiled, too; for MX and NVFP4
-also torch.compile of the same written in the manner of published code ("published"). Bytes that have to
-move over the bandwidth of `copy_` in the same run are the floor. Values and gradients are checked before they are
+straight-through rounding, eager and through torch.compile, whose step has its update compiled, too; and where the
+package auto-round is installed its own functions, in both ways. Bytes that have to move over the bandwidth of `copy_`
+in the same run are the floor. Values and gradients are checked before they are
 timed: against the CPU path bit for bit on some rows, and against the peer, whose divisions and sums differ in the last
 bits, almost everywhere.
 """
@@ -32,7 +32,7 @@ from tritonq.learned_reference import Learned, Wanted
 FORMATS = ("int4_g128", "mxfp4", "nvfp4", "int4_g128_asym", "mxfp8", "fp8_e4m3_channel")
 SHAPE, LARGE = (4096, 14336), (16384, 16384)
 LR, RATIO_LR = 1 / 200, 1 / 200
-PEERS = ("eager", "compiled", "published")
+PEERS = ("eager", "compiled", "auto_round", "auto_round_compiled")
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Row = dict[str, Any]
 
@@ -102,40 +102,30 @@ def definition(fmt: Format) -> Callable[..., Tensor]:
     return qdq
 
 
-E2M1_STEPS = ((0.25, 0.5), (0.75, 1.0), (1.25, 1.5), (1.75, 2.0), (2.5, 3.0), (3.5, 4.0), (5.0, 6.0))
-
-
-def published(fmt: Format) -> Callable[..., Tensor] | None:
-    """The same in the manner of what is published for MX and NVFP4: rows of groups, exponents through log2 and floor,
-    scales as powers, NVFP4's codes by comparisons. None for other formats."""
-    element = fmt.element
-    if not (fmt.scale.is_exponent or (fmt.tensor_scale and element.name == "e2m1")):
+def auto_round(fmt: Format) -> Callable[..., Tensor] | None:
+    """The same by the functions of the package auto-round; None where it has none, or is not installed. Those of MX and
+    NVFP4 leave min_scale out."""
+    try:
+        from auto_round.data_type.utils import get_quant_func
+    except ImportError:
         return None
-
-    def to_grid(u: Tensor) -> Tensor:
-        if not fmt.scale.is_exponent:
-            size, found = u.abs(), torch.zeros_like(u)
-            for i, (threshold, value) in enumerate(E2M1_STEPS):  # a tie goes to the even code
-                found = torch.where(size > threshold if i % 2 == 0 else size >= threshold, value, found)
-            return found * torch.sign(u)
-        exponent = torch.floor(torch.log2(u.abs() + (u == 0))).clip(min=1 - element.bias)
-        return torch.round(u / 2**exponent * 2**element.mbits) / 2**element.mbits * 2**exponent
+    if fmt.scale.is_exponent and fmt.bits == 4:
+        data_type = "mx_fp"
+    elif fmt.tensor_scale and fmt.bits == 4:
+        data_type = "nv_fp"
+    elif fmt.element.codec.offset_binary and fmt.scale.rule in ("full_range", "minmax"):
+        data_type = "int"
+    else:
+        return None
+    function, _ = get_quant_func(data_type, fmt.bits, not fmt.zero_point, group_size=fmt.group[1])
+    shared = {"bits": fmt.bits, "group_size": fmt.group[1], "scale_dtype": fmt.scale.dtype}
 
     def qdq(x: Tensor, v: Tensor, min_scale: Tensor, max_scale: Tensor, divisor: Tensor | None) -> Tensor:
-        groups, offsets = x.reshape(-1, fmt.group[1]).to(torch.float32), v.reshape(-1, fmt.group[1])
-        hi = groups.amax(-1).clamp(min=0.0) * max_scale.reshape(-1)
-        lo = groups.amin(-1).clamp(max=0.0) * min_scale.reshape(-1)
-        amax = torch.maximum(hi, -lo)
-        if divisor is None:
-            log = torch.log2(amax + (amax == 0) * 2.0**-126)
-            exponent = straight_through(log, torch.floor(log)) - element.emax
-            factor = 2 ** exponent.clamp(-127, 127)
-        else:
-            raw = (divisor * amax / element.max).clamp(max=fmt.scale.max)
-            factor = straight_through(raw, raw.to(fmt.scale.dtype).to(torch.float32)) / divisor
-        factor = factor.unsqueeze(-1)
-        u = torch.clamp(groups / factor + offsets, -element.max, element.max)
-        return (straight_through(u, to_grid(u.detach())) * factor).to(x.dtype).reshape(x.shape)
+        ratios = {"min_scale": min_scale.reshape(-1), "max_scale": max_scale.reshape(-1)}
+        if divisor is not None:
+            ratios["global_scale"] = divisor
+        y: Tensor = function(x, v=v.reshape(-1, fmt.group[1]), **ratios, **shared)[0]
+        return y.reshape(x.shape)
 
     return qdq
 
@@ -173,7 +163,7 @@ class Case:
     def both(self, forward: Callable[[], Tensor] | None = None) -> tuple[Tensor, ...]:
         """y and the gradients of v, min_scale and max_scale."""
         y = (forward or self.ours)()
-        return y, *torch.autograd.grad(y, self.leaves, self.dy)
+        return y, *torch.autograd.grad(y, self.leaves, self.dy, materialize_grads=True)
 
     def stepped(self) -> Tensor:
         y = tq.qdq(self.x, self.fmt, v=self.v, min_scale=self.low, max_scale=self.high, tensor_scale=self.divisor,
@@ -234,19 +224,26 @@ def one(fmt: Format, of_v: str, gb_per_s: float, peers: tuple[str, ...], say: Ca
         row[f"{what}_us"] = us(call)
         row[f"{what}_of_floor"] = round(case.bytes(what) / gb_per_s / 1e3 / row[f"{what}_us"], 3)
     say(str(row))
-    kinds: dict[str, tuple[Callable[..., Tensor], Callable[..., None]]] = {"eager": (qdq, update)}
-    if "compiled" in peers:
-        torch._dynamo.reset()
-        compiled = torch.compile(qdq, dynamic=False), torch.compile(update, dynamic=False)
-        kinds["compiled"] = compiled  # type: ignore[assignment]
-        other = published(fmt)
-        if other is not None and "published" in peers:
-            kinds["published"] = torch.compile(other, dynamic=False), compiled[1]  # type: ignore[assignment]
-            row["published_equal"] = round(float((peer(other) == case.forward()).float().mean()), 6)
+    torch._dynamo.reset()
+    moved_at_once = torch.compile(update, dynamic=False)
+    kinds: dict[str, tuple[Callable[..., Tensor], Any]] = {
+        "eager": (qdq, update), "compiled": (torch.compile(qdq, dynamic=False), moved_at_once)
+    }  # fmt: skip
+    theirs = auto_round(fmt)
+    if theirs is not None:
+        kinds["auto_round"] = theirs, update
+        kinds["auto_round_compiled"] = torch.compile(theirs, dynamic=False), moved_at_once
+        one_ratio = Learned(case.v, case.high, case.high, False, case.divisor)
+        y = theirs(case.x, case.v, case.high, case.high, case.divisor)
+        row["auto_round_equal"] = round(float((y == learned_ops.qdq(case.x, fmt, one_ratio)).float().mean()), 6)
     for kind, (function, moved) in kinds.items():
         if kind in peers:
             begun, forward = time.monotonic(), functools.partial(peer, function)
-            case.peer_step(forward, moved)
+            try:
+                case.peer_step(forward, moved)
+            except RuntimeError as error:  # a package whose gradients do not exist
+                row[f"{kind}_failed"] = str(error).split("\n")[0]
+                continue
             row[f"{kind}_seconds_to_first"] = round(time.monotonic() - begun, 1)
             row[f"{kind}_both_us"] = us(lambda forward=forward: case.both(forward))
             row[f"{kind}_step_us"] = us(lambda forward=forward, moved=moved: case.peer_step(forward, moved))

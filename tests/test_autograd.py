@@ -107,6 +107,20 @@ def test_given_scales(name, device):
         check(x, name, tensor_scale=parts["tensor_scale"])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*tq.FORMATS, "e3m4_g48", "int5_g96"])
+def test_gpu_gives_the_bits_of_the_cpu(name):
+    """Two definitions: the kernel recomputes what it clips, the CPU path compares with scales that it has computed."""
+    fmt = tq.get_format(name)
+    for dtype, shape in ((torch.bfloat16, (96, 512)), (torch.float32, (3, 40, 200)), (torch.float64, (33, 70))):
+        x, dy = numbers(shape, "cpu", dtype=dtype), numbers(shape, "cpu", 1, dtype)
+        x[..., 3] *= 1e4
+        x[0, ..., 1] = float("inf")
+        x[-1, ..., 2] = float("nan")
+        found = ops.qdq_backward(x.cuda(), dy.cuda(), fmt)
+        assert torch.equal(found.cpu(), ops.qdq_backward(x, dy, fmt))
+
+
 @pytest.mark.parametrize("name", ["int4_g32_half_range", "mxfp4", "fp8_e4m3_b32x16", "nvfp4", "fp8_e5m2_tensor"])
 def test_strides_of_inputs_and_gradients(name, device):
     """Transposed, sliced, expanded: gradients line up with the elements, not with memory."""
@@ -190,6 +204,45 @@ def test_linear(lead, bias, device):
     trained = numbers((64,), device, 4).requires_grad_()
     autograd.linear(frozen, parts, fmt, (64, 64), trained).sum().backward()
     assert trained.grad.eq(max(1, frozen.numel() // 64) if lead != (0,) else 0).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_output_of_linear_is_a_tensor_of_its_own(bias, device):
+    """Residuals are added in place; autograd refuses that for a view that a Function returned, and in three dimensions
+    with a bias torch's linear returns one."""
+    fmt, weight = tq.get_format("int4_g32"), numbers((64, 64), device, 2)
+    b = numbers((64,), device, 4) if bias else None
+    dense = ops.dequantize(ops.quantize(weight, fmt), fmt, (64, 64), torch.float32)
+    results = []
+    for linear in (
+        lambda x: torch.nn.functional.linear(x, dense, b),
+        lambda x: autograd.linear(x, ops.quantize(weight, fmt), fmt, (64, 64), b),
+        lambda x: autograd.qdq_linear(x, weight, b, fmt),
+    ):
+        x = numbers((2, 3, 64), device, 3).requires_grad_()
+        y = linear(x)
+        y += 1
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad))
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
+
+
+def test_linear_is_recomputed_in_backward(device):
+    """Checkpointing without reentering autograd unpacks what backward saved a single time."""
+    fmt = tq.get_format("int4_g32")
+    parts = ops.quantize(numbers((64, 64), device, 2), fmt)
+    gradients = []
+    for recomputed in (False, True):
+        x = numbers((2, 3, 64), device, 3).requires_grad_()
+
+        def twice(x):
+            return autograd.linear(autograd.linear(x, parts, fmt, (64, 64)), parts, fmt, (64, 64))
+
+        y = torch.utils.checkpoint.checkpoint(twice, x, use_reentrant=False) if recomputed else twice(x)
+        y.square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
 
 
 def test_bad_input(device):

@@ -50,9 +50,7 @@ def record(fmt, shape, dtype, **rounding):
         parts = ops.quantize(x, fmt, **rounding)
         ops.qdq(x, fmt, **rounding)
         ops.dequantize(parts, fmt, shape, dtype)
-        if fmt.super_group:  # takes no given scales and has no search; the gradient computes scales alone
-            ops.qdq_backward(x, x, fmt)
-        else:
+        if not fmt.super_group:  # which takes no given scales and has no search
             ops.qdq(x, fmt, **{k: v for k, v in parts.items() if k != "qdata"}, **rounding)
         if fmt.name in SEARCHED:
             ops.quantize(x, fmt, search="mse", **rounding)

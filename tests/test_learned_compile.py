@@ -59,6 +59,14 @@ def test_formats_compile(name, tmp_path):
             check(one, TARGETS["sm_90"], tmp_path, REGISTERS)
 
 
+@pytest.mark.parametrize("name", [*EVERYWHERE, *SAMPLE])
+def test_gradient_without_parameters_compiles(name, tmp_path):
+    found = launched(lambda: ops.qdq_backward(torch.zeros(SHAPE), torch.zeros(SHAPE), get_format(name)))
+    assert found
+    for one in found:
+        check(one, TARGETS["sm_90"], tmp_path, REGISTERS)
+
+
 @pytest.mark.parametrize(
     "name,shape,dtype,of_v",
     [

@@ -240,14 +240,16 @@ WHOLE = [  # format, index: along whole groups and bytes
     ("int3_g8", (slice(1, 2), slice(8, 24))), ("int8_channel", (slice(5, None),)), ("fp8_e4m3_tensor", (slice(4, 8),)),
     ("fp8_e4m3_b128x128", (slice(128, None), slice(128, 256))), ("fp8_e4m3_b128x128", (slice(0, 128),)),
     ("mxfp4", (slice(None), slice(32, 96))), ("nvfp4", (slice(17, 40), slice(16, 384))), ("mxfp6_e2m3", (-1,)),
-    ("nvfp4", (slice(9, 9),)), ("e3m4_g48", (slice(None), slice(48, 96))),
+    ("int8_channel", (slice(None), slice(5, 128))), ("fp8_e4m3_tensor", (slice(3, 9), slice(1, 128))),
+    ("int4_channel", (slice(None), slice(2, 128))), ("nvfp4", (slice(9, 9),)), ("nvfp4", (None, slice(2, 9))),
+    ("e3m4_g48", (slice(None), slice(48, 96))),
 ]  # fmt: skip
 CUT = [  # through a group, a byte, or at a stride
     ("int4_g128", (slice(None), slice(0, 64))), ("int4_g128", (slice(None), slice(1, 384))), ("int3_g4", (0, 3)),
-    ("int3_g4", (slice(None), slice(4, 8))), ("int8_channel", (slice(None), slice(0, 128))),
-    ("fp8_e4m3_tensor", (slice(None), slice(0, 128))), ("fp8_e4m3_b128x128", (slice(0, 64),)),
+    ("int3_g4", (slice(None), slice(4, 8))), ("int4_channel", (slice(None), slice(1, 128))),
+    ("fp8_e4m3_b128x128", (slice(0, 64),)),
     ("fp8_e4m3_b128x128", (5,)), ("mxfp4", (slice(None), slice(16, 64))), ("mxfp4", (slice(None, None, 2),)),
-    ("nvfp4", ([1, 5],)), ("nvfp4", (slice(None), 7)), ("nvfp4", (None, 2)),
+    ("nvfp4", ([1, 5],)), ("nvfp4", (slice(None), 7)),
 ]  # fmt: skip
 
 
@@ -339,9 +341,10 @@ def test_arithmetic_dequantizes(device):
     whole, x = q.dequantize(), dense((384, 7), device=device)
     for op in (
         lambda t: t + 1, lambda t: 2 * t, lambda t: t.sum(), lambda t: t @ x, lambda t: torch.matmul(t, x),
-        lambda t: x.T @ t.T, lambda t: t.T, lambda t: t.abs().amax(-1), lambda t: torch.cat([t, t]),
-        lambda t: torch.stack([t, t]), lambda t: t.view(-1), lambda t: t.expand(2, 256, 384), lambda t: t == t,
-        lambda t: torch.where(t > 0, t, 0.0), lambda t: t.unsqueeze(0), lambda t: F.linear(t, x.T.contiguous()),
+        lambda t: x.T @ t.T, lambda t: t.T, lambda t: t.abs().amax(-1), lambda t: torch.cat([t, t], 1).T,
+        lambda t: torch.stack([t, t], -1), lambda t: t.view(64, -1, 64), lambda t: t.expand(2, 256, 384),
+        lambda t: t == t,
+        lambda t: torch.where(t > 0, t, 0.0), lambda t: t.unsqueeze(2), lambda t: F.linear(t, x.T.contiguous()),
         lambda t: F.linear(x.T, t), lambda t: F.linear(t, t), lambda t: torch.ones_like(t), lambda t: -t,
     ):  # fmt: skip
         result = op(q)

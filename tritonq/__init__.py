@@ -2,7 +2,12 @@
 
 import os
 
-from tritonq import ste
+from tritonq import (
+    offload,
+    sharding,  # noqa: F401  registers what collectives do with QTensors
+    ste,
+    tensor_ops,  # noqa: F401  and what operators do
+)
 from tritonq.autograd import hadamard, qdq
 from tritonq.best import Best
 from tritonq.bulk import BulkBuffer
@@ -17,7 +22,7 @@ from tritonq.nn.quantize import quantize_
 from tritonq.nn.schemes import SCHEMES, Scheme, get_scheme
 from tritonq.scale_tiles import swizzle, unswizzle
 from tritonq.sign_step import SignStep
-from tritonq.tensor import QTensor, dequantize, quantize, quantize_both
+from tritonq.tensor import QTensor, dequantize, payload_data_, quantize, quantize_both
 
 if os.environ.get("TRITONQ_AUTOTUNE") == "1":
     from tritonq.tune import tune_on_first_use
@@ -49,6 +54,8 @@ __all__ = [
     "integer",
     "lookup",
     "minifloat",
+    "offload",
+    "payload_data_",
     "qdq",
     "quantize",
     "quantize_",

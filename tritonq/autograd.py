@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from tritonq import learned_ops, operators, ops, scheduler
+from tritonq import learned_ops, memory, operators, ops, scheduler
 from tritonq.formats import Format, Shape, get_format
 from tritonq.learned_reference import Learned, Wanted
 from tritonq.reference import Parts
@@ -436,6 +436,12 @@ def _qdq_elsewhere(
     return ops.qdq(x, fmt, **present, rounding=options["rounding"], generator=options["generator"], out=out)
 
 
+def _unviewed(y: Tensor) -> Tensor:
+    """y, and no view of what a linear layer computed in two dimensions: autograd lets nobody write into a view that a
+    Function returned, and adding to the output of a layer in place is common."""
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
 class _Linear(torch.autograd.Function):
     """x @ dequantize(weight).T + bias; backward dequantizes again instead of keeping the dense weight."""
 
@@ -444,21 +450,23 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, bias: Tensor | None, fmt: Format, shape: Shape, names: tuple[str, ...], *parts: Tensor
     ) -> Tensor:
         ctx.fmt, ctx.shape, ctx.names = fmt, shape, names
+        if not torch.compiler.is_compiling() and memory.offloading:
+            memory.stay(*parts)  # of a weight, which is alive anyway
         ctx.save_for_backward(*parts)
         weight = ops.dequantize(dict(zip(names, parts, strict=True)), fmt, shape, x.dtype)
-        return torch.nn.functional.linear(x, weight, bias)
+        return _unviewed(torch.nn.functional.linear(x, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (dy,) = grads
-        weight = ops.dequantize(dict(zip(ctx.names, ctx.saved_tensors, strict=True)), ctx.fmt, ctx.shape, dy.dtype)
+        (dy,), parts = grads, ctx.saved_tensors  # once: checkpointing unpacks them a single time
+        weight = ops.dequantize(dict(zip(ctx.names, parts, strict=True)), ctx.fmt, ctx.shape, dy.dtype)
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return (dy @ weight, dbias, None, None, None, *[None for _ in ctx.saved_tensors])
+        return (dy @ weight, dbias, None, None, None, *[None for _ in parts])
 
 
 def linear(x: Tensor, parts: Parts, fmt: Format, shape: Shape, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times a quantized weight [N, K] transposed, plus bias [N]; computed in x's dtype."""
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if bias is None else bias.to(x.dtype)
     if torch.is_grad_enabled() and x.requires_grad:
@@ -476,7 +484,7 @@ class _QDQLinear(torch.autograd.Function):
         ctx.fmt, ctx.names = fmt, names
         ctx.save_for_backward(x, weight, *given)
         values = ops.qdq(weight, fmt, **dict(zip(names, given, strict=True)))  # type: ignore[arg-type]
-        return torch.nn.functional.linear(x, values.to(x.dtype), bias)
+        return _unviewed(torch.nn.functional.linear(x, values.to(x.dtype), bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Allocating results, and the budget of what is allocated besides.
+"""Allocating results, the budget of what is allocated besides, and what offload leaves where it is.
 
 A large result on the CPU is written once, front to back, and with pages of 4 KiB the page faults take longer than the
 arithmetic. Huge pages are asked for from 4 MiB on, as NumPy does for its arrays; an operating system that has none to
@@ -17,6 +17,7 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 HUGE = 4 << 20
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -93,3 +94,24 @@ def _madvise() -> Callable[[int, int, int], int] | None:
         return None
     function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return function
+
+
+# Contexts that offload saved tensors, open now in any thread: elsewhere nobody asks what stays.
+offloading = 0
+_staying: dict[int, StorageWeakRef] = {}  # by the address of the storage, which a weak reference keeps from reuse
+
+
+def stay(*tensors: Tensor) -> None:
+    """Leave the storages of these tensors on the device when saved tensors are offloaded, for as long as they live."""
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in _staying:
+            if len(_staying) & (len(_staying) - 1) == 0:  # a power of two: once in a while
+                for address in [address for address, weak in list(_staying.items()) if weak.expired()]:
+                    _staying.pop(address, None)
+            _staying[storage._cdata] = StorageWeakRef(storage)
+
+
+def stays(storage: torch.UntypedStorage) -> bool:
+    """Whether `stay` named a tensor of this storage."""
+    return storage._cdata in _staying

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tritonq import memory, plans, rotation, scale_tiles, tiles, tiling, tuning
+from tritonq import learned_plans, meeting, memory, plans, rotation, scale_tiles, tiles, tiling, tuning
 from tritonq.formats import SUPER_PARTS, ElementType, Format, Shape, get_format, minifloat
+from tritonq.learned_reference import Learned, Wanted
 from tritonq.memory import empty, empty_on_gpu
 from tritonq.reference import Parts
 
@@ -602,6 +603,9 @@ def qdq_backward(
     return _qdq_backward(x, dy, fmt, scale, zero_point, tensor_scale)
 
 
+_DX = Wanted(x=True)  # and no parameter's gradient
+
+
 @torch.no_grad()
 def _qdq_backward(
     x: Tensor,
@@ -615,11 +619,17 @@ def _qdq_backward(
     dx = empty(x.shape, dy.dtype, x.device)
     if x.device.type == "meta" or x.numel() == 0:
         return dx
-    parts = _allocate_scales(fmt, x, _SCALES)
-    given = _fill_given(parts, x, fmt, scale, zero_point, tensor_scale)
     if fmt.tensor_scale and tensor_scale is None:
-        parts["tensor_scale"].copy_(_tensor_scale(x, fmt))
-    if not given:
+        tensor_scale = _tensor_scale(x, fmt)
+    if uses_triton(x):
+        given = _checked_given(x, fmt, scale, zero_point, tensor_scale)
+        high = _bits(given["scale"]) if "scale" in given else None
+        own = Learned(None, high, given.get("zero_point"), scale is not None, given.get("tensor_scale"))
+        with _device_of(x):
+            learned_plans.run(x, fmt, own, learned_plans.kind("backward", own, _DX), {"dx": dx}, dy, None)
+        return dx
+    parts = _allocate_scales(fmt, x, _SCALES)
+    if not _fill_given(parts, x, fmt, scale, zero_point, tensor_scale):
         _choose_scales(x, fmt, parts)
     tiling.clip_gradient(x, dy.contiguous(), fmt, parts, dx)
     return dx
@@ -771,6 +781,10 @@ def _run(
     """Codes, or values of `y`; parts["scale"] and what goes with it are there if `given`. `weights`: see `_weights`."""
     triton = uses_triton(x) and x.numel() > 0
     with _device_of(x):
+        over_all = fmt.tensor_scale or fmt.group[0] == -1
+        at_once = triton and over_all and not (given or given_tensor_scale or search or first)
+        if at_once and plans.encode_at_once(x, fmt, parts, y, seed, functools.partial(meeting.slots, x.device)):
+            return
         if fmt.tensor_scale and not given_tensor_scale:
             if triton:
                 plans.tensor_scale(x, fmt, parts["tensor_scale"])

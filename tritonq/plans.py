@@ -336,7 +336,7 @@ def forget() -> None:
     """Drop the plans that are kept: what they were made from (tile sizes, measured choices) has changed."""
     for kept in (
         _encode_plans, single, _decode_plans, single_decode, _keys_plans, _choose_plan, _scale_plans,
-        _search_plans, _pick_plans, _both_plans, _swizzled_plans, _hadamard_plans, _cast_plans,
+        _search_plans, _pick_plans, _both_plans, _swizzled_plans, _hadamard_plans, _cast_plans, _at_once_plan,
     ):  # fmt: skip
         kept.cache_clear()
     for more in FORGOTTEN:
@@ -575,6 +575,68 @@ def best_scales(x: Tensor, fmt: Format, parts: Parts, importance: Tensor | None)
         for m, plans in slabs:
             plans[i](_view(x, m), weights, scale, zero, divisor, errors)
         pick(errors, scale, zero, divisor)
+
+
+@_cached
+def _at_once_plan(
+    shape: Shape, strides: Shape, dtype: torch.dtype, fmt: Format, mode: str, aligned: bool, device: torch.device,
+    stochastic: bool,
+) -> tuple[Plan, int] | None:  # fmt: skip
+    """The launch, and how many slots its programs meet in."""
+    whole = fmt.group[0] == -1
+    if whole == fmt.tensor_scale or not (whole or tuning.fits(fmt, shape[-1], stochastic)):
+        return None
+    m = _geometry(shape, strides, fmt)[0]
+    if m.columns != math.prod(shape) or m.strides[2] != 1 or m.offset:
+        return None
+    alone = stochastic or dtype.itemsize > 4
+    found = tuning.at_once_config(m.columns, fmt, mode, _multiprocessors(device), alone)
+    if found is None:
+        return None
+    from tritonq.kernels.at_once import at_once_kernel
+
+    config, tiles = found
+    rounding = _stochastic(m, fmt, shape, 0) if stochastic else _NEAREST
+    partial, words = _packing(m, fmt, config, mode, aligned)
+    extents = (1, 1, 1, 1, 1) if whole else tuple(config[k] for k in ("S", "M", "R", "GROUPS", "W"))
+    block, slots = config["BLOCK_N"] if whole else math.prod(extents), max(32, 1 << (tiles - 1).bit_length())
+    plan = Plan(
+        at_once_kernel,
+        tiles,
+        (*rounding[1], m.columns, fmt.row_bytes(m.columns), tiles),
+        (fmt, mode, rounding[0], _limit(dtype), partial, words, block, slots, *extents),
+        {**_options(config, dtype, rounding[0]), "maxnreg": config["maxnreg"], "launch_cooperative_grid": True},
+        (2, 3) if mode == "qdq" else (1, 2, 3),
+    )
+    return plan, slots
+
+
+def encode_at_once(
+    x: Tensor,
+    fmt: Format,
+    parts: Parts,
+    y: Tensor | None,
+    seed: int | None,
+    slots: Callable[[int], Tensor | None],
+) -> bool:
+    """`encode` with the tensor-wide scale, which is not given, in one launch; False, and nothing done, where that is
+    impossible. `slots` gives as many as asked for, or None, where there is a launch (`tritonq.meeting`)."""
+    target, mode = (parts["qdata"], "quantize") if y is None else (y, "qdq")
+    aligned = target.data_ptr() % 4 == 0
+    found = _at_once_plan(x.shape, x.stride(), x.dtype, fmt, mode, aligned, x.device, seed is not None)
+    where = None if found is None else slots(found[1])
+    if found is None or where is None:
+        return False
+    scale = parts.get("scale", target)
+    words = () if seed is None else philox.halves(seed)
+    zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", x)
+    try:
+        found[0](x, target, scale, zero, divisor, where, seed=words)
+    except RuntimeError as error:
+        if "cooperative" not in str(error):
+            raise
+        return False  # a part of a GPU that holds fewer programs than its multiprocessors suggest; nothing was launched
+    return True
 
 
 def _of_whole_tensor(x: Tensor, fmt: Format, finite: bool, scale: Tensor, zero: Tensor, divisor: Tensor) -> None:

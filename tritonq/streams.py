@@ -8,6 +8,7 @@ it names, and the host for an event only in `wait`.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -62,6 +63,36 @@ class Backend:
     def join(self) -> None:
         """Let whatever follows on the lane "compute" come after all that was submitted."""
 
+    def record(self) -> Event:
+        """The event of all that the caller has given the device so far, on the stream that is its current one."""
+        return None
+
+    def follow(self, event: Event) -> None:
+        """Let what the caller gives the device from now on, on the stream that is its current one, come after an
+        event."""
+        self.wait(event)
+
+    @property
+    def stream(self) -> object | None:
+        """What the lane "compute" is."""
+        return None
+
+    def borrow(self, tensor: Tensor) -> None:
+        """Keep memory that was allocated for the lane "compute" until what the caller has given the device by the time
+        it is freed, on the stream that is its current one, has ended."""
+
+    def capture(self) -> object | None:
+        """What tells the graph that the caller captures from others; None outside of captures."""
+        return None
+
+    def pin(self, memory: Tensor) -> Callable[[], object]:
+        """Let host memory be copied from without the host taking part, until what is returned is called."""
+        return lambda: None
+
+    def synchronize(self) -> None:
+        """Hold the host until everything has ended that the device was given."""
+        self.join()
+
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Make this the current device."""
@@ -73,16 +104,29 @@ def _copy_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.S
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
+@functools.cache
+def _capture_info() -> Callable[..., int] | None:
+    """cuStreamGetCaptureInfo_v2(stream, *status, *id, ...) of the driver; torch tells whether, not what is captured."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2  # type: ignore[no-any-return]
+    except (OSError, AttributeError):
+        return None
+
+
 class Cuda(Backend):
     """A GPU. The lane "compute" is the stream that is the caller's current one when this is made, so that results
     follow it as those of any other operation. torch keeps freed pinned memory, and hands it out again once the copies
-    that it was part of have ended; so staging buffers are reused from call to call."""
+    that it was part of have ended; so staging buffers are reused from call to call.
+
+    Args:
+        own: whether the copies have streams of their own, which nobody else gives work; captures need that.
+    """
 
     depth = 2
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, own: bool = False) -> None:
         super().__init__(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
-        into, out = _copy_streams(self.device)
+        into, out = (_copy_streams.__wrapped__ if own else _copy_streams)(self.device)
         self._streams = {"in": into, "compute": torch.cuda.current_stream(self.device), "out": out}
 
     def copies(self, tensor: Tensor) -> bool:
@@ -110,6 +154,48 @@ class Cuda(Backend):
     def join(self) -> None:
         for lane in ("in", "out"):
             self._streams["compute"].wait_stream(self._streams[lane])
+
+    def record(self) -> Event:
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def follow(self, event: Event) -> None:
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
+
+    @property
+    def stream(self) -> object | None:
+        return self._streams["compute"]
+
+    def borrow(self, tensor: Tensor) -> None:
+        current = torch.cuda.current_stream(self.device)
+        if current != self._streams["compute"]:
+            tensor.record_stream(current)
+
+    def capture(self) -> object | None:
+        if not torch.cuda.is_current_stream_capturing():
+            return None
+        status, identity = ctypes.c_int(0), ctypes.c_uint64(0)
+        info, stream = _capture_info(), torch.cuda.current_stream(self.device).cuda_stream
+        if info is None or info(
+            ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(identity), None, None, None
+        ):
+            return "unknown"
+        return identity.value
+
+    def pin(self, memory: Tensor) -> Callable[[], object]:
+        """cudaHostRegister: of exactly this memory, where torch's allocator of pinned memory rounds up to a power of
+        two. RuntimeError where the driver refuses."""
+        runtime, start = torch.cuda.cudart(), memory.data_ptr()
+        with torch.cuda.device(self.device):
+            code = int(runtime.cudaHostRegister(start, memory.nbytes, 1))  # 1: for every context
+        if code:
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=self.device)  # who launches next is told of the error, else somebody else
+            raise RuntimeError(f"cudaHostRegister of {memory.nbytes} bytes of host memory failed with error {code}")
+        return lambda: runtime.cudaHostUnregister(start)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:

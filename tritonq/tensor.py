@@ -79,10 +79,13 @@ class QTensor(Tensor):
 
     Made by `tritonq.quantize`. Moving, cloning, saving, slicing along whole groups and copying keep it quantized;
     arithmetic dequantizes; writing into it in any other way than `copy_` is an error, because the write would be lost.
+    `docs/tensors.md` lists which operation does what.
     """
 
     _buf: Tensor
     _layout: Layout
+    _cut_from: Shape | None = None  # by a sharding library, from a padded tensor of this shape that nobody else sees
+    _payload: bool = False  # see `payload_data_`
 
     @staticmethod
     def __new__(
@@ -94,6 +97,8 @@ class QTensor(Tensor):
         if isinstance(source, QTensor):
             alias = cls._wrap(source._buf, source._layout, source.dtype)
             alias.requires_grad_(requires_grad)
+            if kwargs.get("_is_param"):  # accelerate's init_empty_weights passes on what it finds in a parameter's dict
+                alias._is_param = True  # type: ignore[attr-defined]
             return alias
         if layout is None or dtype is None:
             raise TypeError(
@@ -177,6 +182,19 @@ class QTensor(Tensor):
         """What `group_minimum` counts, f16 [..., ceil(K/super_group)]."""
         return self._part("super_minimum")
 
+    def _is_compact(self) -> bool:
+        """Whether the buffer holds this tensor and nothing else, laid out as `Layout.of` does."""
+        layout = self._layout
+        return layout == Layout.of(layout.format, layout.shape) and self._buf.numel() == layout.nbytes
+
+    def _compacted(self) -> QTensor:
+        """This tensor, or a copy of it in a buffer of its own where it is a window of another."""
+        if self._is_compact():
+            return self
+        copy = self.clone()
+        assert isinstance(copy, QTensor)
+        return copy
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """Dense contiguous tensor of `dtype` (default: this tensor's): (code - zero_point) * scale in fp32 (with
         super-groups: `codecs/scale.py`), rounded once."""
@@ -191,23 +209,48 @@ class QTensor(Tensor):
     # ----------------------------------------------------------------------------------- identity and storage
 
     @property
-    def data(self) -> QTensor:  # type: ignore[override]
-        """A new alias of this tensor, as of any tensor; assigning moves the parameter to what is assigned."""
+    def data(self) -> Tensor:  # type: ignore[override]
+        """A new alias of this tensor, as of any tensor; assigning moves the parameter to what is assigned. With
+        `payload_data_` both are the bytes, uint8 [nbytes]."""
+        if self._payload:
+            return self._compacted()._buf.detach()
         return QTensor._wrap(self._buf, self._layout, self.dtype)
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        if not isinstance(value, QTensor):
+        layout, dtype = self._layout, self.dtype
+        if isinstance(value, QTensor):
+            buf, layout, dtype = value._buf, value._layout, value.dtype
+        elif self._payload:
+            buf, layout = value, Layout.of(layout.format, layout.shape)
+            if value.dtype is not torch.uint8 or tuple(value.shape) != (layout.nbytes,):
+                raise TypeError(
+                    f"the bytes of a {layout.format.name} tensor of shape {layout.shape} are uint8 of shape "
+                    f"({layout.nbytes},), got {value.dtype} of shape {tuple(value.shape)}"
+                )
+        else:
             raise TypeError(
-                f"the data of a QTensor is a QTensor, got {type(value).__name__}; quantize it to {self.format.name}"
+                f"the data of a QTensor is a QTensor, got {type(value).__name__} of {value.dtype}; quantize it to "
+                f"{layout.format.name}, or see tritonq.payload_data_ to assign bytes"
             )
-        wrapper = QTensor._wrap(value._buf, value._layout, value.dtype)
+        wrapper = QTensor._wrap(buf, layout, dtype)
         torch._C.TensorBase.data.__set__(self, wrapper)  # type: ignore[attr-defined]
-        self._buf, self._layout = value._buf, value._layout
+        self._buf, self._layout, self._cut_from = buf, layout, getattr(value, "_cut_from", None)
 
     def data_ptr(self) -> int:
         """Pointer of the codes: a wrapper's own is 0, which tools take for a sign of tied tensors."""
+        caller = sys._getframe(1)
+        module = caller.f_globals.get("__name__", "")
+        if module == "torch.distributed.checkpoint._state_dict_stager":
+            return 0  # asynchronous checkpoints then copy what a wrapper holds, and not its storage
+        if module == "safetensors.torch" and caller.f_code.co_name in ("_to_ndarray", "_tobytes"):
+            raise RuntimeError(_NO_STORAGE)  # it would read numel() * element_size() bytes from here, beyond the end
         return self.qdata.data_ptr()
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes that the parts take, 4.25 bits an element for int4_g64; `element_size` is that of `dtype`."""
+        return sum(math.prod(shape) * dtype.itemsize for _, _, shape, _, dtype in self._layout.segments)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Layout, torch.dtype]]:
         return ["_buf"], (self._layout, self.dtype)
@@ -223,7 +266,9 @@ class QTensor(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
         if id(self) in memo:
             return memo[id(self)]
-        copy = QTensor._wrap(self._buf.clone(), self._layout, self.dtype)
+        source = self._compacted()
+        copy = QTensor._wrap(source._buf.clone() if source is self else source._buf, source._layout, self.dtype)
+        copy._cut_from = self._cut_from
         copy.requires_grad_(self.requires_grad)
         if self._is_parameter():
             copy._is_param = True  # type: ignore[attr-defined]
@@ -244,8 +289,10 @@ class QTensor(Tensor):
         return layout.format.name, tuple(layout.shape), layout.segments, layout.nbytes, self.dtype
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        buf = self._buf if self._buf.untyped_storage().nbytes() <= self._layout.nbytes + 256 else self._buf.clone()
-        return _rebuild, (buf, self._description(), self.requires_grad, self._is_parameter())
+        whole = self._compacted()
+        alone = whole._buf.untyped_storage().nbytes() <= whole._layout.nbytes + 256
+        buf = whole._buf if alone else whole._buf.clone()
+        return _rebuild, (buf, whole._description(), self.requires_grad, self._is_parameter())
 
     def share_memory_(self) -> QTensor:
         """Move the buffer to shared memory; a wrapper's own storage is a null pointer."""
@@ -254,6 +301,73 @@ class QTensor(Tensor):
 
     def is_shared(self) -> bool:
         return self._buf.is_shared()
+
+    # ------------------------------------------------------------------------------------------------ sharding
+
+    def _padded(self) -> QTensor:
+        """This shard in a compact buffer with as many rows as every rank's: where rows are uneven, fully_shard keeps
+        the first rows of a padded tensor."""
+        if self._cut_from is None or self._cut_from[1:] != tuple(self.shape[1:]):
+            return self._compacted()
+        layout = Layout.of(self.format, self._cut_from)
+        placed = [(offset, stride) for _, offset, _, stride, _ in layout.segments]
+        if self._layout.nbytes == layout.nbytes and placed == [(s[1], s[3]) for s in self._layout.segments]:
+            return QTensor._wrap(self._buf, layout, self.dtype)  # still inside of the padded tensor
+        padded = QTensor._wrap(torch.zeros(layout.nbytes, dtype=torch.uint8, device=self.device), layout, self.dtype)
+        for name, part in self.parts().items():
+            whole = padded.parts()[name]
+            (whole if whole.shape == part.shape else whole[: part.shape[0]]).copy_(part)
+        return padded
+
+    def _spans_rows(self, part: str) -> bool:
+        """Whether a part extends along axis 0, so that shards along it hold pieces; scales of a whole tensor do not,
+        and are the same on every rank."""
+        alone = self.format.storage((1, *self.shape[1:])) if self.ndim > 1 else {}
+        return part == "qdata" or not (part == "tensor_scale" or self.format.group[0] == -1) or part not in alone
+
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], tuple[Layout, Parts]]:
+        """What `torch.distributed.fsdp.fully_shard` gathers: the bytes of each part that has rows, never values.
+
+        This is the signature without sizes: with it, inputs of uneven shards may have the size of their bytes.
+        """
+        padded = self._padded()
+        parts = padded.parts()
+        rows, *rest = padded.shape
+        layout = Layout.of(self.format, (rows * mesh.size(), *rest))
+        if mesh.size() == 1:  # fully_shard then passes on the first input only
+            return (padded._buf,), (layout, {})
+        shared = {name: part for name, part in parts.items() if not self._spans_rows(name)}
+        return tuple(_bytes(part) for name, part in parts.items() if name not in shared), (layout, shared)
+
+    def fsdp_post_all_gather(
+        self,
+        outputs: tuple[Tensor, ...],
+        metadata: tuple[Layout, Parts],
+        param_dtype: torch.dtype,
+        *,
+        out: Tensor | None = None,
+    ) -> tuple[QTensor, tuple[Tensor, ...]] | None:
+        """The tensor of all ranks, padding included, and its buffer, which fully_shard frees and has refilled: then
+        `out` is the parameter that holds it. Parts of all ranks are copied into one buffer, and what they came in is
+        given back."""
+        layout, shared = metadata
+        if out is None:
+            buf = torch.empty(layout.nbytes, dtype=torch.uint8, device=outputs[0].device)  # the shard may be on the CPU
+            whole = QTensor._wrap(buf, layout, param_dtype)
+        else:
+            parameter: Any = getattr(out, "_local_tensor", out)  # a DTensor where tensor parallelism comes with it
+            whole = QTensor._wrap(parameter._buf, layout, parameter.dtype)
+        # What autograd saved is a view of this buffer; the same bytes come back, so its version has to stay.
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter((whole._buf,)):
+            parts, gathered = whole.parts(), iter(outputs)
+            if len(outputs) + len(shared) < len(parts):
+                whole._buf.copy_(outputs[0])
+            else:
+                for name, part in parts.items():
+                    _bytes(part).copy_(_bytes(shared[name]) if name in shared else next(gathered))
+        for output in outputs:
+            output.untyped_storage().resize_(0)  # fully_shard makes room again before the next gather
+        return (whole, (whole._buf,)) if out is None else None
 
     # ------------------------------------------------------------------------------------------------ dispatch
 
@@ -270,6 +384,13 @@ class QTensor(Tensor):
                 return autograd.linear(x, parts, weight.format, tuple(weight.shape), bias)
         if func is Tensor.__setitem__ and isinstance(args[0], QTensor):
             return _set_item(*args)
+        if func is Tensor.storage:
+            raise RuntimeError(_NO_STORAGE)
+        if func is Tensor.untyped_storage and not _in_torch(sys._getframe(1).f_globals.get("__name__", "")):
+            # A wrapper's own is null, as if all were tied; tracers have to see that it is not the buffer's.
+            return args[0]._buf.untyped_storage()
+        if func in _TO_PYTHON:  # refused for subclasses
+            return func(args[0].detach().dequantize(), *args[1:], **kwargs)
         with torch._C.DisableTorchFunctionSubclass():  # a dense result is a plain tensor
             return func(*args, **kwargs)
 
@@ -278,7 +399,7 @@ class QTensor(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        handler = _HANDLERS.get(func)
+        handler = HANDLERS.get(func) or HANDLERS.get(func.namespace)
         if handler is not None:
             result = handler(func, args, kwargs)
             if result is not NotImplemented:
@@ -292,6 +413,33 @@ class QTensor(Tensor):
             with torch.inference_mode(False), torch.no_grad():
                 return _dense(func, args, kwargs)
         return _dense(func, args, kwargs)
+
+
+def _in_torch(module: str) -> bool:
+    return module.startswith("torch.") and not module.startswith("torch.distributed.")
+
+
+def _bytes(part: Tensor) -> Tensor:
+    return part.view(-1).view(torch.uint8)
+
+
+_NO_STORAGE = (
+    "a quantized tensor has no storage of its shape and dtype, which files of safetensors hold; write the model with "
+    "tritonq.save_pretrained or torch.save, its parts, or dequantize it, or, for a host that writes and assigns .data, "
+    "see tritonq.payload_data_"
+)
+_TO_PYTHON = (Tensor.numpy, Tensor.tolist)
+# Operators, or whole namespaces, and what they do with quantized tensors (`tensor_ops`, `sharding`). A handler that
+# returns NotImplemented leaves the operator to the dequantized tensors.
+HANDLERS: dict[Any, Callable[..., Any]] = {}
+
+
+def implements(*operations: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        HANDLERS.update(dict.fromkeys(operations, handler))
+        return handler
+
+    return register
 
 
 def _dense(func: Any, args: Any, kwargs: Any) -> Any:
@@ -335,240 +483,26 @@ def _rebuild(buf: Tensor, description: tuple[Any, ...], requires_grad: bool, is_
     return tensor
 
 
-_HANDLERS: dict[Any, Callable[..., Any]] = {}
-
-
-def _implements(*operations: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
-        _HANDLERS.update(dict.fromkeys(operations, handler))
-        return handler
-
-    return register
-
-
-def _same(q: QTensor, buf: Tensor, dtype: torch.dtype | None = None) -> QTensor:
-    return QTensor._wrap(buf, q._layout, dtype or q.dtype)
-
-
-def _fresh(q: QTensor) -> QTensor:
-    """Uninitialised, of the same format and shape."""
-    layout = Layout.of(q.format, tuple(q.shape))
-    return QTensor._wrap(torch.empty(layout.nbytes, dtype=torch.uint8, device=q.device), layout, q.dtype)
-
-
-@_implements(aten.detach.default, aten.alias.default)
-def _alias(func: Any, args: Any, kwargs: Any) -> Any:
-    return _same(args[0], args[0]._buf)
-
-
-def _compact(q: QTensor) -> bool:
-    return q._layout == Layout.of(q.format, tuple(q.shape)) and q._buf.numel() == q._layout.nbytes
-
-
-@_implements(aten.clone.default)
-def _clone(func: Any, args: Any, kwargs: Any) -> Any:
-    q = args[0]
-    if _compact(q):
-        return _same(q, q._buf.clone())
-    out = _fresh(q)
-    for name, part in q.parts().items():
-        out.parts()[name].copy_(part)
-    return out
-
-
-@_implements(aten._to_copy.default)
-def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
-    q = args[0]
-    dtype, device = kwargs.get("dtype") or q.dtype, kwargs.get("device") or q.device
-    if not dtype.is_floating_point or dtype.itemsize == 1:
-        return NotImplemented
-    q = q if _compact(q) else q.clone()
-    buf = q._buf.to(device, non_blocking=kwargs.get("non_blocking", False), copy=True)
-    if kwargs.get("pin_memory"):
-        buf = buf.pin_memory()
-    return _same(q, buf, dtype)
-
-
-@_implements(aten.copy_.default)
-def _copy(func: Any, args: Any, kwargs: Any) -> Any:
-    target, source = args[0], args[1]
-    if not isinstance(target, QTensor):
-        return target.copy_(source.dequantize().to(target.dtype))
-    if tuple(target.shape) != tuple(source.shape):
-        raise RuntimeError(f"copy_ into a QTensor of shape {tuple(target.shape)} from shape {tuple(source.shape)}")
-    kept: dict[str, Any] = _shared_parts(target)
-    if isinstance(source, QTensor) and source.format == target.format and not kept:
-        for (_, part), new in zip(target.parts().items(), source.parts().values(), strict=True):
-            part.copy_(new)
-        return target
-    dense = source.dequantize(torch.float32) if isinstance(source, QTensor) else source
-    for name, part in ops.quantize(dense.detach().to(target.device), target.format, **kept).items():
-        target.parts()[name].copy_(part)
-    return target
-
-
-def _shared_parts(q: QTensor) -> Parts:
-    """Parts that a window has in common with the rest of its tensor, which a write into the window must not change."""
-    if _compact(q):
-        return {}
-    names = ("scale", "zero_point", "tensor_scale") if q.format.group[0] == -1 else ("tensor_scale",)
-    return {name: part for name, part in q.parts().items() if name in names}
-
-
-@_implements(aten.empty_like.default)
-def _empty_like(func: Any, args: Any, kwargs: Any) -> Any:
-    q = args[0]
-    if not (kwargs.get("dtype") or q.dtype).is_floating_point:
-        return NotImplemented
-    layout = Layout.of(q.format, tuple(q.shape))
-    buf = torch.empty(
-        layout.nbytes,
-        dtype=torch.uint8,
-        device=kwargs.get("device") or q.device,
-        pin_memory=kwargs.get("pin_memory") or False,
-    )
-    return QTensor._wrap(buf, layout, kwargs.get("dtype") or q.dtype)
-
-
-@_implements(aten.new_zeros.default, aten.zeros_like.default)
-def _zeros(func: Any, args: Any, kwargs: Any) -> Any:
-    q = args[0]
-    shape = tuple(args[1]) if func is aten.new_zeros.default else tuple(q.shape)
-    zeros = torch.zeros((), dtype=kwargs.get("dtype") or q.dtype, device=kwargs.get("device") or q.device).expand(shape)
-    if len(shape) < (2 if q.format.group[0] > 1 else 1) or zeros.dtype not in ops.FLOATS:
-        return zeros.clone()  # nothing this format can hold
-    return quantize(zeros, q.format)
-
-
-@_implements(aten.is_pinned.default)
-def _is_pinned(func: Any, args: Any, kwargs: Any) -> Any:
-    return args[0]._buf.is_pinned()
-
-
-@_implements(aten._pin_memory.default)
-def _pin_memory(func: Any, args: Any, kwargs: Any) -> Any:
-    return _same(args[0], args[0]._buf.pin_memory())
-
-
-@_implements(aten.record_stream.default)
-def _record_stream(func: Any, args: Any, kwargs: Any) -> Any:
-    args[0]._buf.record_stream(args[1])
-
-
-@_implements(aten.view.default, aten._unsafe_view.default)
-def _view(func: Any, args: Any, kwargs: Any) -> Any:
-    q, shape = args[0], tuple(args[1])
-    whole = tuple(q.shape)
-    given = len(shape) == len(whole) and all(n in (-1, m) for n, m in zip(shape, whole, strict=True))
-    return _alias(func, args, kwargs) if given and shape.count(-1) < 2 and q.numel() else NotImplemented
-
-
-def _valid(index: int, size: int) -> bool:
-    """Whether an index is in range; where it is not, the dense tensor raises torch's own error."""
-    return -size <= index < size
-
-
-def _axis(q: QTensor, dim: int, name: str) -> int | None:
-    """How many elements along `dim` share one entry of the part `name` there; None where the part does not extend
-    along it."""
-    rows, cols = q.format.group
-    if name == "tensor_scale" or (rows == -1 and name != "qdata"):
-        return None
-    from_end = dim - q.ndim
-    if from_end == -1:
-        if name == "qdata":
-            return 0  # bytes, not elements
-        if q.format.super_group:
-            return q.format.super_group if name.startswith("super_") else cols
-        return None if cols == -1 else cols
-    return rows if from_end == -2 and name != "qdata" else 1
-
-
-def _window(q: QTensor, dim: int, start: int, stop: int) -> QTensor | None:
-    """q[start:stop] along `dim` as a view of the same buffer, or None where it would cut through a group or a byte."""
-    size, fmt = q.shape[dim], q.format
-    segments, shape = [], [*q.shape]
-    shape[dim] = stop - start
-    if dim == q.ndim - 1 and (fmt.group[1] == -1 or fmt.group[0] == -1):
-        return None  # a different row or tensor would have another scale; dequantize
-    for name, part in q.parts().items():
-        per = _axis(q, dim, name)
-        if per is None:
-            sliced = part
-        elif per == 0:
-            if start * fmt.bits % 8 or (stop * fmt.bits % 8 and stop != size):
-                return None
-            sliced = part.narrow(dim, start * fmt.bits // 8, fmt.row_bytes(stop) - start * fmt.bits // 8)
-        else:
-            if start % per or (stop % per and stop != size):
-                return None
-            sliced = part.narrow(dim, start // per, -(-stop // per) - start // per)
-        segments.append(_segment(q, name, sliced))
-    return QTensor._wrap(q._buf, Layout(fmt, tuple(shape), tuple(segments), q._layout.nbytes), q.dtype)
-
-
-def _segment(q: QTensor, name: str, part: Tensor) -> Segment:
-    offset = int(part.storage_offset()) * part.dtype.itemsize - int(q._buf.storage_offset())
-    return name, offset, tuple(part.shape), tuple(part.stride()), part.dtype
-
-
-@_implements(aten.slice.Tensor)
-def _slice(func: Any, args: Any, kwargs: Any) -> Any:
-    q: QTensor = args[0]
-    dim, start, stop, step = (list(args[1:]) + [None] * 4)[:4]
-    if (step or 1) != 1 or not _valid(dim or 0, q.ndim):
-        return NotImplemented
-    dim = (dim or 0) % q.ndim
-    first, last, _ = slice(start, stop).indices(q.shape[dim])
-    window = _window(q, dim, first, max(first, last))
-    return NotImplemented if window is None else window
-
-
-@_implements(aten.split.Tensor, aten.split_with_sizes.default)
-def _split(func: Any, args: Any, kwargs: Any) -> Any:
-    q, sizes = args[0], args[1]
-    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
-    if not _valid(dim, q.ndim):
-        return NotImplemented
-    dim, total = dim % q.ndim, q.shape[dim]
-    if isinstance(sizes, int):
-        sizes = [min(sizes, total - i) for i in range(0, max(total, 1), sizes)] if sizes > 0 else [-1]
-    if sum(sizes) != total or min(sizes, default=0) < 0:
-        return NotImplemented
-    pieces, start = [], 0
-    for size in sizes:
-        pieces.append(_window(q, dim, start, start + size))
-        start += size
-    return NotImplemented if any(piece is None for piece in pieces) else pieces
-
-
-@_implements(aten.select.int)
-def _select(func: Any, args: Any, kwargs: Any) -> Any:
-    q, dim, index = args
-    if not _valid(dim, q.ndim) or not _valid(index, q.shape[dim]):
-        return NotImplemented
-    dim, index = dim % q.ndim, index % q.shape[dim]
-    inner = 2 if q.format.group[0] > 1 else 1
-    if dim >= q.ndim - inner or q.ndim - 1 < inner:
-        return NotImplemented  # the axes that groups run along
-    segments = []
-    for name, part in q.parts().items():
-        sliced = part if _axis(q, dim, name) is None else part.select(dim, index)
-        segments.append(_segment(q, name, sliced))
-    shape = tuple(n for d, n in enumerate(q.shape) if d != dim)
-    return QTensor._wrap(q._buf, Layout(q.format, shape, tuple(segments), q._layout.nbytes), q.dtype)
-
-
-@_implements(aten.unbind.int)
-def _unbind(func: Any, args: Any, kwargs: Any) -> Any:
-    q, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
-    if not _valid(dim, q.ndim):
-        return NotImplemented
-    pieces = [_select(None, (q, dim, i), {}) for i in range(q.shape[dim])]
-    return NotImplemented if any(piece is NotImplemented for piece in pieces) else pieces
-
-
 # ---------------------------------------------------------------------------------------------------- public functions
+
+
+def payload_data_(model: torch.nn.Module, enabled: bool = True) -> torch.nn.Module:
+    """Have `.data` of the quantized parameters and buffers of a model be their bytes, uint8 [nbytes], or, with
+    `enabled=False`, aliases again; returns the model.
+
+    Some libraries write `.data` to files that know plain tensors only (safetensors; so diffusers' group offload to
+    disk) and assign what they read to it. Bytes pass, an alias does not. It is no default because `.data` then has
+    another shape and dtype than the parameter. Holds for these parameters, not for copies of them.
+
+    Raises:
+        ValueError: the model has no quantized parameter or buffer.
+    """
+    found = [t for t in (*model.parameters(), *model.buffers()) if isinstance(t, QTensor)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no quantized parameters; quantize it first (tritonq.quantize_)")
+    for tensor in found:
+        tensor._payload = enabled
+    return model
 
 
 @_outside_graphs

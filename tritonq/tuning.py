@@ -292,6 +292,23 @@ def keys_config(rows: int, columns: int, choice: Choice | None = None) -> Config
     return _block_config(rows, columns, _chosen("keys", choice) or {"TILE": TILE // 2, "PER_THREAD": 16})
 
 
+AT_ONCE_REGISTERS = 128  # of a thread: so many of two programs of 8 warps, or of one of 16, fit a multiprocessor
+
+
+def at_once_config(elements: int, fmt: Format, mode: str, processors: int, alone: bool) -> tuple[Config, int] | None:
+    """Tiles of `at_once_kernel` for a row of so many elements, and how many they are: one for a multiprocessor, or two
+    of 2 * TILE elements unless they take too many registers and run `alone`. None where there would be more."""
+    size = max(TILE // 4, _power(-(-elements // processors)))
+    choice = {"TILE": min(size, 2 * TILE), "PER_THREAD": 16 if size <= TILE else 32}
+    if fmt.group[0] == -1:
+        config = {"BLOCK_N": choice["TILE"], "num_warps": _warps(choice["TILE"], choice["PER_THREAD"])}
+        tiles = -(-elements // choice["TILE"])
+    else:
+        config, (_, tiles) = group_config(1, elements, fmt, mode, choice)
+    config["maxnreg"] = AT_ONCE_REGISTERS
+    return (config, tiles) if tiles <= (1 if alone or size <= TILE else 2) * processors else None
+
+
 def splits(groups: int, rows: int, columns: int, config: Config, processors: int) -> int:
     """Programs that share one group: as many in all as so many multiprocessors run at once, each with work to do."""
     tiles = -(-rows // config["BLOCK_M"]) * -(-columns // config["BLOCK_N"])

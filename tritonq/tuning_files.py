@@ -108,7 +108,8 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()[:200]).strip("-")[:80].rstrip("-") or "unknown"
 
 
-UNTUNED = ("cast.py", "grouped.py", "learned.py", "learned_loop.py", "learned_quantize.py")  # no knobs: never measured
+# Kernels without knobs, so without measurements.
+UNTUNED = ("at_once.py", "cast.py", "grouped.py", "learned.py", "learned_loop.py", "learned_quantize.py")
 
 
 @functools.cache

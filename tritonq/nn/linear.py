@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritonq import sharding
 from tritonq.autograd import qdq
 from tritonq.formats import Format
 from tritonq.tensor import QTensor
@@ -56,7 +57,7 @@ class QLinear(KeepsBuffers):
         divisor = torch.ones(1, dtype=torch.float32, device=weight.device) if needs_divisor else None
         self.register_buffer("input_scale", None)
         self.register_buffer("input_zero_point", None)
-        self.register_buffer("input_global_scale", divisor, persistent=needs_divisor)
+        self.register_buffer("input_global_scale", divisor)  # persistent: hosts move the others without asking for None
         self.train(linear.training)
         for name, hook in linear.__dict__.items():
             if "_hook" in name and hook:  # also the flags: which take keywords, always run, see full gradients
@@ -64,10 +65,13 @@ class QLinear(KeepsBuffers):
         return self
 
     def forward(self, input: Tensor) -> Tensor:
+        sharded = type(input).__name__ == "DTensor"
         if self.input_format is not None:
+            if sharded:
+                sharding.teach_dtensor()
             parts = {name: getattr(self, buffer) for name, buffer in STATIC.items()}
             input = qdq(input, self.input_format, **parts)
-        return nn.functional.linear(input, self.weight, self.bias)
+        return (sharding.linear if sharded else nn.functional.linear)(input, self.weight, self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in STATIC.values():  # of a model whose inputs have static scales
