@@ -343,7 +343,7 @@ def test_nodes_that_need_weights_of_several_units():
 class LateDevice(FakeDevice):
     """Kernels wait, too: what reads a weight reads what lies there when its turn comes."""
 
-    def record(self):
+    def record(self, stream=None):
         return self.submit("compute", lambda: None)
 
     def follow(self, event):
@@ -570,7 +570,8 @@ def test_memory_is_what_is_resident(no_gc):
     size = block_bytes(model)
     with tq.offload.enable(model, device=device) as handle:
         wanted = expected_bytes(model, [size, size])
-        assert (device.live, handle.slab_bytes, handle.offloaded_bytes) == (wanted, 2 * size, 4 * size)
+        rounded = -(-size // 512) * 512
+        assert (device.live, handle.slab_bytes, handle.offloaded_bytes) == (wanted, 2 * rounded, 4 * size)
         for index in range(100):
             if index % 10 == 0:
                 results(model, x)
@@ -1015,7 +1016,8 @@ class Slow(nn.Module):
 @pytest.mark.parametrize("streams", [1, 2])
 def test_gpu_kernels_that_run_late(streams):
     model, x, order = gpu_model(blocks=5), data(width=256, device="cuda"), random.Random(0)
-    for layer in model.layers:
+    whole = copy.deepcopy(model).cuda()
+    for layer in (*model.layers, *whole.layers):
         layer.feed = lambda x, feed=layer.feed: feed(Slow()(x))
     sequences = [[0, 1, 2, 3, 4]] * 4 + [[order.randrange(5) for _ in range(7)] for _ in range(6)]
 
@@ -1026,7 +1028,6 @@ def test_gpu_kernels_that_run_late(streams):
                 y = m.layers[index](y)
         return [y.detach(), *(torch.autograd.grad(y.square().sum(), leaf) if grad else ())]
 
-    whole = copy.deepcopy(model).cuda()
     expected = [run(whole, s, i % 2 == 0) for i, s in enumerate(sequences)]
     others = [torch.cuda.Stream() for _ in range(streams)]
     torch.cuda.synchronize()
@@ -1201,9 +1202,13 @@ def test_gpu_forward_that_raises(no_gc):
     live = torch.cuda.memory_allocated()
     for _ in range(3):
         hook = model.layers[2].down.register_forward_pre_hook(fail)
-        with pytest.raises(Failure):
+        failed = False
+        try:
             evaluated(model, x)
+        except Failure:
+            failed = True
         hook.remove()
+        assert failed
         assert torch.cuda.memory_allocated() == live
         same(evaluated(model, x), expected)
     handle.disable()

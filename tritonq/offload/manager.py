@@ -45,6 +45,7 @@ class DeviceSlab:
         self.content = -1  # index of the group; the group itself would make a cycle
         self.ready: Event | concurrent.futures.Future[Event] = None
         self.used: list[Event] = []
+        self.streams: set[Any] = set()  # on which backward passes read it
         self.task = -1  # of autograd, in which it was loaded
         self.node = -1  # of autograd, that was last given views of it
 
@@ -190,8 +191,8 @@ class _Kept:
 class _Backward:
     """A backward pass that uses the slabs; what it waits for at its end holds it, also where it fails."""
 
-    def __init__(self) -> None:
-        self.thread, self.ended = threading.get_ident(), False
+    def __init__(self, task: int) -> None:
+        self.thread, self.task, self.ended = threading.get_ident(), task, False
 
     def __call__(self) -> None:
         self.ended = True
@@ -311,12 +312,13 @@ class Manager:
                     "after forward used them"
                 )
             # Gradients of gradients save what they are given outside of any group, and others keep it.
-            if slab is None or self.closed or torch.is_grad_enabled() or torch._C._current_graph_task_id() < 0:
+            task = torch._C._current_graph_task_id()
+            if slab is None or self.closed or torch.is_grad_enabled() or task < 0:
                 return _rebased(record.tensor, self._extra(group)[0])
             if not self._current(slab, group) and self._busy(slab):
                 return _rebased(record.tensor, self._extra(group)[0])
-            if not any(running.thread == threading.get_ident() for running in self._running()):
-                running = _Backward()
+            if not any(running.task == task for running in self._running()):
+                running = _Backward(task)
                 self._backwards.append(weakref.ref(running))
                 torch.autograd.Variable._execution_engine.queue_callback(running)
                 if self._capture is not None:
@@ -325,6 +327,7 @@ class Manager:
                 self._load(slab, group)
             self._follow(slab.ready)
             slab.node = _node()
+            slab.streams.add(self.backend.here())
             self._remember(group)
             self._prefetch(group, slab.node)
             return record.tensor
@@ -353,7 +356,7 @@ class Manager:
         return memory, ready
 
     def _load(self, slab: DeviceSlab, group: Group) -> None:
-        after = [self.backend.record(), *slab.used]
+        after = [self.backend.record(stream) for stream in {self.backend.here(), *slab.streams}] + slab.used
         slab.forget()
         slab.ready = self._copied(group, slab.memory[: group.nbytes], after)
         slab.content, slab.task = group.index, torch._C._current_graph_task_id()

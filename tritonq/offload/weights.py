@@ -26,7 +26,7 @@ class Handle:
 
     Attributes:
         groups: names of the modules that take turns on the device.
-        slab_bytes, resident_bytes: device memory for them, and for everything else of the model.
+        slab_bytes, resident_bytes: device memory for them, and for everything else of the model, as torch rounds it.
         offloaded_bytes: host memory (or bytes of the file) of the groups.
     """
 
@@ -35,7 +35,7 @@ class Handle:
         self._wrapped: list[tuple[Callable[[], nn.Module | None], Any, Any]] = []
         self._residents: list[tuple[Tensor, torch.device]] = []
         self.groups = [group.name for group in manager.groups]
-        self.slab_bytes = sum(slab.memory.nbytes for slab in manager.slabs)
+        self.slab_bytes = planning.slabs([group.nbytes for group in manager.groups])
         self.resident_bytes = resident
         self.offloaded_bytes = sum(group.nbytes for group in manager.groups)
 
@@ -194,7 +194,6 @@ def enable(
         )
         largest = max((group.nbytes for group in offloaded), default=0)
         manager.slabs += [DeviceSlab(backend.empty(largest)) for _ in offloaded[:2]]
-        handle.slab_bytes = sum(slab.memory.nbytes for slab in manager.slabs)
         watched: list[tuple[Group, nn.Module]] = []
         for index, group in enumerate(offloaded):
             unit = chosen[turning[index]]
