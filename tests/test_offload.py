@@ -713,6 +713,10 @@ def test_what_is_refused():
         tq.offload.enable(nn.Linear(2, 2, device="meta"), device="cpu")
     with pytest.warns(UserWarning, match="requires_grad_"):
         tq.offload.enable(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), device="cpu").disable()
+    with torch.inference_mode():
+        model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="inference mode"):
+        tq.offload.enable(model, device="cpu")
     compiled = torch.compile(Model(2), backend="eager")
     with pytest.raises(ValueError, match="blocks"):
         tq.offload.enable(compiled, device="cpu")
@@ -780,6 +784,14 @@ def test_weights_that_are_changed_between_steps():
                         model.to("cpu")
                 same([model(x), model(x)], [expected] * 2)
             same([model(x)], [expected])
+        model = Model(2)
+        expected = model(x)
+        with tq.offload.enable(model, device=device) as handle:
+            model(x)
+            for factor in (2, 0.5):
+                model.layers[1].gain.data *= factor
+                handle.refresh()
+                assert torch.equal(model(x), expected) == (factor < 1)
         model = Model(3)
         with tq.offload.enable(model, device=device):
             model(x)
@@ -869,6 +881,35 @@ def test_compiled_blocks(way):
                 same(results(model, x), expected)
         assert counter.frame_count == frames
     same(results(model, x), expected)
+
+
+def test_a_language_model():
+    """Tied embeddings, a cache, checkpoints around layers, and loops of generation."""
+    import models
+
+    model = tq.quantize_(models.build("llama_tied", torch.float32), "W4A16", progress=False).requires_grad_(False)
+    model.model.norm.weight.requires_grad_(True)
+    tokens = torch.arange(24).view(2, 12) % 128
+
+    def train():
+        model.zero_grad()
+        loss = model(inputs_embeds=embedded, labels=tokens).loss
+        return [loss.detach(), *torch.autograd.grad(loss, [embedded, model.model.norm.weight])]
+
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
+    arguments = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    text, plain = model.generate(tokens, **arguments), train()
+    for groups in ("block", "leaf"):
+        with tq.offload.enable(model, groups, FakeDevice()) as handle:
+            with NothingOnTheHost(handle):
+                same([model.generate(tokens, **arguments)], [text])
+                same(train(), plain)
+                model.train()
+                model.gradient_checkpointing_enable()
+                same(train(), plain)
+            model.gradient_checkpointing_disable()
+            model.eval()
 
 
 # ---------------------------------------------------------------------------------------------------------------- disk

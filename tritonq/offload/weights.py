@@ -51,6 +51,16 @@ class Handle:
         state = "disabled" if self._manager.closed else f"{self.slab_bytes} bytes of slabs on the device"
         return f"Handle({len(self.groups)} groups of {self.offloaded_bytes} bytes in all, {state})"
 
+    def refresh(self) -> None:
+        """Fetch every group anew. Needed after writing in place through `parameter.data` (which torch does not count)
+        or another alias; all other changes are seen."""
+        manager = self._manager
+        with manager._lock:
+            for slab in manager.slabs:
+                slab.content = -1
+            for group in manager.groups:
+                group.generation += 1
+
     def disable(self, device: torch.device | str | None = None) -> None:
         """End offload: every parameter and buffer is on the device that it came from, or on `device`, and modules are
         as they were. Parameters keep their identity. A second call does nothing.
@@ -148,7 +158,8 @@ def enable(
         A handle whose `disable()` puts everything back; also a context manager.
 
     Raises:
-        ValueError: unknown groups, parameters on the meta device, a budget that is too small (with what is needed).
+        ValueError: unknown groups, parameters on the meta device or of inference mode, a budget that is too small (with
+            what is needed).
         RuntimeError: the model is offloaded already.
     """
     if device is None:
@@ -219,6 +230,8 @@ def _check(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"parameter {name!r} is on the meta device; load its weights first")
+        if parameter.is_inference():
+            raise ValueError(f"parameter {name!r} was made in inference mode, where it cannot change places; clone it")
     if _compiled(model):
         raise ValueError("the model is compiled as a whole; compile its blocks (block.compile()) and offload those")
 
