@@ -19,7 +19,7 @@ test-cpu: $(STAMP)
 # The kernels themselves, in Triton's interpreter, which has to be chosen before they are defined.
 test-interpret: $(STAMP)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not gpu" -n 2 tests/test_laws.py tests/test_codecs.py \
-		tests/test_tuning.py tests/test_tune.py tests/test_search.py tests/test_super_groups.py tests/test_both.py tests/test_ste.py
+		tests/test_tuning.py tests/test_tune.py tests/test_search.py tests/test_super_groups.py tests/test_both.py tests/test_ste.py tests/test_bulk.py
 
 # On a machine with a GPU: with the interpreter of the environment that holds torch, `make test-gpu BIN=$$(dirname $$(which python3))`.
 test-gpu:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -71,7 +72,7 @@ class Step:
 
     def bits(self, context: Any) -> list[Tensor]:
         """The loss and, of every gradient, a sum of its bits, each times its place."""
-        torch.use_deterministic_algorithms(True, warn_only=True)  # of attention; matrix products are, on one stream
+        torch.use_deterministic_algorithms(True)  # of attention, whose fast backward is not
         found = [self(context)]
         torch.use_deterministic_algorithms(False)
         for parameter in self.model.parameters():
@@ -134,6 +135,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     began = time.perf_counter()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for where algorithms have to be deterministic
+    torch.utils.deterministic.fill_uninitialized_memory = False
     pinned = torch.empty(1 << 17, 8192, dtype=torch.bfloat16, pin_memory=True)
     rates = copies(pinned, pinned)
     del pinned

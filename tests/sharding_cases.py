@@ -5,6 +5,7 @@ One start of two processes for all cases, since importing torch takes longer tha
 """
 
 import copy
+import functools
 import json
 import sys
 import time
@@ -126,10 +127,20 @@ def steps(net, x, optimize=True):
     return found
 
 
+def gathered_bytes(layer):
+    """What a layer holds of its quantized weight beside the shard."""
+    (group,) = groups if (groups := getattr(layer._get_fsdp_state(), "_fsdp_param_groups", None)) else (
+        layer._get_fsdp_state()._fsdp_param_group,)  # fmt: skip
+    (p,) = (p for p in group.fsdp_params if isinstance(p._sharded_local_tensor, QTensor))
+    return sum(t.untyped_storage().nbytes() for t in (*p.all_gather_outputs, *p._unsharded_inner_tensors))
+
+
 def fsdp(name, reshard):
     rows = (101, 512, 1)
     one, two = model(name, rows), sharded(model(name, rows), reshard_after_forward=reshard)
     x = dense((3, 512), seed=99)
+    held = []
+    hooks = [layer.register_forward_pre_hook(lambda m, _: held.append(gathered_bytes(m))) for layer in two]
     for layer, n in zip(two, rows, strict=True):
         local = layer.base.weight._local_tensor
         start, stop = min(n, RANK * -(-n // RANKS)), min(n, (RANK + 1) * -(-n // RANKS))
@@ -139,6 +150,10 @@ def fsdp(name, reshard):
         assert same(whole, tq.quantize(dense(whole.shape, 10 * list(two).index(layer)), name))
     with Sent() as sent:
         found = steps(two, x)
+    for hook in hooks:
+        hook.remove()
+    stored = [part_bytes(name, (RANKS * -(-n // RANKS), k)) for n, k in zip(rows, (512, *rows), strict=False)]
+    assert held[:3] and all(s <= h < s + 1024 for h, s in zip(held[:3], stored, strict=True)), (held, stored)
     wanted = steps(one, x)
     assert [n for n, _ in found] == [n for n, _ in wanted]
     for (n, a), (_, b) in zip(found, wanted, strict=True):
@@ -157,12 +172,7 @@ def fsdp(name, reshard):
     assert set(sent.bytes) <= {
         "_allgather_base_", "_reduce_scatter_base_", "all_gather_into_tensor", "wait_tensor", "_wrap_tensor_autograd"
     }, sent.bytes  # fmt: skip
-    for layer in two:  # given back after backward
-        state = layer.base._get_fsdp_state() if hasattr(layer.base, "_get_fsdp_state") else layer._get_fsdp_state()
-        for group in state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]:
-            for p in group.fsdp_params:
-                held = [*p.all_gather_outputs, *p._unsharded_inner_tensors]
-                assert held and all(t.untyped_storage().nbytes() == 0 for t in held)
+    assert [gathered_bytes(layer) for layer in two] == [0, 0, 0]  # after backward
 
 
 for _name in FORMATS:
@@ -229,12 +239,17 @@ def fsdp_casts():
 @case
 def fsdp_offload():
     for name in ("int4_g128", "nvfp4", "fp8_e4m3_tensor"):
-        one, two = model(name, (101, 64)), model(name, (101, 64)).cpu()
+        one, two = model(name, (101, 64)), model(name, (101, 64)).double().float().cpu()
         two = sharded(two, offload_policy=CPUOffloadPolicy(pin_memory=DEVICE.type == "cuda"))
         x = dense((3, 512), 9)
         assert all(p.device.type == "cpu" for p in two.parameters())
+        assert not any(layer.base.weight.requires_grad for layer in two)
+        seen = []
+        hook = functools.partial(lambda seen, m, _: seen.append((m.weight.requires_grad, str(m.weight.device))), seen)
+        two[0].base.register_forward_pre_hook(hook)
         for _ in range(2):
-            assert torch.equal(two(x), one(x))
+            assert torch.equal(two(x), one(x)), seen
+        assert seen == 2 * [(False, str(DEVICE))], seen
 
 
 @case
@@ -262,6 +277,20 @@ def fsdp_states():
         loaded = sharded(model(name, (101, 64)))
         state = {"m": loaded.state_dict()}
         dcp.load(state, checkpoint_id=folder)
+        loaded.load_state_dict(state["m"])
+        assert torch.equal(loaded(x), wanted), name
+        pickled = {k: v.detach() for k, v in source.state_dict().items()}
+        torch.save(pickled, FOLDER / f"{name}-{RANK}.pt")
+        found = torch.load(FOLDER / f"{name}-{RANK}.pt", weights_only=True)
+        read = sharded(model(name, (101, 64)))
+        read.load_state_dict(found, assign=True)
+        assert torch.equal(read(x), wanted), name
+        if RANK == 0:  # one wrote, two ranks read
+            dcp.save({"m": other.state_dict()}, checkpoint_id=FOLDER / f"one-{name}", no_dist=True)
+        dist.barrier()
+        loaded = sharded(model(name, (101, 64)))
+        state = {"m": loaded.state_dict()}
+        dcp.load(state, checkpoint_id=FOLDER / f"one-{name}")
         loaded.load_state_dict(state["m"])
         assert torch.equal(loaded(x), wanted), name
         alone = model(name, (101, 64))  # two ranks wrote, one reads
@@ -309,6 +338,50 @@ def distributing():
                 own = distribute_tensor(whole, MESH, [placement], src_data_rank=None).to_local()
                 assert same(own, wanted) and own._is_compact()
                 assert torch.equal(own.dequantize(), wanted.dequantize())
+
+
+@case
+def other_axes():
+    """Redistributing, casting, copying a DTensor: bytes all the way."""
+    for name in ("int4_g128", "nvfp4", "int8_channel", "fp8_e4m3_tensor"):
+        whole = tq.quantize(dense((512, 768)), name)
+        made = distribute_tensor(whole, MESH, [Shard(0)])
+        columns = made.redistribute(placements=[Shard(1)])
+        assert same(columns.to_local(), whole.chunk(2, 1)[RANK])
+        assert same(columns.redistribute(placements=[Shard(0)]).to_local(), whole.chunk(2, 0)[RANK])
+        assert same(made.redistribute(placements=[Replicate()]).to_local(), whole)
+        back = distribute_tensor(whole, MESH, [Replicate()]).redistribute(placements=[Shard(1)])
+        assert same(back.to_local(), columns.to_local())
+        for moved in (
+            made.to(torch.bfloat16),
+            made.clone(),
+            made.detach(),
+            made.cpu(),
+            torch.empty_like(made).copy_(made),
+        ):
+            assert isinstance(moved.to_local(), QTensor) and moved.to_local().dtype is moved.dtype
+            assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(
+                bits(moved.to_local()), bits(made.to_local()), strict=True))  # fmt: skip
+    short = distribute_tensor(tq.quantize(dense((64, 384)), "int4_g128"), MESH, [Shard(0)])
+    refused(lambda: short.redistribute(placements=[Shard(1)]), "int4_g128", "384")
+
+
+def bits(q):
+    return [part.contiguous().view(torch.uint8) for part in q.parts().values()]
+
+
+@case
+def hybrid():
+    """Meshes of two axes, one of which replicates."""
+    for shape in ((1, RANKS), (RANKS, 1)):
+        mesh = init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard"))
+        one, two = model("nvfp4", (101, 64)), model("nvfp4", (101, 64))
+        for layer in two:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(two, mesh=mesh)
+        x = dense((3, 512), 9)
+        for (n, a), (_, b) in zip(steps(two, x), steps(one, x), strict=True):
+            assert torch.equal(a, b), (shape, n)
 
 
 @case
@@ -390,6 +463,15 @@ def tensor_parallel_of_quantized_layers():
         inputs = [dense((4, 512), 3).requires_grad_() for _ in range(2)]
         ys = [net(x) for net, x in zip((one, two), inputs, strict=True)]
         assert isinstance(two[1].weight.to_local(), QTensor) and isinstance(two[0], tq.QLinear)
+        saved = []
+
+        def keep(t, saved=saved):
+            saved.append(t.numel() * t.element_size())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            two(inputs[1])
+        assert max(saved) < 512 * 128 * 4 and sum(saved) < 2 * two[0].weight.to_local().nbytes + 100_000, saved
         assert torch.equal(two[0](inputs[0]), one[0](inputs[0]).chunk(2, -1)[RANK])  # columns: bit for bit
         assert torch.allclose(*ys, rtol=1e-4, atol=1e-4), (scheme, (ys[0] - ys[1]).abs().max())
         for y in ys:
@@ -414,6 +496,30 @@ def both_kinds():
     assert isinstance(two.up.weight._local_tensor, QTensor)
     for _ in range(2):
         assert torch.equal(two(x), one(x))
+
+
+@case
+def replicas():
+    """DistributedDataParallel would send values and quantize them again, by another scale than a search had found."""
+    one, two = model("int4_g128", (101,)), model("int4_g128", (101,))
+    refused(lambda: nn.parallel.DistributedDataParallel(two), "int4_g128", "init_sync=False", "fully_shard")
+    two = nn.parallel.DistributedDataParallel(two, init_sync=False)
+    x = dense((3, 512), 9)
+    for net in (one, two):
+        net(x).sum().backward()
+    assert same(two.module[0].base.weight, one[0].base.weight) and torch.equal(one[0].up.grad, two.module[0].up.grad)
+
+
+@case
+def compiled_shards():
+    """Compiled layers under fully_shard, whose hooks stay outside of the graph."""
+    one, two = model("int4_g128", (101, 64)), model("int4_g128", (101, 64))
+    for layer in two:
+        layer.compile(backend="aot_eager")
+    sharded(two)
+    x = dense((3, 512), 9)
+    for (n, a), (_, b) in zip(steps(two, x), steps(one, x), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5), n
 
 
 @case

@@ -5,6 +5,7 @@ read or freed too early shows. Copies are counted where they are made; on a GPU 
 """
 
 import contextlib
+import functools
 import gc
 import json
 import tempfile
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import tritonq as tq
 from tritonq import memory
 from tritonq.formats import get_format
+from tritonq.offload import pool as pools
 from tritonq.offload import saved
 from tritonq.offload.pool import PinnedPool, size_class
 from tritonq.tensor import Layout
@@ -43,7 +45,15 @@ class Device(FakeDevice):
         if lane in ("out", "in"):
             target, _ = function.args
             (self.out if lane == "out" else self.back).append(target.numel())
-        return super().submit(lane, function, *after)
+        for before in filter(None, after):
+            assert before.graph == self.graph, "a capture cannot wait for what is outside of it, nor others for it"
+        event = super().submit(lane, function, *after)
+        event.graph = self.graph
+        return event
+
+    def follow(self, event):
+        assert event is None or event.graph == self.graph
+        super().follow(event)
 
     def copy(self, target, source):
         for tensor in (target, source):
@@ -130,6 +140,7 @@ def test_the_same_bits(fake, options):
         fake.random.seed(seed)
         same(results(model, x, context), expected)
     assert bool(fake.out) == ("manual" not in options)
+    assert len(fake.back) == len(fake.out)  # each comes back once, in whatever order backward reads
     assert context.pool.used == 0 and context.nbytes == 0
     assert context.pool.held <= 2 * context.pool.most
 
@@ -159,6 +170,12 @@ def test_no_cycles(fake):
     """Everything goes with its last reference, in forward, after backward and without it."""
     gc.disable()
     try:
+        for min_bytes in (256, 10**6):  # also results that are saved and stay
+            with offload(fake, min_bytes=min_bytes):
+                y = (torch.randn(300, requires_grad=True) * 1).exp()
+            weak = StorageWeakRef(y.untyped_storage())
+            del y
+            assert weak.expired()
         for backward in (True, False):
             model, x, outputs = stack(layers=2), torch.randn(2, 8, 16, requires_grad=True), []
             _intermediates(model, outputs)
@@ -362,6 +379,26 @@ def test_weights_of_quantized_layers_stay(fake):
     assert fake.out == [64 * 128 * 4]  # what sin saves, and no weight
 
 
+def test_beside_offloaded_weights(fake):
+    """The same activations move, and no weight twice."""
+    model, x = nn.ModuleList(Block(32) for _ in range(3)), torch.randn(2, 8, 32)
+    tq.quantize_(model, "W8A16", ignore=())
+
+    def forward(x):
+        for block in model:
+            x = block(x)
+        return x
+
+    expected = results(model, x, forward=forward)
+    same(results(model, x, offload(fake), forward), expected)
+    alone = list(fake.out)
+    fake.out.clear()
+    with tq.offload.enable(model, device=FakeDevice(seed=2)):
+        for _ in range(3):
+            same(results(model, x, offload(fake), forward), expected)
+    assert fake.out == 3 * alone
+
+
 def test_threshold_and_budget(fake):
     sizes = (50, 100, 200, 400)
 
@@ -491,6 +528,36 @@ def test_backward_twice_and_in_part(fake):
     for again in (True, True, False):
         same(torch.autograd.grad(y.sum(), [x, *model.parameters()], retain_graph=again), expected)
     assert context.pool.used == 0
+
+
+def test_what_is_not_wanted_any_more_is_let_go(fake):
+    """On the device: what only a graph that died was still to read, and what was fetched ahead and never read."""
+    x, seen = torch.ones(1, requires_grad=True), []
+    with offload(fake):
+        t = torch.randn(500)
+        first, second = Keep.apply(x, seen, t), Keep.apply(x, seen, t)
+        del t
+    first.backward(retain_graph=True)
+    seen.clear()
+    assert fake.live == 2000  # second has not read it yet
+    del second
+    assert fake.live == 0
+    del first
+
+    context, nodes = offload(fake, min_bytes=0, group_bytes=1, prefetch=2), [x]
+    with context:
+        for _ in range(6):
+            nodes.append(Keep.apply(nodes[-1], seen, torch.empty(1000, dtype=torch.uint8)))
+    torch.autograd.grad(nodes[6], nodes[3], retain_graph=True)
+    seen.clear()
+    assert fake.back[-5:] == [1000] * 5 and fake.live == 2000  # the two that come before the three
+    with context:
+        other = Keep.apply(x, seen, torch.empty(1000, dtype=torch.uint8))
+    other.backward()
+    seen.clear()
+    assert fake.live == 2000  # now those before the other's, instead
+    nodes[6].backward()
+    assert fake.live == 6000  # what seen holds
 
 
 def test_retained_graphs_hold_nothing_on_the_device(fake):
@@ -818,8 +885,11 @@ def test_layers_are_groups(fake):
             with context.layer():
                 y = Keep.apply(y, seen, torch.empty(100 + n, dtype=torch.uint8), torch.empty(200, dtype=torch.uint8))
     assert fake.out == [100, 200, 101, 200, 102, 200]
+    context.start_offload_layer(4)
+    assert fake.out[6:] == [104, 200]
+    context.release(4)
     y.backward()
-    assert len(fake.back) == 6
+    assert len(fake.back) == 8
 
 
 # ------------------------------------------------------------------------------------------------- pinned memory
@@ -862,6 +932,19 @@ def test_buffers_are_written_to_after_their_copies(fake):
             assert [int(t[499]) for t in seen.pop()] == [step, -step]
         del y
     assert pool.held == pool.most == 2 * size_class(2000)
+
+
+def test_devices_that_share_a_pool(fake):
+    """A device writes to a buffer after another one has read it."""
+    pool, other = PinnedPool(), Device()
+    buffer = pool.take(other, 2000)
+    buffer.bytes.fill_(7)
+    target = other.empty(2000)
+    pool.put(buffer, other.submit("in", functools.partial(other.copy, target, buffer.bytes[:2000])))
+    kept(offload(fake, pool=pool), lambda: (torch.full((2000,), 1, dtype=torch.uint8),))
+    assert pool.held == size_class(2000)
+    other.join()
+    assert (target == 7).all()
 
 
 def test_no_room_on_the_host(fake):
@@ -907,6 +990,16 @@ def test_captures(fake):
     gc.collect()
     step(context)
     assert pool.held == 2 * held
+    lost = PinnedPool()
+    lost.reserve(fake, [2000, 1200])
+    fake.graph = "third"
+    step(offload(fake, pool=lost))
+    fake.graph = None
+    pins = fake.pins
+    del lost  # the graph may still be replayed
+    assert fake.pins == pins
+    pools._orphans.clear()
+    assert fake.pins == pins - 2
     pool.trim()
     assert pool.held == held  # those of the graph
     pool.forget_graphs()
@@ -934,6 +1027,21 @@ def test_half_a_capture_is_refused(fake):
     fake.graph = "backward"
     y.backward()
     assert torch.equal(seen[0][0], torch.arange(500.0))
+    fake.graph = None
+
+    # Of two modules: nothing of the first is copied back in the graph of the second.
+    pool, ys = PinnedPool(), []
+    pool.reserve(fake, [2000, 2000])
+    context = offload(fake, pool=pool, prefetch=3, group_bytes=1)
+    for n in range(2):
+        fake.graph = f"forward {n}"
+        with context:
+            ys.append(Keep.apply(torch.ones(1, requires_grad=True), seen, torch.full((500,), float(n))))
+    for n in (1, 0):
+        fake.graph = f"backward {n}"
+        fake.back.clear()
+        ys[n].backward()
+        assert fake.back == [2000] and int(seen[-1][0][0]) == n
     fake.graph = None
 
 
@@ -1156,6 +1264,7 @@ def test_gpu_quantized_activations(name):
     x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
     def step(context):
+        gc.collect()  # of the profiler, and of compiling kernels
         y, start = x, torch.cuda.memory_allocated()
         with context:
             for weight in weights:
@@ -1400,6 +1509,25 @@ def test_gpu_views(view):
     make, context = dict(_views("cuda"))[view], gpu_context(min_bytes=0)
     (got,) = kept(context, lambda: (make(),))
     check_view(got, make())
+    assert context.pool.held > 0
+
+
+@pytest.mark.gpu
+def test_gpu_beside_offloaded_weights():
+    model = nn.ModuleList(Block(256) for _ in range(4)).to("cuda", torch.bfloat16)
+    tq.quantize_(model, "W4A16", ignore=())
+    x = torch.randn(8, 256, 256, device="cuda", dtype=torch.bfloat16)
+
+    def forward(x):
+        for block in model:
+            x = block(x)
+        return x
+
+    expected, context = results(model, x, forward=forward), gpu_context()
+    model.zero_grad()  # moving the model would move them
+    with tq.offload.enable(model.cpu(), device="cuda"):
+        for _ in range(4):
+            same(results(model, x, context, forward), expected)
     assert context.pool.held > 0
 
 

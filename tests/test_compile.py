@@ -141,12 +141,14 @@ def test_every_kernel_is_covered():
     for columns in (8192, 40000, 100_000, 300_000):
         seen |= {one.name for one in launches("int8_channel", (2, columns))}
     from test_both import launches as both
+    from test_bulk import launches as bulk
     from test_hadamard import launches as hadamard
     from test_learned_compile import launches as learned
     from test_ste import launches as cast
 
     seen |= {one.name for one in (*both("mxfp8", (64, 64)), *hadamard((64, 64)), *cast((64, 64)))}
     seen |= {one.name for name in ("int4_g128", "fp8_e4m3_tensor") for one in learned(name)}
+    seen |= {one.name for name in ("int4_g128", "fp8_e4m3_tensor", "q4_k") for one in bulk(name, [(64, 64)])}
     kernels = set()
     for file in (Path(ops.__file__).parent / "kernels").glob("*.py"):
         kernels |= set(re.findall(r"@triton\.jit(?:\(.*\))?\ndef (\w+_kernel)\(", file.read_text()))

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save, save_file
 from test_tensor import SEVERAL, dense, layer, parameter, quantized
 from torch import nn
 from torch.nn import functional as F
@@ -151,6 +152,21 @@ def test_sizes_and_storages_that_libraries_read(device):
     assert first.nbytes == stored and first[:128].nbytes == stored // 2 and first.to("meta").nbytes == stored
     assert first.element_size() == first.itemsize == 4 and first.numel() == 256 * 384
     assert first.dequantize().cpu().numpy().tolist() == first.cpu().numpy().tolist() == first.tolist()
+
+
+def test_safetensors_does_not_read_past_the_codes(tmp_path, device):
+    """It takes numel() * element_size() bytes from data_ptr(): eight times what a tensor of four bits has there."""
+    q = quantized(device=device)
+    for write in (lambda: save_file({"w": q}, tmp_path / "w.safetensors"), lambda: save({"w": q})):
+        with pytest.raises(RuntimeError, match=r"safetensors.*save_pretrained.*payload_data_"):
+            write()
+    save_file({name: part.clone() for name, part in q.parts().items()}, tmp_path / "w.safetensors")
+    module = nn.Module()
+    module.weight = parameter(q)
+    tq.payload_data_(module)
+    save_file({"w": module.weight.data}, tmp_path / "w.safetensors")
+    module.weight.data = load_file(tmp_path / "w.safetensors", device=device)["w"]
+    assert equal_bits(module.weight.detach(), q)
 
 
 def storage_of(buffer, offset=4096):
@@ -352,3 +368,87 @@ def test_layers_are_linear():
         tq.quantize_(model, scheme, progress=False)
         assert isinstance(model[0], nn.Linear) and type(model[0].weight) is QTensor
         assert isinstance(model[0].weight, nn.Parameter) and next(iter(model.state_dict())) == "0.weight"
+
+
+def test_copies_of_a_window_hold_the_window(device):
+    """Its buffer is that of the whole tensor, which a copy, a file or pinned memory must not carry along."""
+    q = quantized("nvfp4", (4096, 256), device=device)
+    small, own = q[5:7], Layout.of(q.format, (2, 256)).nbytes
+    copies = [copy.deepcopy(small), small.clone(), small.to(device, copy=True), pickle.loads(pickle.dumps(small))]
+    if device == "cuda":
+        copies += [small.cpu().pin_memory(), small.to("cpu")]
+    for made in copies:
+        assert equal_bits(made, small) and made._buf.numel() == made._buf.untyped_storage().nbytes() == own
+    file = io.BytesIO()
+    torch.save(small, file)
+    assert len(file.getvalue()) < own + 4096 and len(pickle.dumps(small)) < own + 4096
+    inside = QTensor(storage_of(q._buf), q._layout, q.dtype)
+    assert len(pickle.dumps(inside)) < q._buf.numel() + 4096 and equal_bits(copy.deepcopy(inside), q)
+
+
+@pytest.mark.gpu
+def test_streams_keep_what_they_read():
+    """record_stream of a wrapper would record nothing: the allocator gives the buffer away while a kernel reads it."""
+    q = tq.quantize(dense((2048, 4096), device="cuda"), "int4_g128")
+    wanted, pointer, size = q.dequantize(), q.data_ptr(), q._buf.numel()
+    side, result = torch.cuda.Stream(), torch.empty_like(wanted)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(int(2e8))  # some 100 ms
+        result.copy_(q.dequantize())
+        q.record_stream(side)
+    del q
+    taken = torch.empty(size, dtype=torch.uint8, device="cuda")
+    assert taken.data_ptr() != pointer, "given away while another stream reads it"
+    taken.zero_()
+    torch.cuda.synchronize()
+    assert torch.equal(result, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["int4_g128", "nvfp4", "fp8_e4m3_b128x128"])
+def test_copies_on_streams_are_one_copy(name):
+    """Pinned to device and back: one copy of the buffer each, on the stream of the call, without waiting."""
+    host = tq.quantize(dense((1024, 4096)), name).pin_memory()
+    assert host.is_pinned() and type(host) is QTensor
+    target, back = torch.empty_like(host, device="cuda"), torch.empty_like(host, pin_memory=True)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace, torch.cuda.stream(side):
+        moved = host.to("cuda", non_blocking=True)
+        target.copy_(host, non_blocking=True)
+        back.copy_(moved, non_blocking=True)
+        moved.record_stream(side)
+        side.synchronize()
+    kinds = [e.name for e in trace.events() if "Memcpy" in e.name]
+    assert sorted(k.split(" ")[1] for k in kinds) == ["DtoH", "HtoD", "HtoD"], kinds
+    assert equal_bits(moved, host) and equal_bits(target, host) and equal_bits(back, host)
+
+
+@pytest.mark.gpu
+def test_between_two_gpus():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    p = parameter(quantized("nvfp4", device="cuda:0"))
+    wanted, held = p.dequantize().cpu(), weakref.ref(p)
+    for where in ("cuda:1", "cpu", "cuda:1", "cuda:0"):
+        p.data = p.data.to(where, non_blocking=True)
+        torch.cuda.synchronize()
+        assert str(p.device) == str(p._buf.device) == where and held() is p
+        assert torch.equal(p.dequantize().cpu(), wanted)
+
+
+def test_a_frozen_layer_keeps_codes_for_backward(device):
+    """autograd of a naive subclass keeps the dequantized weight, four bytes an element, from forward to backward."""
+    q, x = parameter(quantized(device=device)), dense((2, 384), device=device).requires_grad_()
+    saved = []
+
+    def keep(t):
+        saved.append(t.numel() * t.element_size())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = F.linear(x, q)
+    assert sum(saved) <= q.nbytes + x.numel() * 4 < 4 * q.numel(), saved
+    y.sum().backward()
+    assert torch.allclose(x.grad, q.dequantize().sum(0).expand(2, -1), rtol=1e-4, atol=1e-3)

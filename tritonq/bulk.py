@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tritonq import bulk_plans, operators, ops
-from tritonq.bulk_plans import View
+from tritonq.bulk_plans import View, Views
 from tritonq.formats import Format, Shape, get_format
 from tritonq.memory import empty
 from tritonq.tensor import Layout, QTensor, _outside_graphs
@@ -256,28 +256,22 @@ def grouped_quantize(
             fewer dimensions than `fmt` or `columnwise` takes. TypeError: tensors that are not floating, or of several
             dtypes or devices.
     """
-    fmt = get_format(fmt)
     members = _members(tensors, sizes)
-    _check(members, fmt, rowwise, columnwise, tensor_scale, share_tensor_scale)
-    rows, columns = _layouts(members, fmt, rowwise, columnwise)
-    dtype = members[0].dtype
-    if out is not None:
-        _check_out(out, rows, columns, members[0])
-        buffers = out.base, out.base if out.columns is None else out.columns.base
-        if ops.traced(members[0]):
-            made = torch.ops.tritonq.grouped_quantize(
-                members, ops._name(fmt), rowwise, columnwise, tensor_scale, share_tensor_scale
-            )
-            for target, values in zip(buffers, made, strict=True):
-                if values.numel():
-                    target.copy_(values)
-        else:
-            _fill(members, fmt, rowwise, columnwise, tensor_scale, share_tensor_scale, buffers)
-        return out
-    make = quantize_into_buffers if any(map(ops.traced, members)) else _allocate_and_fill
-    row_buffer, column_buffer = make(members, fmt, rowwise, columnwise, tensor_scale, share_tensor_scale)
-    other = BulkBuffer(column_buffer, columns, dtype) if columnwise else None
-    return BulkBuffer(row_buffer, rows, dtype, other)
+    call = _Call(get_format(fmt), rowwise, columnwise, tensor_scale, share_tensor_scale)
+    _check(members, call)
+    job, traced = _job_of(members, call), _traced(members)
+    if out is None:
+        made = _operator_call(members, call) if traced else _allocate_and_fill(members, call, job)
+        other = BulkBuffer(made[1], job.columns, members[0].dtype) if columnwise else None
+        return BulkBuffer(made[0], job.rows, members[0].dtype, other)
+    buffers = _buffers(out, job, members[0])
+    if traced:
+        for target, values in zip(buffers, _operator_call(members, call), strict=True):
+            if values.numel():
+                target.copy_(values)
+    else:
+        _fill(members, call, job, buffers)
+    return out
 
 
 def quantize_into_buffers(
@@ -290,13 +284,34 @@ def quantize_into_buffers(
 ) -> tuple[Tensor, Tensor]:
     """The buffers of `grouped_quantize` as plain tensors, which can be traced: uint8, as `BulkLayout.of` lays them out,
     with zeros between the parts; one of no bytes for a direction that is not asked for."""
-    fmt = get_format(fmt)
-    if any(map(ops.traced, members)):
-        name = ops._name(fmt)
-        arguments = (list(members), name, rowwise, columnwise, tensor_scale, share_tensor_scale)
-        row_buffer, column_buffer = torch.ops.tritonq.grouped_quantize(*arguments)
-        return row_buffer, column_buffer
-    return _allocate_and_fill(members, fmt, rowwise, columnwise, tensor_scale, share_tensor_scale, torch.zeros)
+    call = _Call(get_format(fmt), rowwise, columnwise, tensor_scale, share_tensor_scale)
+    if _traced(members):
+        return _operator_call(members, call)
+    _check(members, call)
+    return _allocate_and_fill(members, call, _job_of(members, call), torch.zeros)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is asked for, besides the tensors."""
+
+    fmt: Format
+    rowwise: bool
+    columnwise: bool
+    tensor_scale: Tensor | None
+    share: bool
+
+
+def _traced(members: Sequence[Tensor]) -> bool:
+    return ops.traced(members[0]) or any(type(x) is not Tensor and ops.traced(x) for x in members)
+
+
+def _operator_call(members: Sequence[Tensor], call: _Call) -> tuple[Tensor, Tensor]:
+    detached = [x.detach() for x in members]
+    rows, columns = torch.ops.tritonq.grouped_quantize(
+        detached, ops._name(call.fmt), call.rowwise, call.columnwise, call.tensor_scale, call.share
+    )
+    return rows, columns
 
 
 def _members(tensors: Sequence[Tensor] | Tensor, sizes: Sequence[int] | None) -> list[Tensor]:
@@ -305,7 +320,7 @@ def _members(tensors: Sequence[Tensor] | Tensor, sizes: Sequence[int] | None) ->
             raise TypeError(
                 "tensors is a sequence of tensors, got one; pass sizes=[...] to cut it along its first axis"
             )
-        members = [t.detach() if isinstance(t, Tensor) else t for t in tensors]
+        members = list(tensors)
     else:
         if not isinstance(tensors, Tensor):
             raise TypeError(f"sizes cut one tensor, got {type(tensors).__name__}; leave sizes out, or concatenate")
@@ -321,23 +336,25 @@ def _members(tensors: Sequence[Tensor] | Tensor, sizes: Sequence[int] | None) ->
     return members
 
 
-def _check(
-    members: Sequence[Tensor], fmt: Format, rowwise: bool, columnwise: bool, tensor_scale: Tensor | None, share: bool
-) -> None:
-    if not (rowwise or columnwise):
+def _check(members: Sequence[Tensor], call: _Call) -> None:
+    fmt, tensor_scale = call.fmt, call.tensor_scale
+    if not (call.rowwise or call.columnwise):
         raise ValueError("rowwise and columnwise are both False; ask for one of them")
+    ops.check_input(members[0], fmt)
+    dtype, device = members[0].dtype, members[0].device
     for i, x in enumerate(members):
-        (ops.check_both if columnwise else ops.check_input)(x, fmt)
-        if x.dtype is not members[0].dtype or x.device != members[0].device:
+        if not isinstance(x, Tensor):
+            ops.check_input(x, fmt)
+        if x.dtype is not dtype or x.device != device:
             raise TypeError(
-                f"tensors are of one dtype and device, got {x.dtype} on {x.device} at {i} beside "
-                f"{members[0].dtype} on {members[0].device}; cast or move them, or call once for each kind"
+                f"tensors are of one dtype and device, got {x.dtype} on {x.device} at {i} beside {dtype} on {device}; "
+                "cast or move them, or call once for each kind"
             )
-    if not fmt.tensor_scale and (tensor_scale is not None or share):
+    if not fmt.tensor_scale and (tensor_scale is not None or call.share):
         raise ValueError(f"{fmt.name} has no tensor_scale; leave tensor_scale and share_tensor_scale out")
     if tensor_scale is None:
         return
-    if share:
+    if call.share:
         raise ValueError("share_tensor_scale computes what tensor_scale gives; leave one of them out")
     if not isinstance(tensor_scale, Tensor) or tensor_scale.dtype is not torch.float32:
         kind = getattr(tensor_scale, "dtype", type(tensor_scale).__name__)
@@ -347,63 +364,51 @@ def _check(
     ops.check_device("tensor_scale", tensor_scale, members[0])
 
 
-def _layouts(members: Sequence[Tensor], fmt: Format, rowwise: bool, columnwise: bool) -> tuple[BulkLayout, BulkLayout]:
-    shapes = tuple(tuple(x.shape) for x in members)
-    turned = tuple((*shape[:-2], shape[-1], shape[-2]) for shape in shapes) if columnwise else ()
-    return BulkLayout.of(fmt, shapes if rowwise else ()), BulkLayout.of(fmt, turned)
-
-
-def _check_out(out: BulkBuffer, rows: BulkLayout, columns: BulkLayout, x: Tensor) -> None:
+def _buffers(out: BulkBuffer, job: _Job, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of `out`, which has to fit."""
     if not isinstance(out, BulkBuffer):
         raise TypeError(f"out is a BulkBuffer, got {type(out).__name__}; make one with tritonq.grouped_quantize")
-    own = BulkLayout.of(get_format("mxfp8"), ()) if out.columns is None else out.columns.layout
-    if (out.layout, own, out.dtype, out.device) != (rows, columns, x.dtype, x.device):
+    columns = out.columns.layout if out.columns is not None else BulkLayout((), (), 0)
+    if (out.layout, columns, out.dtype, out.device) != (job.rows, job.columns, x.dtype, x.device):
         raise ValueError(
             f"out has to come from a call with tensors of the same shapes, format and directions, {x.dtype} on "
             f"{x.device}; got {out!r} of {out.dtype} with shapes {[layout.shape for layout in out.layout.members]}"
         )
+    return out.base, out.base if out.columns is None else out.columns.base
 
 
-@torch.no_grad()
 def _allocate_and_fill(
-    members: Sequence[Tensor], fmt: Format, rowwise: bool, columnwise: bool, tensor_scale: Tensor | None, share: bool,
-    allocate: Callable[..., Tensor] = empty,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rows, columns = (layout.nbytes for layout in _layouts(members, fmt, rowwise, columnwise))
+    members: Sequence[Tensor], call: _Call, job: _Job, allocate: Callable[..., Tensor] = empty
+) -> tuple[Tensor, Tensor]:
     kind = {"dtype": torch.uint8, "device": members[0].device}
-    buffers = allocate(rows, **kind), allocate(columns, **kind)
-    _fill(members, fmt, rowwise, columnwise, tensor_scale, share, buffers)
+    buffers = allocate(job.rows.nbytes, **kind), allocate(job.columns.nbytes, **kind)
+    _fill(members, call, job, buffers)
     return buffers
 
 
 @torch.no_grad()
-def _fill(
-    members: Sequence[Tensor], fmt: Format, rowwise: bool, columnwise: bool, tensor_scale: Tensor | None, share: bool,
-    buffers: tuple[Tensor, Tensor],
-) -> None:  # fmt: skip
-    members = [x.resolve_neg() for x in members]
+def _fill(members: Sequence[Tensor], call: _Call, job: _Job, buffers: tuple[Tensor, Tensor]) -> None:
+    members, tensor_scale = [x.resolve_neg() for x in members], call.tensor_scale
     if members[0].device.type == "meta":
         return
-    layouts = _layouts(members, fmt, rowwise, columnwise)
     if ops.uses_triton(members[0]):
-        scales = "shared" if share else "own"
+        scales = "shared" if call.share else "own"
         if tensor_scale is not None:
             scales, tensor_scale = "one" if tensor_scale.numel() == 1 else "each", tensor_scale.contiguous()
         with ops._device_of(members[0]):
-            views = _views(tuple((tuple(x.shape), x.stride()) for x in members), fmt, rowwise, columnwise)
-            bulk_plans.run(members, views, fmt, buffers, tensor_scale, scales)
+            bulk_plans.run(members, job.views, call.fmt, buffers, tensor_scale, scales)
         return
     given: list[Tensor | None] = [None] * len(members)
     if tensor_scale is not None:
         given = list(tensor_scale.reshape(-1, 1).expand(len(members), 1))
-    elif share:
-        given = [_shared_tensor_scale(members, fmt)] * len(members)
-    for side, (layout, buffer) in enumerate(zip(layouts, buffers, strict=True)):
+    elif call.share:
+        given = [_shared_tensor_scale(members, call.fmt)] * len(members)
+    for side, (layout, buffer) in enumerate(zip((job.rows, job.columns), buffers, strict=True)):
         for i, own in enumerate(layout.members):
             start, x = layout.offsets[i], members[i].mT if side else members[i]
             piece = buffer[start : start + own.nbytes]
             parts = {segment[0]: own.part(piece, segment) for segment in own.segments}
-            ops._quantize(x, fmt, None, None, given[i], out=parts)
+            ops._quantize(x, call.fmt, None, None, given[i], out=parts)
 
 
 def _shared_tensor_scale(members: Sequence[Tensor], fmt: Format) -> Tensor:
@@ -412,10 +417,28 @@ def _shared_tensor_scale(members: Sequence[Tensor], fmt: Format) -> Tensor:
     return torch.stack(found).amin(0) if found else torch.ones(1, device=members[0].device)
 
 
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What follows from the shapes and strides of tensors: two layouts, of which one may have no members, and what is
+    quantized. Hashed by identity, because calls look it up by all of that once."""
+
+    rows: BulkLayout
+    columns: BulkLayout
+    views: Views
+
+
+def _job_of(members: Sequence[Tensor], call: _Call) -> _Job:
+    return _job(tuple([(x.shape, x.stride()) for x in members]), call.fmt, call.rowwise, call.columnwise)
+
+
 @functools.lru_cache(maxsize=512)
-def _views(members: tuple[tuple[Shape, Shape], ...], fmt: Format, rowwise: bool, columnwise: bool) -> tuple[View, ...]:
-    """What is quantized and where its parts go, rows of a tensor before its columns."""
-    shapes = tuple(shape for shape, _ in members)
+def _job(members: tuple[tuple[Shape, Shape], ...], fmt: Format, rowwise: bool, columnwise: bool) -> _Job:
+    """Rows of a tensor come before its columns. Raises where a tensor has too few dimensions."""
+    shapes = tuple(tuple(shape) for shape, _ in members)
+    for shape in shapes:
+        fmt.scale_shape(shape)
+        if columnwise:
+            _check_dimensions(shape)
     turned = tuple((*shape[:-2], shape[-1], shape[-2]) for shape in shapes) if columnwise else ()
     rows, columns = BulkLayout.of(fmt, shapes if rowwise else ()), BulkLayout.of(fmt, turned)
     views = []
@@ -427,7 +450,12 @@ def _views(members: tuple[tuple[Shape, Shape], ...], fmt: Format, rowwise: bool,
             parts = tuple((segment[0], layout.offsets[i] + segment[1]) for segment in own.segments)
             seen = (*strides[:-2], strides[-1], strides[-2]) if side else strides
             views.append(View(i, side, own.shape, tuple(seen), parts))
-    return tuple(views)
+    return _Job(rows, columns, Views(tuple(views)))
+
+
+def _check_dimensions(shape: Shape) -> None:
+    if len(shape) < 2:
+        raise ValueError(f"columns are quantized of tensors of >= 2 dimensions, got shape {shape}; reshape it")
 
 
 # --------------------------------------------------------------------------------------------------------- operator
@@ -436,9 +464,9 @@ def _views(members: tuple[tuple[Shape, Shape], ...], fmt: Format, rowwise: bool,
 def _operator(
     tensors: Sequence[Tensor], name: str, rowwise: bool, columnwise: bool, tensor_scale: Tensor | None, share: bool
 ) -> tuple[Tensor, Tensor]:
-    fmt = get_format(name)
-    _check(tensors, fmt, rowwise, columnwise, tensor_scale, share)
-    return _allocate_and_fill(tensors, fmt, rowwise, columnwise, tensor_scale, share, torch.zeros)
+    call = _Call(get_format(name), rowwise, columnwise, tensor_scale, share)
+    _check(tensors, call)
+    return _allocate_and_fill(tensors, call, _job_of(tensors, call), torch.zeros)
 
 
 def _fake(

@@ -2,14 +2,15 @@
 
 A `Program` is made from shapes, strides and places of results, once, and kept; a call adds where the tensors lie. Its
 table goes to the device in one copy from pinned memory, and stays there for the next call with tensors that lie
-together in the same way. So calls do not wait for the device, and a captured CUDA graph holds either no copy of a table
-or one from memory that is never freed.
+together in the same way. So calls do not wait for the device. A CUDA graph holds the copy, from memory that is never
+freed.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +25,9 @@ from tritonq.launch import Plan
 from tritonq.tiling import Matrix
 
 _KEPT = 8  # tables of a program: places that its tensors take turns in
-_TURNED_ROWS = 16  # rows of a transposed tile of channels: a sector of bf16
-_ROWS, _COLUMNS = 32, 64  # of a transposed tile of `grouped_apply_kernel`
+_TURNED_ROWS = 32  # rows of a transposed tile of channels at most: two sectors of bf16
+_TURNED_TILE = tuning.LARGEST_TILE // 2  # elements of such a tile: 32 a thread
+_ROWS = 32  # of a transposed tile of `grouped_apply_kernel`
 _ALIGNED = 16
 
 
@@ -43,6 +45,13 @@ class View:
     shape: Shape
     strides: Shape
     parts: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """Views, hashed by identity: a program is looked up at every call."""
+
+    all: tuple[View, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,8 @@ class Program:
     sources: Tensor  # int64 [entries]: the tensor of each
     keys: int
     divisors: int
-    uploaded: OrderedDict[Any, _Table] = field(default_factory=OrderedDict)
+    uploaded: OrderedDict[Any, Tensor] = field(default_factory=OrderedDict)
+    captured: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # what CUDA graphs copy, by the same offsets
 
 
 # ------------------------------------------------------------------------------------------------------- entries
@@ -92,20 +102,18 @@ class Program:
 def _matrix(m: Matrix) -> Matrix:
     """Axes of one element get the stride that says most about the others."""
     batch, row, col = m.strides
-    col = 1 if m.columns == 1 else col
+    col = 1 if m.columns == 1 and row != 1 else col  # a single column of neighbours is one of tall tiles
     row = (0 if col == 1 else 1) if m.rows == 1 else row
     return Matrix(m.index, m.batch, m.rows, m.columns, (0 if m.batch == 1 else batch, row, col), m.offset)
 
 
 def _entry(view: View, m: Matrix, fmt: Format, divisor: int) -> Entry:
     m = _matrix(m)
-    storage = fmt.storage(view.shape)
-    fields = {"side": view.side, "divisor": divisor, "row_bytes": fmt.row_bytes(m.columns)}
-    for name, start in view.parts:
-        shape, dtype = storage[name]
-        own = m.index if math.prod(shape) > 1 else ()
-        steps = tiling.contiguous_strides(shape)
-        fields[name] = start + dtype.itemsize * sum(i * s for i, s in zip(own, steps, strict=False))
+    fields = {"side": view.side, "divisor": divisor, "row_bytes": fmt.row_bytes(m.columns), **dict(view.parts)}
+    for name, (shape, dtype) in fmt.storage(view.shape).items() if m.index else ():
+        if math.prod(shape) > 1:
+            steps = tiling.contiguous_strides(shape)
+            fields[name] += dtype.itemsize * sum(i * s for i, s in zip(m.index, steps, strict=False))
     return Entry(m, view.source, m.strides[2] != 1, fields)
 
 
@@ -160,17 +168,20 @@ def _group_tiling(entries: list[Entry], fmt: Format, mode: str, choice: _Choice,
     total, cols = sum(entry.size for entry in entries), fmt.group[1]
     widest = max(entry.matrix.columns for entry in entries)
     sizes = dict.fromkeys((e.matrix.rows, widest if cols == -1 else e.matrix.columns) for e in _by_size(entries))
+    least = tuning.TILE // 4  # lanes that a program costs, however few it has
     if beside is not None:
         choice = {"TILE": max(tuning.TILE, beside.lanes // 2)}
     choice = choice or tuning._group_choice(total, fmt, mode)
+    whole = cols != -1 and all(entry.matrix.columns % cols == 0 for entry in entries)
     found: list[tuple[int, int, _Tiling]] = []
     for rows, columns in list(sizes)[:8]:
         config = tuning.group_config(max(1, rows), max(1, columns), fmt, mode, choice)[0]
-        whole = cols != -1 and all(entry.matrix.columns % cols == 0 for entry in entries)
         if config["S"] > 1 and cols == tuning._power(cols) and not whole:  # slices are of whole groups
             config.update(S=1, W=config["S"] * config["W"])
         own = _Tiling(config, fmt)
-        found.append((sum(own.programs(entry.matrix) for entry in entries) * own.lanes, len(found), own))
+        if all(own != seen for _, _, seen in found):
+            programs = sum(own.programs(entry.matrix) for entry in entries)
+            found.append((programs * max(least, own.lanes), len(found), own))
     return min(found)[2]
 
 
@@ -182,13 +193,21 @@ def _turned_group_tiling(entries: list[Entry], fmt: Format) -> _Tiling:
     group_rows, group_columns = -(-largest.rows // fmt.group[0]), -(-largest.columns // max(1, fmt.group[1]))
     groups = max(min(max(1, tuning.WRITTEN_COLUMNS // c), tuning._power(group_columns)), 8 // c, fmt.super_group // c)
     if fmt.group[1] == -1 or fmt.super_group:
-        m = min(_TURNED_ROWS, max(1, tuning.LARGEST_TILE // (c * groups)))
+        m = min(_TURNED_ROWS // (2 if fmt.super_group else 1), max(1, _TURNED_TILE // (c * groups)))
     else:
         m = max(1, tuning.TILE // (2 * r * c * groups))
     m = min(m, tuning._power(group_rows))
     own = _Tiling({"S": 1, "M": m, "R": r, "GROUPS": groups, "W": c}, fmt)
-    warps = tuning._warps(own.lanes if own.lanes > 2 * tuning.TILE else 2 * own.lanes)  # turning a tile takes registers
+    per_thread = 32 if r == 1 and own.lanes > 2 * tuning.TILE else 16  # turning a tile takes registers
+    warps = tuning._warps(own.lanes, None if r > 1 and own.lanes > 2 * tuning.TILE else per_thread)
     return _Tiling({**own.config, "num_warps": warps}, fmt)
+
+
+def _too_long(view: View, fmt: Format) -> bool:
+    """Whether rows that are groups fit no tile of `grouped_kernel`."""
+    turned = view.strides[-1] != 1 and fmt.group == (1, -1)
+    columns = view.shape[-1]
+    return tuning.loops_over_rows(fmt, columns) or (turned and tuning._power(columns) > _TURNED_TILE)
 
 
 def _apply_tiling(entries: list[Entry], fmt: Format, choice: _Choice) -> _Tiling:
@@ -274,8 +293,8 @@ class _Builder:
         for entry in entries:
             tiling_of = other if entry.turned else own
             assert tiling_of is not None
-            tiles, programs = tiling_of.tiles(entry.matrix), tiling_of.programs(entry.matrix)
-            start = self._add(entry, programs, start, tiles)
+            tiles = tiling_of.tiles(entry.matrix)
+            start = self._add(entry, max(1, entry.matrix.batch * math.prod(tiles)), start, tiles)
         return first, start
 
     def _options(self, own: _Tiling | None, other: _Tiling | None) -> dict[str, int]:
@@ -318,8 +337,9 @@ class _Builder:
             return
         straight, turned = [e for e in entries if not e.turned], [e for e in entries if e.turned]
         own = _apply_tiling(straight, self.fmt, self._choice("apply", straight)) if straight else None
-        warps = tuning._warps(2 * _ROWS * _COLUMNS)
-        other = _Tiling({"BLOCK_M": _ROWS, "BLOCK_N": _COLUMNS, "num_warps": warps}, None) if turned else None
+        warps = tuning._warps(tuning.TILE)
+        blocks = {"BLOCK_M": _ROWS, "BLOCK_N": tuning.TILE // 2 // _ROWS, "num_warps": warps}
+        other = _Tiling(blocks, None) if turned else None
         first, programs = self._tiles(entries, own, other)
         kinds: list[Any] = []
         for some, tiling_of in ((straight, own), (turned, other)):
@@ -403,15 +423,16 @@ class _Builder:
 
 @functools.lru_cache(maxsize=512)
 def program(
-    views: tuple[View, ...], fmt: Format, dtype: torch.dtype, aligned: bool, device: torch.device, scales: str
+    wanted: Views, fmt: Format, dtype: torch.dtype, aligned: bool, device: torch.device, scales: str
 ) -> Program:
-    """The launches that quantize `views`.
+    """The launches that quantize what is wanted.
 
     Args:
         aligned: 16 divides the numbers of elements between the tensors.
         scales: tensor scales are "own" of each tensor, one of all ("shared"), or given: "one", or one "each".
     """
-    build, tensors = _Builder(fmt, dtype, aligned, device), 1 + max((v.source for v in views), default=0)
+    build, views = _Builder(fmt, dtype, aligned, device), wanted.all
+    tensors = 1 + max(v.source for v in views)
     first = {view.source: view for view in reversed(views)}  # a tensor's first view
     computed = fmt.tensor_scale and scales in ("own", "shared")
     divisors = {source: source if scales in ("own", "each") else 0 for source in first}
@@ -424,9 +445,9 @@ def program(
         columns, entries = view.shape[-1], _entries(view, fmt, divisors[view.source])
         if fmt.group[0] == -1:
             wholes.append((view, entries))
-        elif fmt.super_group or (tuning.fits(fmt, columns) and not tuning.loops_over_rows(fmt, columns)):
+        elif fmt.super_group or (tuning.fits(fmt, columns) and not _too_long(view, fmt)):
             one_pass += entries
-        elif tuning.fits_tile(fmt, columns) and not tuning.loops_over_rows(fmt, columns):
+        elif tuning.fits_tile(fmt, columns) and not _too_long(view, fmt):
             by_tiles += entries
         else:
             by_keys += entries
@@ -467,76 +488,76 @@ def _with_scales(entry: Entry, of: dict[str, int]) -> Entry:
 
 # ------------------------------------------------------------------------------------------------------- running
 
-
-@dataclass
-class _Table:
-    """A table on a device. `arrived` has passed when its copy has ended; None if that is known."""
-
-    values: Tensor
-    stream: int
-    arrived: torch.cuda.Event | None
+_arenas: list[Tensor] = []  # pinned memory that CUDA graphs read at every replay, so never freed; the last has room
+_room = 0  # bytes of the last that are left
+_ARENA, _RESERVE = 1 << 20, 1 << 18
+_lock = threading.RLock()  # threads share tables and arenas
 
 
-_captured: list[Tensor] = []  # what CUDA graphs read, for as long as the process runs
-_spare: list[Tensor] = []  # pinned memory for tables that are copied while a graph is captured
-_SPARE = 1 << 20
+def _reserve(nbytes: int) -> None:
+    """Have room for so many bytes: while a graph is captured is no time to allocate it."""
+    global _room
+    if _room < nbytes:
+        with torch.inference_mode(False):  # to be written in any mode
+            _arenas.append(torch.empty(max(_ARENA, 4 * nbytes), dtype=torch.uint8, pin_memory=True))
+        _room = _arenas[-1].numel()
 
 
-def _spare_memory(nbytes: int) -> Tensor:
+def _kept_memory(nbytes: int) -> Tensor:
     """Pinned bytes that are never handed out again."""
-    if not _spare or _spare[0].numel() < nbytes:
-        _spare[:] = [torch.empty(max(_SPARE, nbytes), dtype=torch.uint8, pin_memory=True)]
-    taken, _spare[0] = _spare[0][:nbytes], _spare[0][nbytes:]
-    return taken
+    global _room
+    _reserve(nbytes)
+    _room -= nbytes
+    return _arenas[-1][_room : _room + nbytes]
 
 
 def _filled(of: Program, offsets: tuple[int, ...], target: Tensor) -> Tensor:
+    """The table of tensors that lie `offsets` elements after the first, and zeros for the keys, which kernels leave
+    behind as zeros."""
     from tritonq.kernels import grouped
 
-    target.copy_(of.table)
-    target[:, grouped.place("x")] += torch.tensor(offsets, dtype=torch.int64)[of.sources]
+    entries = len(of.table)
+    target[entries:].zero_()
+    target[:entries].copy_(of.table)
+    target[:entries, grouped.place("x")] += torch.tensor(offsets, dtype=torch.int64)[of.sources]
     return target
 
 
 def _table(of: Program, offsets: tuple[int, ...], device: torch.device) -> Tensor:
-    """The table on the device, where tensors lie `offsets` elements after the first."""
+    with _lock:
+        return _table_of(of, offsets, device)
+
+
+def _table_of(of: Program, offsets: tuple[int, ...], device: torch.device) -> Tensor:
+    """The table on the device. Each stream has one of its own, so that no call waits for another stream, or shares keys
+    with what runs there."""
+    width = of.table.shape[1]
+    rows = len(of.table) + -(-3 * of.keys // (2 * width))
     if device.type != "cuda":
-        return _filled(of, offsets, torch.empty_like(of.table)).to(device)
-    key, stream = (device, offsets), torch.cuda.current_stream(device)
+        return _filled(of, offsets, torch.empty((rows, width), dtype=torch.int64)).to(device)
+    if torch.cuda.is_current_stream_capturing():
+        kept = of.captured.get(offsets)
+        if kept is None:
+            kept = _kept_memory(8 * rows * width).view(torch.int64).view(rows, width)
+            of.captured[offsets] = _filled(of, offsets, kept)
+        return kept.to(device, non_blocking=True)
+    key = (device, torch.cuda.current_stream(device).cuda_stream, offsets)
     found = of.uploaded.get(key)
-    capturing = torch.cuda.is_current_stream_capturing()
-    if capturing and (found is None or found.arrived is not None):  # a graph cannot wait for what it does not hold
-        host = _spare_memory(of.table.nbytes).view(torch.int64).view(of.table.shape)
-        return _filled(of, offsets, host).to(device, non_blocking=True)
-    if capturing:
-        assert found is not None
-        _captured.append(found.values)
-        return found.values
-    if found is None:
-        if not _spare:
-            _spare_memory(0)  # capturing is no time to allocate it
-        host = torch.empty(of.table.shape, dtype=torch.int64, pin_memory=True)
-        values = _filled(of, offsets, host).to(device, non_blocking=True)
-        found = of.uploaded[key] = _Table(values, stream.cuda_stream, stream.record_event())
-        if len(of.uploaded) > _KEPT:
-            of.uploaded.popitem(last=False)
-        return values
-    of.uploaded.move_to_end(key)
-    if found.arrived is not None and found.arrived.query():
-        found.arrived = None
-    if found.stream != stream.cuda_stream:
-        if found.arrived is not None:
-            stream.wait_event(found.arrived)
-        found.values.record_stream(stream)
-    return found.values
+    if found is not None:
+        of.uploaded.move_to_end(key)
+        return found
+    _reserve(max(_RESERVE, 8 * rows * width))
+    host = torch.empty((rows, width), dtype=torch.int64, pin_memory=True)
+    found = of.uploaded[key] = _filled(of, offsets, host).to(device, non_blocking=True)
+    if len(of.uploaded) > _KEPT:
+        of.uploaded.popitem(last=False)
+    return found
 
 
-def run(tensors: Sequence[Tensor], views: tuple[View, ...], fmt: Format, buffers: tuple[Tensor, Tensor],
+def run(tensors: Sequence[Tensor], views: Views, fmt: Format, buffers: tuple[Tensor, Tensor],
         divisors: Tensor | None, scales: str) -> None:  # fmt: skip
     """Fill both buffers (uint8) with the parts of `views` of `tensors`, which share a device and a dtype; scales as in
     `program`, with `divisors` (fp32) those that are given."""
-    if not views:
-        return
     size = tensors[0].element_size()
     pointers = [t.data_ptr() if t.numel() else 0 for t in tensors]
     anchor = next((i for i, p in enumerate(pointers) if p and p % 16 == 0), None)
@@ -552,8 +573,7 @@ def run(tensors: Sequence[Tensor], views: tuple[View, ...], fmt: Format, buffers
         return
     table = _table(of, offsets, device)
     given: dict[str, Tensor] = {"x": tensors[anchor], "rows": buffers[0], "columns": buffers[1]}
-    if of.keys:
-        given["keys"] = torch.zeros(3 * of.keys, dtype=torch.int32, device=device)
+    given["keys"] = table[len(of.table) :].view(torch.int32)
     if divisors is None:
         divisors = torch.empty(max(1, of.divisors), dtype=torch.float32, device=device)
     given["divisors"] = divisors

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from tritonq.formats import get_format
 from tritonq.tensor import QTensor, implements
+from tritonq.tiling import contiguous_strides
 
 COPIES = ("broadcast_", "scatter_", "gather_", "allgather_", "alltoall_", "send", "recv_", "recv_any_source_")
 
@@ -28,6 +29,8 @@ def _communicate(func: Any, args: Any, kwargs: Any) -> Any:
         return args[0].detach()  # what came is complete
     if name == "all_gather_into_tensor":
         return _all_gather(*args)
+    if name == "shard_dim_alltoall":
+        return _resharded(*args)
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     if namespace != "c10d" or name not in COPIES or not all(isinstance(t, QTensor) for t in tensors):
         about = next(t for t in tensors if isinstance(t, QTensor)).format.name
@@ -58,6 +61,43 @@ def _all_gather(q: QTensor, ranks: int, group: Any) -> QTensor:
             "groups or scales differ; all-gather q.parts()"
         )
     return result
+
+
+def _resharded(q: QTensor, gathered: int, sharded: int, name: Any) -> Tensor:
+    """Shards along one axis from those along another: gathers and keeps a part, as torch does without an all-to-all."""
+    groups: Any = torch.distributed.distributed_c10d
+    group = groups._resolve_process_group(name) if isinstance(name, str) else name
+    shards = _all_gather(q, group.size(), name).chunk(group.size())
+    whole = torch.cat(list(shards), gathered)
+    if not isinstance(whole, QTensor):
+        raise RuntimeError(f"{q.format.name} shards of shape {tuple(q.shape)} do not join along axis {gathered}")
+    kept = whole.chunk(group.size(), sharded)[group.rank()].clone()
+    if not isinstance(kept, QTensor):
+        raise RuntimeError(
+            f"a {q.format.name} tensor of shape {tuple(whole.shape)} cannot be cut along axis {sharded} into "
+            f"{group.size()} shards of whole groups; take another axis or number of ranks"
+        )
+    return kept
+
+
+def linear(x: Any, weight: Any, bias: Any) -> Tensor:
+    """`F.linear` of DTensors. Sharded quantized weights are multiplied where they lie, as one process does it: autograd
+    then keeps their codes, where DTensor's own transpose would keep dequantized copies until backward."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    whole, last, mesh = Replicate(), Shard(x.ndim - 1), x.device_mesh
+    quantized = isinstance(weight, DTensor) and isinstance(weight._local_tensor, QTensor) and not weight.requires_grad
+    # Placements of the input, the gradient of the input, and the output.
+    ways = {Shard(0): (whole, Partial(), last), Shard(1): (last, last, Partial()), whole: (whole, whole, whole)}
+    if not quantized or mesh != weight.device_mesh or mesh.ndim != 1 or weight.placements[0] not in ways:
+        return torch.nn.functional.linear(x, weight, bias)
+    given, gradient, found = ways[weight.placements[0]]
+    local = x.redistribute(placements=[given]).to_local(grad_placements=[gradient])
+    beside = bias is not None and bias.placements == weight.placements  # added once: not to parts of a sum
+    y: Tensor = torch.nn.functional.linear(local, weight.to_local(), bias.to_local() if beside else None)
+    shape = torch.Size((*x.shape[:-1], weight.shape[0]))
+    y = DTensor.from_local(y, mesh, [found], run_check=False, shape=shape, stride=contiguous_strides(shape))
+    return y if bias is None or beside else y + bias
 
 
 @functools.cache

@@ -196,6 +196,8 @@ class Cuda(Backend):
         with torch.cuda.device(self.device):
             code = int(runtime.cudaHostRegister(start, memory.nbytes, 1))  # 1: for every context
         if code:
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device=self.device)  # who launches next is told of the error, else somebody else
             raise RuntimeError(f"cudaHostRegister of {memory.nbytes} bytes of host memory failed with error {code}")
         return lambda: runtime.cudaHostUnregister(start)
 

@@ -239,8 +239,12 @@ class QTensor(Tensor):
 
     def data_ptr(self) -> int:
         """Pointer of the codes: a wrapper's own is 0, which tools take for a sign of tied tensors."""
-        if sys._getframe(1).f_globals.get("__name__") == "torch.distributed.checkpoint._state_dict_stager":
+        caller = sys._getframe(1)
+        module = caller.f_globals.get("__name__", "")
+        if module == "torch.distributed.checkpoint._state_dict_stager":
             return 0  # asynchronous checkpoints then copy what a wrapper holds, and not its storage
+        if module == "safetensors.torch" and caller.f_code.co_name in ("_to_ndarray", "_tobytes"):
+            raise RuntimeError(_NO_STORAGE)  # it would read numel() * element_size() bytes from here, beyond the end
         return self.qdata.data_ptr()
 
     @property
@@ -262,7 +266,9 @@ class QTensor(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> QTensor:
         if id(self) in memo:
             return memo[id(self)]
-        copy = QTensor._wrap(self._buf.clone(), self._layout, self.dtype)
+        source = self._compacted()
+        copy = QTensor._wrap(source._buf.clone() if source is self else source._buf, source._layout, self.dtype)
+        copy._cut_from = self._cut_from
         copy.requires_grad_(self.requires_grad)
         if self._is_parameter():
             copy._is_param = True  # type: ignore[attr-defined]
@@ -283,8 +289,10 @@ class QTensor(Tensor):
         return layout.format.name, tuple(layout.shape), layout.segments, layout.nbytes, self.dtype
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        buf = self._buf if self._buf.untyped_storage().nbytes() <= self._layout.nbytes + 256 else self._buf.clone()
-        return _rebuild, (buf, self._description(), self.requires_grad, self._is_parameter())
+        whole = self._compacted()
+        alone = whole._buf.untyped_storage().nbytes() <= whole._layout.nbytes + 256
+        buf = whole._buf if alone else whole._buf.clone()
+        return _rebuild, (buf, whole._description(), self.requires_grad, self._is_parameter())
 
     def share_memory_(self) -> QTensor:
         """Move the buffer to shared memory; a wrapper's own storage is a null pointer."""
@@ -340,10 +348,11 @@ class QTensor(Tensor):
         out: Tensor | None = None,
     ) -> tuple[QTensor, tuple[Tensor, ...]] | None:
         """The tensor of all ranks, padding included, and its buffer, which fully_shard frees and has refilled: then
-        `out` is the parameter that holds it. Parts of all ranks are copied into one buffer."""
+        `out` is the parameter that holds it. Parts of all ranks are copied into one buffer, and what they came in is
+        given back."""
         layout, shared = metadata
         if out is None:
-            buf = torch.empty(layout.nbytes, dtype=torch.uint8, device=self.device)
+            buf = torch.empty(layout.nbytes, dtype=torch.uint8, device=outputs[0].device)  # the shard may be on the CPU
             whole = QTensor._wrap(buf, layout, param_dtype)
         else:
             parameter: Any = getattr(out, "_local_tensor", out)  # a DTensor where tensor parallelism comes with it
@@ -356,6 +365,8 @@ class QTensor(Tensor):
             else:
                 for name, part in parts.items():
                     _bytes(part).copy_(_bytes(shared[name]) if name in shared else next(gathered))
+        for output in outputs:
+            output.untyped_storage().resize_(0)  # fully_shard makes room again before the next gather
         return (whole, (whole._buf,)) if out is None else None
 
     # ------------------------------------------------------------------------------------------------ dispatch
@@ -373,18 +384,11 @@ class QTensor(Tensor):
                 return autograd.linear(x, parts, weight.format, tuple(weight.shape), bias)
         if func is Tensor.__setitem__ and isinstance(args[0], QTensor):
             return _set_item(*args)
-        if func is Tensor.untyped_storage or func is Tensor.storage:
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if func is Tensor.storage or caller.startswith("safetensors."):
-                # safetensors goes on to copy as many bytes from the pointer as a dense tensor would have.
-                raise RuntimeError(
-                    "a quantized tensor has no storage of its shape and dtype, which files of safetensors hold; write "
-                    "the model with tritonq.save_pretrained or torch.save, dequantize it, or, for a host that writes "
-                    "and assigns .data, see tritonq.payload_data_"
-                )
-            if not _in_torch(caller):
-                # A wrapper's own is null, as if all were tied; tracers have to see that it is not the buffer's.
-                return args[0]._buf.untyped_storage()
+        if func is Tensor.storage:
+            raise RuntimeError(_NO_STORAGE)
+        if func is Tensor.untyped_storage and not _in_torch(sys._getframe(1).f_globals.get("__name__", "")):
+            # A wrapper's own is null, as if all were tied; tracers have to see that it is not the buffer's.
+            return args[0]._buf.untyped_storage()
         if func in _TO_PYTHON:  # refused for subclasses
             return func(args[0].detach().dequantize(), *args[1:], **kwargs)
         with torch._C.DisableTorchFunctionSubclass():  # a dense result is a plain tensor
@@ -419,6 +423,11 @@ def _bytes(part: Tensor) -> Tensor:
     return part.view(-1).view(torch.uint8)
 
 
+_NO_STORAGE = (
+    "a quantized tensor has no storage of its shape and dtype, which files of safetensors hold; write the model with "
+    "tritonq.save_pretrained or torch.save, its parts, or dequantize it, or, for a host that writes and assigns .data, "
+    "see tritonq.payload_data_"
+)
 _TO_PYTHON = (Tensor.numpy, Tensor.tolist)
 # Operators, or whole namespaces, and what they do with quantized tensors (`tensor_ops`, `sharding`). A handler that
 # returns NotImplemented leaves the operator to the dequantized tensors.

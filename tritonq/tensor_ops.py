@@ -220,7 +220,8 @@ def _is_pinned(func: Any, args: Any, kwargs: Any) -> Any:
 
 @implements(aten._pin_memory.default)
 def _pin_memory(func: Any, args: Any, kwargs: Any) -> Any:
-    return _same(args[0], args[0]._buf.pin_memory())
+    q = args[0]._compacted()  # not all of the buffer that it may be a window of
+    return _same(q, q._buf.pin_memory())
 
 
 @implements(aten.record_stream.default)
@@ -237,6 +238,11 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
         "torch.distributed.fsdp._fully_shard"
     ):  # fully_shard keeps it to recognize the storage
         return args[0]._buf.detach()
+    if _sharding("torch.distributed.utils"):  # flattens what ranks have, sends it and copies it back
+        raise RuntimeError(
+            f"DistributedDataParallel would send quantized parameters ({args[0].format.name}) dequantized, and "
+            "quantize them again; load the same weights on every rank and pass init_sync=False, or use fully_shard"
+        )
     return _viewed(args[0], torch.empty(args[0].shape, device="meta").view(args[1]).shape)
 
 
@@ -415,7 +421,7 @@ def _split(func: Any, args: Any, kwargs: Any) -> Any:
     for size in sizes:
         pieces.append(_window(q, dim, start, start + size))
         start += size
-    if dim and _sharding("torch.distributed.fsdp"):
+    if dim and len(sizes) > 1 and _sharding("torch.distributed.fsdp"):
         raise ValueError(
             f"fully_shard joins shards of axis {dim} value by value, and this {q.format.name} tensor of shape "
             f"{tuple(q.shape)} is stored in groups: take Shard(0), its default"

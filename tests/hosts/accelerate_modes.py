@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,55 @@ def cpu_offload_buffers(at: Setting) -> None:
     from accelerate import cpu_offload
 
     same_outputs(at, lambda m: cpu_offload(m, torch.device(at.device), offload_buffers=True), rests_on="meta")
+
+
+@mode(HOST, "cpu_offload of a model with LoRA")
+def cpu_offload_lora(at: Setting) -> None:
+    from accelerate import cpu_offload
+
+    from .peft_modes import attached
+
+    with torch.no_grad():
+        wanted = attached(at.model().to(at.device))(at.input())
+        model = attached(at.model())
+        before = contents(model)
+        with at.nothing_left(model):
+            cpu_offload(model, torch.device(at.device))
+            for step in range(3):
+                assert equal(model(at.input()), wanted), f"outputs differ in step {step}"
+    check_contents(model, before, "meta")
+
+
+@mode(HOST, "align_module_device")
+def align_module(at: Setting) -> None:
+    from accelerate import cpu_offload
+    from accelerate.utils import align_module_device
+
+    model = at.model()
+    before = contents(model)["proj_out.weight"]
+    with at.nothing_left(model):
+        cpu_offload(model, torch.device(at.device))
+        with align_module_device(model.proj_out, torch.device(at.device)):
+            weight = model.proj_out.weight
+            assert type(weight) is QTensor and weight.device.type == at.device and weight._layout == before[0]
+            assert torch.equal(weight._buf.cpu(), before[2])
+            del weight
+        assert model.proj_out.weight.device.type == "meta"
+
+
+@mode(
+    HOST, "attach_layerwise_casting_hooks", error=TypeError, message="the data of a QTensor is a QTensor, got",
+    note="8-bit floats without scales would be all that is left of quantized weights",
+)  # fmt: skip
+def layerwise_casting(at: Setting) -> None:
+    from accelerate.big_modeling import attach_layerwise_casting_hooks
+
+    model = at.model().to(at.device)
+    before = contents(model)
+    try:
+        attach_layerwise_casting_hooks(model, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    finally:
+        check_contents(model, before, at.device)
 
 
 @mode(HOST, "cpu_offload, gradients of inputs")
@@ -180,6 +230,33 @@ def disk_offload(at: Setting) -> None:
     from accelerate import disk_offload
 
     dense_after(at, lambda model: disk_offload(model, str(at.folder), execution_device=torch.device(at.device)))
+
+
+def is_mapped(q: QTensor, path: Path) -> bool:
+    """Whether the payload lies in a mapping of this file, as Linux knows (elsewhere: True)."""
+    if not Path("/proc/self/maps").exists():
+        return True
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    return any(start <= q._buf.data_ptr() < end for start, end in spans)
+
+
+@mode(
+    HOST, "cpu_offload, state_dict=torch.load(file, mmap=True)",
+    note="from the disk with quantized weights, which stay quantized",
+)  # fmt: skip
+def mapped_offload(at: Setting) -> None:
+    from accelerate import cpu_offload
+
+    path = at.folder / "weights.pt"
+    torch.save(at.model().state_dict(), path)
+    state = torch.load(path, mmap=True, weights_only=True)
+    weights = [tensor for tensor in state.values() if isinstance(tensor, QTensor)]
+    assert len(weights) == 10 and all(is_mapped(q, path) for q in weights)
+    options = {"state_dict": state, "offload_buffers": True}
+    model = same_outputs(at, lambda m: cpu_offload(m, torch.device(at.device), **options), rests_on="meta")
+    restore(model)
+    check_contents(model, contents(at.model()), "cpu")
 
 
 @mode(HOST, "dispatch_model, disk", note="as disk_offload, for what the map puts on the disk")

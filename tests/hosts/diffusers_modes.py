@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tritonq as tq
@@ -242,11 +243,18 @@ for _level, _options in LEVELS.items():
     error=RuntimeError, message=IN_SAFETENSORS,
 )  # fmt: skip
 def group_offload_disk_refused(at: Setting) -> None:
-    """Files of safetensors hold dense tensors only; what is half written must not be used."""
+    """Nothing is written that a later run would take for the weights of this one."""
     model = at.model(tiny())
-    model.enable_group_offload(
-        onload_device=torch.device(at.device), offload_type="leaf_level", offload_to_disk_path=str(at.folder)
-    )
+    before = contents(model)
+    try:
+        model.enable_group_offload(
+            onload_device=torch.device(at.device), offload_type="leaf_level", offload_to_disk_path=str(at.folder)
+        )
+    finally:
+        check_contents(model, before, "cpu")
+        written = [load_file(path) for path in at.folder.glob("*.safetensors")]
+        sizes = {q.numel() for q in qtensors(model).values()}
+        assert not [tensor for tensors in written for tensor in tensors.values() if tensor.numel() in sizes]
 
 
 # ---------------------------------------------------------------------------------------------------------- other modes

@@ -53,7 +53,7 @@ class Mode:
 
 
 MODES: list[Mode] = []
-IN_SAFETENSORS = "a quantized tensor has no storage of its shape and dtype"  # what their writer is told
+IN_SAFETENSORS = "safetensors writes plain tensors, and this is a quantized one"  # what their writer is told
 
 
 def mode(host: str, name: str, **options: Any) -> Callable[[Callable[[Setting], None]], Callable[[Setting], None]]:
@@ -149,9 +149,11 @@ class Setting:
 
     def allocated(self) -> int:
         """Bytes that tensors take on the device."""
+        if self.device == "cpu":
+            return 0
         self.wait()
-        gc.collect()
-        return 0 if self.device == "cpu" else torch.cuda.memory_allocated()
+        gc.collect()  # hooks and the modules that they wrap are cycles
+        return torch.cuda.memory_allocated()
 
     @contextmanager
     def nothing_left(self, *models: nn.Module) -> Iterator[None]:
@@ -166,8 +168,8 @@ class Setting:
 @functools.cache
 def _warm(device: str) -> None:
     """Have the libraries that multiply matrices allocate their workspaces."""
-    if device != "cpu":
-        for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32) if device != "cpu" else ():
+        with torch.enable_grad():
             model = Tiny().to(device, dtype)
             model(torch.ones(2, 3, Tiny.width, device=device, dtype=dtype)).sum().backward()
 

@@ -1,6 +1,7 @@
 """Every mode of every host library: the same bits, weights still quantized, nothing left behind; or the error that
 docs/hosts.md shows."""
 
+import gc
 import re
 
 import pytest
@@ -26,6 +27,9 @@ def runs():
 def test_mode(mode, fmt, where, tmp_path, record_property):
     for host in {mode.host, "accelerate"}:
         pytest.importorskip(host)
+    if where == "cuda":
+        gc.collect()
+        gc.freeze()  # modules of the hosts take a quarter of a second to walk through, many times a test
     at = Setting(fmt, where, tmp_path)
     if mode.error is None:
         mode.run(at)

@@ -325,7 +325,7 @@ def grouped_keys_kernel(
 ):  # fmt: skip
     """keys [groups, 3] (int32, zero-filled) of groups larger than a tile, and with FINITE of whole tensors: two maxima
     and the number of programs that have ended. The last of `programs` stores the scale and zero point of its group, or
-    with FINITE the tensor scale at `divisor_ptr`, which otherwise is only read.
+    with FINITE the tensor scale at `divisor_ptr`, which otherwise is only read, and leaves zeros for the next launch.
     """
     entry_ptr, index = _entry(table_ptr, entries)
     splits = _field(entry_ptr, "splits")
@@ -349,7 +349,10 @@ def grouped_keys_kernel(
     if tl.atomic_add(keys_ptr + 2, 1) == _field(entry_ptr, "programs") - 1:
         own_divisor_ptr = divisor_ptr + _field(entry_ptr, "divisor")
         one = tl.arange(0, 1)
-        signed_key, unsigned_key = tl.load(keys_ptr + one), tl.load(keys_ptr + 1 + one)
+        signed_key, unsigned_key = tl.atomic_xchg(keys_ptr, 0) + one * 0, one * 0
+        if FMT.scale.signed_range:
+            unsigned_key += tl.atomic_xchg(keys_ptr + 1, 0)
+        tl.atomic_xchg(keys_ptr + 2, 0)
         if FINITE:
             tl.store(own_divisor_ptr + one, stats._tensor_scale(signed_key, unsigned_key, FMT))
         else:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritonq import sharding
 from tritonq.autograd import qdq
 from tritonq.formats import Format
-from tritonq.sharding import teach_dtensor
 from tritonq.tensor import QTensor
 
 # Parts of a Format that inputs may be given, and the buffers that hold them.
@@ -65,12 +65,13 @@ class QLinear(KeepsBuffers):
         return self
 
     def forward(self, input: Tensor) -> Tensor:
+        sharded = type(input).__name__ == "DTensor"
         if self.input_format is not None:
-            if type(input).__name__ == "DTensor":
-                teach_dtensor()
+            if sharded:
+                sharding.teach_dtensor()
             parts = {name: getattr(self, buffer) for name, buffer in STATIC.items()}
             input = qdq(input, self.input_format, **parts)
-        return nn.functional.linear(input, self.weight, self.bias)
+        return (sharding.linear if sharded else nn.functional.linear)(input, self.weight, self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in STATIC.values():  # of a model whose inputs have static scales

@@ -37,8 +37,8 @@ def _contexts() -> list[tuple[Activations, Any, bool, streams.Backend | None]]:
 class Group:
     """Storages that were saved one after the other, and move together."""
 
-    def __init__(self, index: int, layer: Hashable) -> None:
-        self.index, self.layer, self.nbytes = index, layer, 0
+    def __init__(self, index: int, entry: int, layer: Hashable) -> None:
+        self.index, self.entry, self.layer, self.nbytes = index, entry, layer, 0
         self._bases: list[weakref.ref[Base]] = []
 
     def add(self, base: Base) -> None:
@@ -74,15 +74,20 @@ class Activations:
         self._waiting: deque[Group] = deque()  # not started yet
         self._leaving: deque[Group] = deque()
         self._early: list[Packed] = []  # of start_offload, until autograd has saved them
-        self._index, self._layer, self._next_layer = 0, 0, 0  # type: tuple[int, Hashable, int]
-        self._depth, self._cursor, self._turn = 0, -1, 0
+        self._index, self._layer, self._next_layer = 0, None, 0  # type: tuple[int, Hashable, int]
+        self._depth, self._entry = 0, 0
+        self._cursor, self._turn, self._last_entry = (
+            -1,
+            0,
+            0,
+        )  # where backward is, in the how manieth, and its latest entry
         self._saved = False  # something in this step
         self._layers: set[Hashable] = set()
 
     # ------------------------------------------------------------------------------------------------- as a context
 
     def __enter__(self) -> Activations:
-        self._open(None, drain=True)
+        self._open(self._number() if self._manual else None, drain=True)
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
@@ -94,24 +99,32 @@ class Activations:
         """A layer: a group of its own, or several. Its number is that of calls since the last backward, or `name`.
 
         Unlike the end of the whole context, that of a layer waits for no copy."""
-        self._open(name, drain=False)
+        self._open(self._number() if name is None else name, drain=False)
         try:
             yield self
         finally:
             self._close()
 
+    def _number(self) -> int:
+        """The next layer's."""
+        with lock:
+            if self._cursor >= 0 or (self._saved and self.nbytes == 0):  # the last step is over
+                self._next_layer, self._cursor, self._saved = 0, -1, False
+                self._prune()
+                self._layers = {group.layer for group in self._groups}
+            self._next_layer += 1
+            return self._next_layer - 1
+
     def _open(self, name: Hashable, drain: bool) -> None:
         with lock:
             settle()
-            self._prune()
-            if self._cursor >= 0 or (self._saved and not self._groups):  # the last step is over
-                self._next_layer, self._cursor, self._saved = 0, -1, False
-                self._layers = {group.layer for group in self._groups}
-            if name is None:
-                name, self._next_layer = self._next_layer, self._next_layer + 1
+            if self._cursor >= 0:  # after a backward
+                self._cursor = -1
+                self._prune()
             self._layer, self._group = name, None
             self._layers.add(name)
             self._depth += 1
+            self._entry += 1
             memory.offloading += 1
         hooks = saved_tensors_hooks(self._pack, unpack)
         hooks.__enter__()
@@ -125,11 +138,12 @@ class Activations:
         with lock:
             memory.offloading -= 1
             self._depth -= 1
-            self._group = None
+            self._layer = self._group = None
             if self._depth == 0:
                 self._early.clear()
-                if drain and not self._manual:
-                    self.flush()
+            outermost = all(context is not self for context, *_ in _contexts())  # in this thread
+            if outermost and drain and not self._manual:
+                self.flush()
 
     def flush(self) -> None:
         """Let the stream wait for all copies to the host that are under way, and free what they copied."""
@@ -197,7 +211,7 @@ class Activations:
         self.nbytes -= base.nbytes
 
     def _begin_group(self) -> None:
-        self._group = Group(self._index, self._layer)
+        self._group = Group(self._index, self._entry, self._layer)
         self._index, self._saved = self._index + 1, True
         self._groups.append(self._group)
         if len(self._groups) & (len(self._groups) - 1) == 0:  # a power of two: once in a while
@@ -230,8 +244,10 @@ class Activations:
         self._cursor = index
         if index == last or self._manual:
             return
-        if index > last:  # another backward; what was fetched for the last one, which never read it, is let go
-            self._turn += 1
+        # Another backward: of what was saved later, or of what was read before. (Within one, reads go up and down a
+        # little.) What was fetched for the last one, which never read it, is let go.
+        if base.group.entry > self._last_entry or (base.state == "away" and base.turn == self._turn):
+            self._turn, self._last_entry = self._turn + 1, base.group.entry
             for group in self._groups:
                 for other in group.bases():
                     if other.turn > 0 and other.left == other.users:
@@ -239,13 +255,12 @@ class Activations:
         self._fetch(base, base)
         end = bisect.bisect_right(self._groups, index, key=lambda group: group.index)
         wanted = self._prefetch + 1
-        for group in reversed(self._groups[:end]):
-            bases = group.bases()
+        while end > 0 and wanted > 0:
+            end -= 1
+            bases = self._groups[end].bases()
             wanted -= bool(bases)
             for other in reversed(bases):
                 self._fetch(other, base)
-            if wanted <= 0:
-                break
 
     def _fetch(self, base: Base, reached: Base) -> None:
         # Copies that a graph did not capture cannot be waited for in it, so graphs prefetch what they saved themselves.
@@ -259,10 +274,10 @@ class Activations:
 
     def _of(self, layer: Hashable) -> list[Base]:
         with lock:
-            if layer not in self._layers:
+            if layer is None or layer not in self._layers:
                 raise ValueError(
-                    f"no layer {layer!r}; layers so far: {sorted(map(repr, self._layers))}. Each entry of the context, "
-                    "or of .layer(name), is one, counted from 0 since the last backward"
+                    f"no layer {layer!r}; layers so far: {sorted(map(repr, self._layers - {None}))}. Each entry of "
+                    "a manual context, or of .layer(), is one, counted from 0 since the last backward, or named"
                 )
             return [base for group in self._groups if group.layer == layer for base in group.bases()]
 

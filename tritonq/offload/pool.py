@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from tritonq.streams import Backend, Event
+from tritonq.streams import Backend, Device, Event, backend
 
 PAGE = 4096
 
@@ -40,17 +40,17 @@ class Buffer:
 
     __slots__ = ("_backend", "_unpin", "bytes", "capture", "events")
 
-    def __init__(self, backend: Backend, size: int) -> None:
-        self._backend = backend
+    def __init__(self, device: Backend, size: int) -> None:
+        self._backend = device
         self.events: tuple[Event, ...] = ()
         self.capture: object | None = None
         self._unpin: Callable[[], object] | None = None
         memory = _pages(size)
         try:
-            self._unpin = backend.pin(memory)
+            self._unpin = device.pin(memory)
             self.bytes = memory
         except RuntimeError:  # the driver registers no such memory; torch's own is rounded up to powers of two
-            self.bytes = backend.staging(size)
+            self.bytes = device.staging(size)
 
     def close(self) -> None:
         """Unpin it, after the host has waited for its copies."""
@@ -61,13 +61,20 @@ class Buffer:
             self._unpin()
             self._unpin = None
 
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not finalizing() and hasattr(self, "_unpin"):  # else the process ends, and the driver with it
+            self.close()
+
 
 def _pages(size: int) -> Tensor:
-    """Memory in pages of its own, huge ones where there are some, which are quicker to pin."""
-    mapping = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+    """Memory in pages of its own: huge ones where there are some, which are quicker to pin, and none that a child
+    process shares, since a device goes on with those that were pinned when a write gives this process others."""
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    mapping = mmap.mmap(-1, size, **private)
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+        if hasattr(mmap, advice):
+            with contextlib.suppress(OSError):
+                mapping.madvise(getattr(mmap, advice))
     with torch.inference_mode(False):
         return torch.frombuffer(mapping, dtype=torch.uint8)
 
@@ -87,7 +94,7 @@ class PinnedPool:
         self._lock = threading.RLock()  # buffers come back from finalizers
         self.used = self.held = self.most = 0
 
-    def take(self, backend: Backend, nbytes: int, capture: object | None = None) -> Buffer:
+    def take(self, device: Backend, nbytes: int, capture: object | None = None) -> Buffer:
         """A buffer of at least `nbytes` bytes, to be written to after its `events`.
 
         Args:
@@ -115,15 +122,15 @@ class PinnedPool:
                     "capturing (torch.cuda.graph wants that warm-up anyway), or call PinnedPool.reserve"
                 )
             else:
-                found = self._new(backend, size)
+                found = self._new(device, size)
             self.used += size
             self.most = max(self.most, self.used)
             return found
 
-    def _new(self, backend: Backend, size: int) -> Buffer:
+    def _new(self, device: Backend, size: int) -> Buffer:
         while self.held + size > 2 * max(self.most, self.used + size) and self._drop_oldest():
             pass
-        buffer = Buffer(backend, size)
+        buffer = Buffer(device, size)
         self.held += size
         return buffer
 
@@ -146,10 +153,10 @@ class PinnedPool:
             buffer.events = tuple(event for event in events if event is not None)
             self._free.setdefault(size, deque()).append(buffer)
 
-    def reserve(self, backend: Backend, sizes: Iterable[int]) -> None:
+    def reserve(self, device: Device, sizes: Iterable[int]) -> None:
         """Have free buffers for tensors of these many bytes, all at a time."""
         with self._lock:
-            taken = [self.take(backend, nbytes) for nbytes in sizes]
+            taken = [self.take(backend(device), nbytes) for nbytes in sizes]
             for buffer in taken:
                 self.put(buffer, *buffer.events)
 
@@ -173,11 +180,11 @@ class PinnedPool:
             self.most = self.used
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        if finalizing():  # the process ends, and the driver with it
+        if finalizing():
             return
-        for buffers in self._free.values():
-            for buffer in buffers:
-                buffer.close()
+        for of_graph in self._graphs.values():
+            _orphans.extend(of_graph)
 
 
+_orphans: list[Buffer] = []  # graphs may outlive the pool, and nobody says when they are gone
 default = PinnedPool()
