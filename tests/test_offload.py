@@ -912,6 +912,46 @@ def test_a_language_model():
             model.eval()
 
 
+class PinningDevice(FakeDevice):
+    """Knows what is pinned; `refuses` to pin, if told so."""
+
+    def __init__(self, refuses=False):
+        super().__init__(pinned=True, shared=True)
+        self.pinned_now, self.refuses = {}, refuses
+
+    def pin(self, memory):
+        if self.refuses:
+            raise RuntimeError("no more pages can be locked")
+        start = memory.data_ptr()
+        assert start % 4096 == 0
+        self.pinned_now[start] = memory.nbytes
+        return lambda: self.pinned_now.pop(start)
+
+
+def test_pinned_memory_is_exact(tmp_path, no_gc):
+    model, x, device = Model(3), data(), PinningDevice()
+    with torch.no_grad():
+        expected = model(x)
+        handle = tq.offload.enable(model, device=device)
+        assert list(device.pinned_now.values()) == [block_bytes(model)] * 3
+        same([model(x)], [expected])
+        state = model.state_dict()
+        handle.disable()
+        assert not device.pinned_now
+        assert_same_state({k: v for k, v in state.items() if "calls" not in k},
+                          {k: v for k, v in Model(3).state_dict().items() if "calls" not in k})  # fmt: skip
+        tq.offload.enable(model, device=device, disk=tmp_path)
+        assert list(device.pinned_now.values()) == [-(-block_bytes(model) // 4096) * 4096] * 2
+        same([model(x)], [expected])
+        del model, handle, state
+        assert not device.pinned_now and not list(tmp_path.iterdir())  # also without disable()
+        model = Model(3)
+        with pytest.warns(UserWarning, match=r"locked.*pageable"):
+            handle = tq.offload.enable(model, device=PinningDevice(refuses=True))
+        same([model(x)], [expected])
+        handle.disable()
+
+
 # ---------------------------------------------------------------------------------------------------------------- disk
 
 
