@@ -810,6 +810,43 @@ def test_groups_are_copied_back_in_reverse_and_ahead(fake):
     assert [int(t[0]) for (t,) in seen] == [5, 4, 3, 2, 1, 0]
 
 
+def test_no_room_to_copy_back_ahead(fake):
+    """Where memory runs out, backward goes on with what it needs at once."""
+    y, seen = chain(offload(fake, min_bytes=0, group_bytes=1, prefetch=3), [1000] * 6)
+    fake.capacity = 2500
+    forward = Keep.backward
+
+    def forgets(ctx, dy):
+        result = forward(ctx, dy)
+        seen[-1] = int(seen[-1][0][0])
+        return result
+
+    Keep.backward = staticmethod(forgets)
+    try:
+        y.backward()
+    finally:
+        Keep.backward = staticmethod(forward)
+    assert seen == [5, 4, 3, 2, 1, 0] and fake.peak <= 2500 and len(fake.back) == 6
+    y, seen = chain(offload(fake, min_bytes=0, group_bytes=1), [1000] * 2)
+    fake.capacity = 500
+    with pytest.raises(torch.OutOfMemoryError):
+        y.backward()
+
+
+def test_what_lives_on_does_not_disturb_prefetching(fake):
+    x, seen, alive = torch.ones(1, requires_grad=True), [], []
+    y = x
+    with offload(fake, min_bytes=0, group_bytes=1, prefetch=3):
+        for n in range(8):
+            t = torch.full((1000,), n, dtype=torch.uint8)
+            alive += [t] if n % 2 else []
+            y = Keep.apply(y, seen, t)
+            del t
+    y.backward()
+    assert [int(t[0]) for (t,) in seen] == list(range(8))[::-1]
+    assert len(fake.out) == 8 and len(fake.back) == 4
+
+
 def test_start_offload(fake):
     x = torch.randn(300, requires_grad=True)
     tq.offload.start_offload(x * 1)  # nobody offloads: nothing happens

@@ -253,7 +253,11 @@ class Activations:
                     if other.turn > 0 and other.left == other.users:
                         other.unload()
         self._fetch(base, base)
-        end = bisect.bisect_right(self._groups, index, key=lambda group: group.index)
+        with contextlib.suppress(torch.OutOfMemoryError):  # what is only wanted later
+            self._fetch_ahead(base)
+
+    def _fetch_ahead(self, base: Base) -> None:
+        end = bisect.bisect_right(self._groups, base.group.index, key=lambda group: group.index)
         wanted = self._prefetch + 1
         while end > 0 and wanted > 0:
             end -= 1
@@ -267,8 +271,9 @@ class Activations:
         if base.state == "away" and base.turn != self._turn and base.capture == reached.capture:
             if (base.capture is None) != (base.backend.capture() is None):
                 return
-            base.turn = self._turn
             base.load()
+            if base.state == "back":  # else somebody has kept it alive
+                base.turn = self._turn
 
     # ------------------------------------------------------------------------------------------------- manual control
 
