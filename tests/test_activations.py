@@ -422,8 +422,41 @@ def test_threshold_and_budget(fake):
         assert defaults._packed(torch.empty(65536, dtype=torch.uint8)).__class__ is saved.Saved
 
 
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.99])
+def test_a_share_is_spread_evenly(fake, share):
+    context, sizes = offload(fake, min_bytes=0, share=share), [1000 + n for n in range(40)]
+    offered = []
+    for _ in range(2):
+        fake.out.clear()
+        y, seen = chain(context, sizes)
+        offered.append(list(fake.out))
+        y.backward()
+        assert [int(t[0]) for (t,) in seen] == list(range(40))[::-1]
+    assert offered[0] == offered[1]  # the same ones in every pass, which CUDA graphs count on
+    places = [sizes.index(size) for size in offered[0]]
+    for end in range(1, 41):
+        moved, of = sum(sizes[p] for p in places if p < end), sum(sizes[:end])
+        assert share * of - 1100 < moved <= share * of
+
+    def views():  # of what stays no view moves either
+        b = torch.randn(1000)
+        return [b[n:] for n in range(30)]
+
+    fake.out.clear()
+    kept(offload(fake, share=0.5), views)
+    assert fake.out == []
+
+
 def test_bad_options():
-    for bad in ({"keep_last": -1}, {"in_flight": 0}, {"prefetch": -1}, {"prefetch": 1.5}, {"min_bytes": "many"}):
+    for bad in (
+        {"share": 0},
+        {"share": 1.5},
+        {"keep_last": -1},
+        {"in_flight": 0},
+        {"prefetch": -1},
+        {"prefetch": 1.5},
+        {"min_bytes": "many"},
+    ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             tq.offload.activations(**bad)
 
@@ -1590,7 +1623,7 @@ def test_gpu_checkpoint_autocast_and_compile():
     compiled = torch.compile(model[0])
 
     def partly(x):
-        return model[1](compiled(x))
+        return model[2](model[1](compiled(x)))
 
     expected = results(model, x, forward=lambda x: partly(x))
     copies, _ = trace(lambda: same(results(model, x, context, partly), expected))
