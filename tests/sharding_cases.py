@@ -31,8 +31,10 @@ import tritonq as tq
 from tritonq.tensor import QTensor
 
 CASES = {}
-FORMATS = ("int4_g128", "int8_channel", "fp8_e4m3_channel", "mxfp8", "mxfp4", "nvfp4", "fp8_e4m3_tensor",
-           "int4_g32_asym", "int3_g8", "e3m4_g48", "q4_k", "int8_tensor_asym")  # fmt: skip
+# One of each kind: groups, rows, a tensor, two levels, zero points, odd bits, super-groups.
+FORMATS = ("int4_g128", "int8_channel", "mxfp4", "nvfp4", "fp8_e4m3_tensor", "int3_g8", "q4_k", "int8_tensor_asym")
+if sys.argv[3:4] == ["cuda"]:
+    FORMATS += ("fp8_e4m3_channel", "mxfp8", "int4_g32_asym", "e3m4_g48", "q2_k", "nf4_g64")
 
 
 def case(function):
@@ -176,9 +178,16 @@ def fsdp(name, reshard):
 
 
 for _name in FORMATS:
-    for _reshard in (True, False):
+    for _reshard in (True, False) if _name in ("int4_g128", "nvfp4") else (True,):
         CASES[f"fsdp[{_name}-{_reshard}]"] = lambda name=_name, reshard=_reshard: fsdp(name, reshard)
-ALONE = (*CASES, "fsdp_experts", "fsdp_casts", "fsdp_offload")  # what a single rank can show
+ALONE = (
+    *CASES,
+    "fsdp_experts",
+    "fsdp_casts",
+    "fsdp_offload",
+    "fsdp_training",
+    "fsdp_inference",
+)  # what a single rank can show
 
 
 @case
@@ -253,6 +262,38 @@ def fsdp_offload():
 
 
 @case
+def fsdp_training():
+    """Accumulated gradients, an optimizer's step, layers gathered by hand, and modes without gradients between."""
+    one, two = model("int4_g128", (101, 64)), sharded(model("int4_g128", (101, 64)))
+    x, trained = dense((3, 512), 9), []
+    for net in (two, one):
+        with torch.no_grad():
+            net(x)
+        for last in (False, True):
+            if net is two:
+                net.set_requires_gradient_sync(last)
+            net(x).square().sum().backward()
+        trained.append([p for p in net.parameters() if p.requires_grad])
+        optimizer = torch.optim.AdamW(trained[-1], lr=0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(two(x), one(x))
+    two[0].unshard(async_op=True).wait()
+    assert same(two[0].base.weight, one[0].base.weight) and two[0].up.shape == (101, 4)
+    two[0].reshard()
+    assert isinstance(two[0].base.weight, DTensor)
+
+
+@case
+def fsdp_inference():
+    one, two = model("nvfp4", (101, 64)), sharded(model("nvfp4", (101, 64)))
+    x = dense((3, 512), 9)
+    for _ in range(2):
+        with torch.inference_mode():
+            assert torch.equal(two(x), one(x))
+
+
+@case
 def fsdp_states():
     """state_dict, copy_ and assign into shards, cast and back, checkpoints of two ranks: bit for bit."""
     for name in ("int4_g128", "nvfp4", "fp8_e4m3_tensor", "int8_tensor_asym"):
@@ -314,7 +355,7 @@ def refused(function, *words):
 def distributing():
     """Every placement, both ways: what arrives are bytes of rank 0, and as many as that rank keeps."""
     for name in (*FORMATS, "fp8_e4m3_b128x128"):
-        for shape in ((512, 768), (3, 256, 512)):
+        for shape in ((256, 768), (3, 256, 512)):
             whole = tq.quantize(dense(shape), name)
             mine = tq.quantize(dense(shape, seed=RANK), name)  # only that of rank 0 counts
             for placement in (Shard(0), Shard(1), Shard(len(shape) - 1), Replicate()):
@@ -350,6 +391,8 @@ def other_axes():
         assert same(columns.to_local(), whole.chunk(2, 1)[RANK])
         assert same(columns.redistribute(placements=[Shard(0)]).to_local(), whole.chunk(2, 0)[RANK])
         assert same(made.redistribute(placements=[Replicate()]).to_local(), whole)
+        own = DTensor.from_local(whole.chunk(2)[RANK], MESH, [Shard(0)])  # a window of the whole
+        assert same(own.full_tensor(), whole) and same(own.redistribute(placements=[Shard(1)]).full_tensor(), whole)
         back = distribute_tensor(whole, MESH, [Replicate()]).redistribute(placements=[Shard(1)])
         assert same(back.to_local(), columns.to_local())
         for moved in (
@@ -427,7 +470,7 @@ class Block(nn.Module):
 def tensor_parallel():
     """Column then row. Whole numbers make every sum exact, so that two ranks equal one bit for bit whatever the order;
     otherwise the columns do, and the sum of two halves of a row differs by rounding."""
-    for name in ("int4_g128", "int8_channel", "fp8_e4m3_channel", "mxfp8", "mxfp4", "fp8_e4m3_tensor"):
+    for name in ("int4_g128", "fp8_e4m3_channel", "mxfp4", "fp8_e4m3_tensor"):
         for whole_numbers in (True, False):
             exact = whole_numbers and tq.get_format(name).scale.dtype in (torch.bfloat16, torch.float32)
             one, two = Block(name, exact), Block(name, exact)
@@ -474,6 +517,8 @@ def tensor_parallel_of_quantized_layers():
         assert max(saved) < 512 * 128 * 4 and sum(saved) < 2 * two[0].weight.to_local().nbytes + 100_000, saved
         assert torch.equal(two[0](inputs[0]), one[0](inputs[0]).chunk(2, -1)[RANK])  # columns: bit for bit
         assert torch.allclose(*ys, rtol=1e-4, atol=1e-4), (scheme, (ys[0] - ys[1]).abs().max())
+        with torch.inference_mode():
+            assert torch.allclose(two(inputs[1]), ys[0], rtol=1e-4, atol=1e-4)
         for y in ys:
             y.square().sum().backward()
         assert torch.allclose(inputs[0].grad, inputs[1].grad, rtol=1e-3, atol=1e-3), scheme
@@ -513,13 +558,23 @@ def replicas():
 @case
 def compiled_shards():
     """Compiled layers under fully_shard, whose hooks stay outside of the graph."""
-    one, two = model("int4_g128", (101, 64)), model("int4_g128", (101, 64))
+    one, two = model("int4_g128", (101,)), model("int4_g128", (101,))
     for layer in two:
         layer.compile(backend="aot_eager")
     sharded(two)
     x = dense((3, 512), 9)
     for (n, a), (_, b) in zip(steps(two, x), steps(one, x), strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-5), n
+
+
+@case
+def compiled_columns_and_rows():
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(512, 256), nn.Linear(256, 512)).to(DEVICE)
+    two = copy.deepcopy(tq.quantize_(one, "W4A16", progress=False).requires_grad_(False))
+    parallelize_module(two, MESH, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    x = dense((4, 512), 3)
+    assert torch.allclose(torch.compile(two, backend="aot_eager")(x), one(x), rtol=1e-4, atol=1e-4)
 
 
 @case

@@ -66,15 +66,21 @@ def size_rows():
     ]  # fmt: skip
 
 
+def times(row, what, peer):
+    """How many times as long a peer takes, eager / compiled."""
+    keys = [f"{what}_times_{kind}" for kind in (("eager", "compiled") if peer is None else (peer, f"{peer}_compiled"))]
+    return " / ".join(f"{row[key]:.{1 if row[key] > 10 else 2}f}" if key in row else "-" for key in keys)
+
+
 def step_rows():
     """Forward with backward, and the fused step of sign descent."""
     return [
         {
             "format": row["format"], "v": row["v"],
             "forward + backward": f"{row['both_us']:.0f} us, {100 * row['both_of_floor']:.0f}% of the floor",
-            "x eager": f"{row['both_times_eager']:.1f}", "x compiled": f"{row['both_times_compiled']:.2f}",
-            "whole step, fused": f"{row['step_us']:.0f} us", "x eager step": f"{row['step_times_eager']:.1f}",
-            "x compiled step": f"{row['step_times_compiled']:.2f}",
+            "x definition": times(row, "both", None), "x auto-round": times(row, "both", "auto_round"),
+            "whole step, fused": f"{row['step_us']:.0f} us",
+            "x definition, step": times(row, "step", None), "x auto-round, step": times(row, "step", "auto_round"),
         }
         for row in json.loads(STEPS.read_text(encoding="utf-8"))["rows"]
     ]  # fmt: skip

@@ -205,6 +205,22 @@ def test_data_in_every_state(name, grad, device):
     assert x.grad is not None and not p.is_inference()
 
 
+def test_data_goes_to_meta_and_comes_back(device):
+    """What no plain tensor does: the memory is given back, the frozen parameter stays the same object."""
+    p = parameter(quantized("nvfp4", device=device))
+    held, old, wanted = weakref.ref(p), weakref.ref(p._buf), p.clone()
+    p.data = p.data.to("meta")
+    assert held() is p and isinstance(p, nn.Parameter) and p.device.type == p._buf.device.type == "meta"
+    assert old() is None and tuple(p.shape) == (256, 384) and not p.requires_grad
+    p.data = wanted
+    assert held() is p and isinstance(p, nn.Parameter) and p.device.type == device and equal_bits(p.detach(), wanted)
+    assert F.linear(dense((2, 384), device=device), p).shape == (2, 256)
+    trained = nn.Parameter(quantized(device=device))
+    with pytest.raises(RuntimeError, match="incompatible tensor type"):
+        trained.data = trained.data.to("meta")
+    assert trained.device.type == device and equal_bits(trained.detach(), quantized())
+
+
 def test_set_shares_the_buffer(device):
     q, other = quantized(device=device), quantized("mxfp8", (32, 64), device=device)
     assert q.set_(other) is q and q.data_ptr() == other.data_ptr() and tuple(q.shape) == (32, 64)

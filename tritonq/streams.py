@@ -63,8 +63,12 @@ class Backend:
     def join(self) -> None:
         """Let whatever follows on the lane "compute" come after all that was submitted."""
 
-    def record(self) -> Event:
-        """The event of all that the caller has given the device so far, on the stream that is its current one."""
+    def here(self) -> Any:
+        """The stream that is the caller's current one."""
+        return None
+
+    def record(self, stream: Any = None) -> Event:
+        """The event of all that the device was given so far on a stream, default `here()`."""
         return None
 
     def follow(self, event: Event) -> None:
@@ -155,8 +159,11 @@ class Cuda(Backend):
         for lane in ("in", "out"):
             self._streams["compute"].wait_stream(self._streams[lane])
 
-    def record(self) -> Event:
-        return torch.cuda.current_stream(self.device).record_event()
+    def here(self) -> Any:
+        return torch.cuda.current_stream(self.device)
+
+    def record(self, stream: Any = None) -> Event:
+        return (torch.cuda.current_stream(self.device) if stream is None else stream).record_event()
 
     def follow(self, event: Event) -> None:
         if event is not None:

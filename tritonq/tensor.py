@@ -234,7 +234,10 @@ class QTensor(Tensor):
                 f"{layout.format.name}, or see tritonq.payload_data_ to assign bytes"
             )
         wrapper = QTensor._wrap(buf, layout, dtype)
-        torch._C.TensorBase.data.__set__(self, wrapper)  # type: ignore[attr-defined]
+        if buf.is_meta == self._buf.is_meta or self.requires_grad:
+            torch._C.TensorBase.data.__set__(self, wrapper)  # type: ignore[attr-defined]
+        else:  # refused above, and to plain tensors; frozen parameters have no gradient that this would lose
+            torch._C._swap_tensor_impl(self, wrapper)  # type: ignore[attr-defined]
         self._buf, self._layout, self._cut_from = buf, layout, getattr(value, "_cut_from", None)
 
     def data_ptr(self) -> int:
@@ -268,7 +271,6 @@ class QTensor(Tensor):
             return memo[id(self)]
         source = self._compacted()
         copy = QTensor._wrap(source._buf.clone() if source is self else source._buf, source._layout, self.dtype)
-        copy._cut_from = self._cut_from
         copy.requires_grad_(self.requires_grad)
         if self._is_parameter():
             copy._is_param = True  # type: ignore[attr-defined]
@@ -352,7 +354,8 @@ class QTensor(Tensor):
         given back."""
         layout, shared = metadata
         if out is None:
-            buf = torch.empty(layout.nbytes, dtype=torch.uint8, device=outputs[0].device)  # the shard may be on the CPU
+            with torch.inference_mode(False):  # it outlives the mode, and the shard may be on the CPU
+                buf = torch.empty(layout.nbytes, dtype=torch.uint8, device=outputs[0].device)
             whole = QTensor._wrap(buf, layout, param_dtype)
         else:
             parameter: Any = getattr(out, "_local_tensor", out)  # a DTensor where tensor parallelism comes with it

@@ -7,7 +7,7 @@ import functools
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Mode:
 
 
 MODES: list[Mode] = []
-IN_SAFETENSORS = "safetensors writes plain tensors, and this is a quantized one"  # what their writer is told
+IN_SAFETENSORS = "a quantized tensor has no storage of its shape and dtype"  # what their writer is told
 
 
 def mode(host: str, name: str, **options: Any) -> Callable[[Callable[[Setting], None]], Callable[[Setting], None]]:
@@ -135,9 +135,10 @@ class Setting:
     def scheme(self) -> Scheme:
         return SCHEMES[self.format]
 
-    def model(self, build: Callable[[], nn.Module] | None = None) -> nn.Module:
-        """A quantized model of its own, on the CPU, the same in every call."""
-        return copy.deepcopy(_quantized(build or self.build, self.scheme))
+    def model(self, build: Callable[[], nn.Module] | None = None, *, inputs: bool = True) -> nn.Module:
+        """A quantized model of its own, on the CPU, the same in every call; without `inputs` only weights are."""
+        scheme = self.scheme if inputs else replace(self.scheme, inputs=None)
+        return copy.deepcopy(_quantized(build or self.build, scheme))
 
     def input(self, seed: int = 1, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """[2, 3, 160], on the device."""

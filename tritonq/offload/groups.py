@@ -38,7 +38,7 @@ def find(model: nn.Module, groups: Groups) -> list[tuple[str, nn.Module]]:
     Args:
         groups: "block": children of each outermost list, dict or sequence of modules in which at least two have the
             same class, such as the layers of a transformer; models without one are taken as with "leaf". "leaf":
-            every module that has parameters itself; with those of its children where it is no more than a layer
+            every module without children that has parameters, and layers of torch that have both
             (`nn.MultiheadAttention` reads its child's weight). Else modules, or their names.
 
     Raises:
@@ -80,8 +80,8 @@ def _blocks(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]:
 
 def _leaves(module: nn.Module, prefix: str) -> Iterable[tuple[str, nn.Module]]:
     if next(module.parameters(recurse=False), None) is not None:
-        below = [m for m in module.modules() if m is not module and owns(m)]
-        if not any(isinstance(m, CONTAINERS) for m in below) and (prefix or not below):
+        layer = type(module).__module__.startswith("torch.nn.") and not isinstance(module, CONTAINERS)
+        if layer or not any(owns(child) for child in module.children()):
             yield prefix[:-1], module
             return
     for name, child in module.named_children():

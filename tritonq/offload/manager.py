@@ -39,12 +39,14 @@ class DeviceSlab:
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
         self.start, self.stop = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+        self.active = False  # whether a call is inside of the group that lies here
         self.forget()
 
     def forget(self) -> None:
         self.content = -1  # index of the group; the group itself would make a cycle
         self.ready: Event | concurrent.futures.Future[Event] = None
-        self.used: list[Event] = []
+        self.used: dict[Any, Event] = {}  # the end of the last call, by stream
+        self.streams: set[Any] = set()  # on which backward passes read it
         self.task = -1  # of autograd, in which it was loaded
         self.node = -1  # of autograd, that was last given views of it
 
@@ -190,8 +192,8 @@ class _Kept:
 class _Backward:
     """A backward pass that uses the slabs; what it waits for at its end holds it, also where it fails."""
 
-    def __init__(self) -> None:
-        self.thread, self.ended = threading.get_ident(), False
+    def __init__(self, task: int) -> None:
+        self.thread, self.task, self.ended = threading.get_ident(), task, False
 
     def __call__(self) -> None:
         self.ended = True
@@ -258,13 +260,15 @@ class Manager:
                     self._drop(group)
                 group.memory, group.ready = self._memory(group)
                 self._follow(group.ready)
-                if group.slab is None or group.memory is not group.slab.memory:
-                    self._extras.append(group)
                 try:
                     group.point(group.memory)
                 except BaseException:
                     group.rest()
                     raise
+                if group.slab is not None and group.memory is group.slab.memory:
+                    group.slab.active = True
+                else:
+                    self._extras.append(group)
             else:
                 self._follow(group.ready)
                 memory = group.memory
@@ -285,7 +289,8 @@ class Manager:
             group.inside.discard(threading.get_ident())
             slab = group.slab
             if slab is not None and slab.memory is group.memory:
-                slab.used.append(self.backend.record())
+                slab.used[self.backend.here()] = self.backend.record()
+                slab.active = group.users > 0
             if not group.users:
                 if group.versions() != group.stamp:
                     self._write_back(group)
@@ -311,12 +316,13 @@ class Manager:
                     "after forward used them"
                 )
             # Gradients of gradients save what they are given outside of any group, and others keep it.
-            if slab is None or self.closed or torch.is_grad_enabled() or torch._C._current_graph_task_id() < 0:
+            task = torch._C._current_graph_task_id()
+            if slab is None or self.closed or torch.is_grad_enabled() or task < 0:
                 return _rebased(record.tensor, self._extra(group)[0])
             if not self._current(slab, group) and self._busy(slab):
                 return _rebased(record.tensor, self._extra(group)[0])
-            if not any(running.thread == threading.get_ident() for running in self._running()):
-                running = _Backward()
+            if not any(running.task == task for running in self._running()):
+                running = _Backward(task)
                 self._backwards.append(weakref.ref(running))
                 torch.autograd.Variable._execution_engine.queue_callback(running)
                 if self._capture is not None:
@@ -325,6 +331,7 @@ class Manager:
                 self._load(slab, group)
             self._follow(slab.ready)
             slab.node = _node()
+            slab.streams.add(self.backend.here())
             self._remember(group)
             self._prefetch(group, slab.node)
             return record.tensor
@@ -353,7 +360,8 @@ class Manager:
         return memory, ready
 
     def _load(self, slab: DeviceSlab, group: Group) -> None:
-        after = [self.backend.record(), *slab.used]
+        after = [self.backend.record(stream) for stream in {self.backend.here(), *slab.streams}]
+        after += slab.used.values()
         slab.forget()
         slab.ready = self._copied(group, slab.memory[: group.nbytes], after)
         slab.content, slab.task = group.index, torch._C._current_graph_task_id()
@@ -375,9 +383,7 @@ class Manager:
 
     def _busy(self, slab: DeviceSlab) -> bool:
         """Whether a slab may not be overwritten now."""
-        if any(group.users and group.memory is slab.memory for group in self.groups):
-            return True
-        return any(running.thread != threading.get_ident() for running in self._running())
+        return slab.active or any(running.thread != threading.get_ident() for running in self._running())
 
     def _running(self) -> list[_Backward]:
         """Backward passes that may be about to use what they were given."""

@@ -26,7 +26,7 @@ class Handle:
 
     Attributes:
         groups: names of the modules that take turns on the device.
-        slab_bytes, resident_bytes: device memory for them, and for everything else of the model.
+        slab_bytes, resident_bytes: device memory for them, and for everything else of the model, as torch rounds it.
         offloaded_bytes: host memory (or bytes of the file) of the groups.
     """
 
@@ -35,7 +35,7 @@ class Handle:
         self._wrapped: list[tuple[Callable[[], nn.Module | None], Any, Any]] = []
         self._residents: list[tuple[Tensor, torch.device]] = []
         self.groups = [group.name for group in manager.groups]
-        self.slab_bytes = sum(slab.memory.nbytes for slab in manager.slabs)
+        self.slab_bytes = planning.slabs([group.nbytes for group in manager.groups])
         self.resident_bytes = resident
         self.offloaded_bytes = sum(group.nbytes for group in manager.groups)
 
@@ -50,6 +50,16 @@ class Handle:
     def __repr__(self) -> str:
         state = "disabled" if self._manager.closed else f"{self.slab_bytes} bytes of slabs on the device"
         return f"Handle({len(self.groups)} groups of {self.offloaded_bytes} bytes in all, {state})"
+
+    def refresh(self) -> None:
+        """Fetch every group anew. Needed after writing in place through `parameter.data` (which torch does not count)
+        or another alias; all other changes are seen."""
+        manager = self._manager
+        with manager._lock:
+            for slab in manager.slabs:
+                slab.content = -1
+            for group in manager.groups:
+                group.generation += 1
 
     def disable(self, device: torch.device | str | None = None) -> None:
         """End offload: every parameter and buffer is on the device that it came from, or on `device`, and modules are
@@ -148,7 +158,8 @@ def enable(
         A handle whose `disable()` puts everything back; also a context manager.
 
     Raises:
-        ValueError: unknown groups, parameters on the meta device, a budget that is too small (with what is needed).
+        ValueError: unknown groups, parameters on the meta device or of inference mode, a budget that is too small (with
+            what is needed).
         RuntimeError: the model is offloaded already.
     """
     if device is None:
@@ -194,7 +205,6 @@ def enable(
         )
         largest = max((group.nbytes for group in offloaded), default=0)
         manager.slabs += [DeviceSlab(backend.empty(largest)) for _ in offloaded[:2]]
-        handle.slab_bytes = sum(slab.memory.nbytes for slab in manager.slabs)
         watched: list[tuple[Group, nn.Module]] = []
         for index, group in enumerate(offloaded):
             unit = chosen[turning[index]]
@@ -220,6 +230,8 @@ def _check(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"parameter {name!r} is on the meta device; load its weights first")
+        if parameter.is_inference():
+            raise ValueError(f"parameter {name!r} was made in inference mode, where it cannot change places; clone it")
     if _compiled(model):
         raise ValueError("the model is compiled as a whole; compile its blocks (block.compile()) and offload those")
 
