@@ -159,6 +159,43 @@ def test_tokens_sorted_by_expert(device):
     check_members(made, wide.split([1, 2]), get_format("mxfp4"))
 
 
+def test_many_members_of_all_sizes(device):
+    """Rows of one tensor are quantized one by one, so members are rows of the result for all of it."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [int(n) for n in torch.randint(0, 9, (20 if INTERPRET else 90,), generator=generator)]
+    sizes[3], sizes[-1] = 120 if INTERPRET else 4000, 0
+    x = values((sum(sizes), 64), torch.bfloat16, 1)
+    expected = reference.quantize(x, get_format("mxfp8"))
+    made = tq.grouped_quantize(moved_to(x, device), "mxfp8", sizes=sizes)
+    for i, rows in enumerate(zip(*(expected[name].split(sizes) for name in ("qdata", "scale")), strict=True)):
+        assert_same_parts(made[i].parts(), dict(zip(("qdata", "scale"), rows, strict=True)), f"member {i}")
+
+
+if INTERPRET:
+    import triton
+    import triton.language as tl
+
+    from tritonq.kernels import grouped
+
+    @triton.jit
+    def entries_kernel(table_ptr, out_ptr, entries, scale):
+        entry_ptr, index = grouped._entry(table_ptr, entries, scale)
+        tl.store(out_ptr + 2 * tl.program_id(0), grouped._field(entry_ptr, "slot"))
+        tl.store(out_ptr + 2 * tl.program_id(0) + 1, index)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="a kernel of its own")
+@pytest.mark.parametrize("counts", [(3,) * 20, (1,), (1, 50, 1, 1, 2), (40, 1, 1, 1, 1, 1, 9), (1,) * 30, (2, 7) * 12])
+def test_programs_find_their_entries(counts):
+    table = torch.zeros(len(counts), grouped.FIELDS.value, dtype=torch.int64)
+    starts = torch.tensor([0, *counts]).cumsum(0)
+    table[:, grouped.place("start")], table[:, grouped.place("slot")] = starts[:-1], torch.arange(len(counts))
+    programs = int(starts[-1])
+    out = torch.full((programs, 2), -1, dtype=torch.int64)
+    entries_kernel[(programs,)](table, out, len(counts), min((len(counts) << 31) // programs, (1 << 31) - 1))
+    assert out.tolist() == [[i, j] for i, n in enumerate(counts) for j in range(n)]
+
+
 def divisor(*tensors):
     """G = 448 * 6 / amax over the finite elements of all, as the definition has it."""
     finite = [x.double()[torch.isfinite(x)].abs().amax() for x in tensors if x.numel() and x.nan_to_num(0, 0, 0).any()]

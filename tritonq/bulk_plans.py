@@ -105,7 +105,8 @@ class _Builder:
         self, kernel: Any, programs: int, first: int, constants: Sequence[Any], options: dict[str, int], tensors: str
     ) -> None:
         count = len(self.rows) - first
-        plan = Plan(kernel, programs, (count,), (self.fmt, *constants), options)
+        scale = min((count << 31) // programs, (1 << 31) - 1)  # where kernels look for an entry first
+        plan = Plan(kernel, programs, (count, scale), (self.fmt, *constants), options)
         self.steps.append(Step(plan, first, len(self.rows), tuple(tensors.split())))
 
     def _tiles(self, entries: list[Entry], own: Tiling | None, other: Tiling | None) -> tuple[int, int]:
