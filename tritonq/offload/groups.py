@@ -118,27 +118,32 @@ def rounded(nbytes: int) -> int:
     return -(-nbytes // ROUNDING) * ROUNDING
 
 
-def slabs(sizes: Sequence[int]) -> int:
-    """Bytes of the slabs through which groups of these sizes take turns."""
-    return min(2, len(sizes)) * rounded(max(sizes, default=0))
+def slabs(sizes: Sequence[int], count: int = 2) -> int:
+    """Bytes of so many slabs, through which groups of these sizes take turns."""
+    return min(count, len(sizes)) * rounded(max(sizes, default=0))
 
 
-def stay(sizes: Sequence[int], kept: Sequence[int], resident: int, budget: int | None) -> set[int]:
-    """Which groups stay on the device: as many as fit, spread over the model, and rather so that an even number takes
-    turns (groups that follow each other, also the first one the last, then never share a slab).
+def stay(sizes: Sequence[int], kept: Sequence[int], resident: int, budget: int | None) -> tuple[set[int], int]:
+    """Which groups stay on the device, as many as fit, spread over the model; and through how many slabs the others
+    take turns.
+
+    With two slabs a copy waits for the group before the last one, so it idles wherever a group that stays computes in
+    between: a third slab is worth more than one more group that stays.
 
     Args:
         sizes: bytes that each group has in a slab; kept: that it takes where it stays.
         resident: bytes on the device in any case. budget: bytes in all, or None for as few as possible.
     """
     if budget is None:
-        return set()
-    best: set[int] = set()
+        return set(), 2
     count = len(sizes)
-    for number in range(count + 1):
-        chosen = {(2 * i + 1) * count // (2 * number) for i in range(number)} if number else set()
+    if resident + sum(kept) <= budget:
+        return set(range(count)), 2
+    best: set[int] = set()
+    turns = 3 if resident + slabs(sizes, 3) <= budget else 2
+    for number in range(1, count):
+        chosen = {(2 * i + 1) * count // (2 * number) for i in range(number)}
         turning = [size for index, size in enumerate(sizes) if index not in chosen]
-        taken = resident + sum(kept[i] for i in chosen) + slabs(turning)
-        if taken <= budget and not (len(turning) % 2 and number and (count - len(best)) % 2 == 0):
+        if resident + sum(kept[i] for i in chosen) + slabs(turning, turns) <= budget:
             best = chosen
-    return best
+    return best, turns

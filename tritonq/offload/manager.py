@@ -1,6 +1,6 @@
-"""Groups of weights that take turns in two slabs of device memory, each copied there while the one before computes.
+"""Groups of weights that take turns in two or three slabs of device memory, each copied while the one before computes.
 
-    load      copies.wait(everything on the current stream, and where the slab was used last); copy; ready.record
+    load      copies.wait(used[slab]); copy; ready.record(copies)
     enter     current.wait(ready); parameters point into the slab; the predicted next group is loaded beside
     exit      parameters point to host memory again, the master copy; used.record(current)
 
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tritonq.offload.arena import HostArena, HostSlab
-from tritonq.offload.pieces import Piece, View, bytes_of, offsets
+from tritonq.offload.pieces import Piece, View, bytes_of, offsets, rebind
 from tritonq.streams import Backend, Event
 from tritonq.tensor import QTensor
 
@@ -39,6 +39,7 @@ class DeviceSlab:
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
         self.start, self.stop = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+        self.turn = 0  # when a group was last given to it
         self.active = False  # whether a call is inside of the group that lies here
         self.forget()
 
@@ -46,7 +47,8 @@ class DeviceSlab:
         self.content = -1  # index of the group; the group itself would make a cycle
         self.ready: Event | concurrent.futures.Future[Event] = None
         self.used: dict[Any, Event] = {}  # the end of the last call, by stream
-        self.streams: set[Any] = set()  # on which backward passes read it
+        self.streams: set[Any] = set()  # on which backward passes read it, at times that nobody tells
+        self.lent: tuple[int, Any] | None = None  # the pass and the stream that may read it as it is
         self.task = -1  # of autograd, in which it was loaded
         self.node = -1  # of autograd, that was last given views of it
 
@@ -61,6 +63,7 @@ class Weight:
         self.parameter, self.view, self.host = parameter, view, host
         self.places: list[tuple[dict[str, Any], str]] = []  # where modules hold it
         self.origin = parameter.device
+        self.address = bytes_of(host).data_ptr()
 
 
 class Group:
@@ -106,7 +109,7 @@ class Group:
     def rest(self) -> None:
         """Point to host memory."""
         for weight in self.weights:
-            weight.parameter.data = weight.host
+            rebind(weight.parameter, weight.host)
         self.memory = None
         self.stamp = self.versions()
 
@@ -120,7 +123,7 @@ class Group:
             tensors = [weight.view.over(memory) for weight in self.weights]
         self.memory = memory
         for weight, tensor in zip(self.weights, tensors, strict=True):
-            weight.parameter.data = tensor
+            rebind(weight.parameter, tensor)
         self.stamp = self.versions()
 
     def versions(self) -> int:
@@ -144,7 +147,7 @@ class Group:
             parameter = weight.parameter
             if parameter.requires_grad:
                 raise self._stale("a weight needs gradients now, so it would change")
-            if bytes_of(parameter).data_ptr() != bytes_of(weight.host).data_ptr():
+            if bytes_of(parameter).data_ptr() != weight.address:
                 if not weight.view.alike(parameter):
                     raise self._stale(f"a weight became {_about(parameter)}")
                 bytes_of(weight.host).copy_(bytes_of(parameter))
@@ -211,6 +214,8 @@ class Manager:
         self._next: dict[tuple[int, int], Group] = {}
         self._last: Group | None = None
         self._before = -1
+        self._first = -1  # slab of the group that was entered first
+        self._turns = 0
         self._capture: object | None = None
         self._captured = False
         self._backwards: list[weakref.ref[_Backward]] = []
@@ -290,6 +295,8 @@ class Manager:
             slab = group.slab
             if slab is not None and slab.memory is group.memory:
                 slab.used[self.backend.here()] = self.backend.record()
+                if torch._C._current_graph_task_id() >= 0:  # a checkpoint recomputes what backward is about to read
+                    slab.streams.add(self.backend.here())
                 slab.active = group.users > 0
             if not group.users:
                 if group.versions() != group.stamp:
@@ -306,7 +313,17 @@ class Manager:
     def saved(self, record: _Saved) -> Tensor:
         """The weights that autograd saved, on the device again."""
         group, slab = record.group, record.group.slab
+        task = torch._C._current_graph_task_id()
         with self._lock:
+            if (
+                slab is not None
+                and slab.content == group.index
+                and slab.lent == (task, self.backend.here())  # to this pass already
+                and group.generation == record.generation
+                and not torch.is_grad_enabled()
+            ):
+                slab.node = _node()
+                return record.tensor
             self._check_capture()
             if not group.users and not self.closed and group.changed():
                 self._drop(group)
@@ -316,7 +333,6 @@ class Manager:
                     "after forward used them"
                 )
             # Gradients of gradients save what they are given outside of any group, and others keep it.
-            task = torch._C._current_graph_task_id()
             if slab is None or self.closed or torch.is_grad_enabled() or task < 0:
                 return _rebased(record.tensor, self._extra(group)[0])
             if not self._current(slab, group) and self._busy(slab):
@@ -331,7 +347,9 @@ class Manager:
                 self._load(slab, group)
             self._follow(slab.ready)
             slab.node = _node()
-            slab.streams.add(self.backend.here())
+            here = self.backend.here()
+            slab.streams.add(here)
+            slab.lent = task, here
             self._remember(group)
             self._prefetch(group, slab.node)
             return record.tensor
@@ -341,13 +359,31 @@ class Manager:
     def _memory(self, group: Group) -> tuple[Tensor, Any]:
         """Device memory that a group lies in or is on its way to."""
         if group.slab is None:
-            group.slab = min(self.slabs, key=lambda s: (self._busy(s), self._last is not None and s is self._last.slab))
+            group.slab = self._assigned()
         slab = group.slab
         if not self._current(slab, group):
             if self.closed or self._busy(slab):
                 return self._extra(group)
             self._load(slab, group)
         return slab.memory, slab.ready
+
+    def _assigned(self) -> DeviceSlab:
+        """The slab of a group that is entered for the first time: the one that has been left alone for longest. Where
+        there are three, the last group avoids that of the first, which comes after it in the next step."""
+        last = sum(group.slab is None for group in self.groups) == 1
+        self._turns += 1
+        chosen = min(
+            self.slabs,
+            key=lambda slab: (
+                self._busy(slab),
+                self._last is not None and slab is self._last.slab,
+                last and self._first >= 0 and slab is self.slabs[self._first],
+                slab.turn,
+            ),
+        )
+        chosen.turn = self._turns
+        self._first = self.slabs.index(chosen) if self._first < 0 else self._first
+        return chosen
 
     def _extra(self, group: Group) -> tuple[Tensor, Any]:
         """Memory of its own, for one call."""
@@ -360,8 +396,7 @@ class Manager:
         return memory, ready
 
     def _load(self, slab: DeviceSlab, group: Group) -> None:
-        after = [self.backend.record(stream) for stream in {self.backend.here(), *slab.streams}]
-        after += slab.used.values()
+        after = [*slab.used.values(), *(self.backend.record(stream) for stream in slab.streams)]
         slab.forget()
         slab.ready = self._copied(group, slab.memory[: group.nbytes], after)
         slab.content, slab.task = group.index, torch._C._current_graph_task_id()
@@ -438,16 +473,22 @@ class Manager:
         self._last = group
 
     def _prefetch(self, group: Group, node: int | None = None) -> None:
-        """Load the group that came next the last time, if its slab is free; also of what the node of autograd was given
-        that is about to run."""
-        following = self._next.get((self._before, group.index))
-        if following is None or following.slab is None or self.closed or self._replayed():
+        """Load the groups that came next the last time, as many as there are other slabs, if these are free; also of
+        what the node of autograd was given that is about to run."""
+        if self.closed or self._replayed():
             return
-        slab = following.slab
-        if node is not None and slab.node == node:
-            return
-        if slab.content != following.index and not following.users and not self._busy(slab):
-            self._load(slab, following)
+        before, current, kept = self._before, group, [group.slab] if group.users or node is not None else []
+        for _ in self.slabs[1:]:
+            following = self._next.get((before, current.index))
+            if following is None or following.slab is None or following.slab in kept:
+                return  # needed sooner by another group
+            slab = following.slab
+            if slab.content != following.index and not following.users:
+                if self._busy(slab) or (node is not None and slab.node == node):
+                    return
+                self._load(slab, following)
+            kept.append(slab)
+            before, current = current.index, following
 
     # -------------------------------------------------------------------------------------------------- saving
 

@@ -72,6 +72,15 @@ def span(tensor: Tensor) -> tuple[int, int]:
     return start, start + extent * plain.itemsize
 
 
+def rebind(parameter: Tensor, tensor: Tensor) -> None:
+    """parameter.data = tensor, of the same kind; without the wrapper that the setter of a QTensor makes each time."""
+    if isinstance(parameter, QTensor) and isinstance(tensor, QTensor) and not parameter._payload:
+        torch._C.TensorBase.data.__set__(parameter, tensor)  # type: ignore[attr-defined]
+        parameter._buf = tensor._buf
+    else:
+        parameter.data = tensor
+
+
 @dataclass
 class Piece:
     """Bytes `start:stop` of the storage at `address`, and the tensors in it."""

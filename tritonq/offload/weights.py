@@ -33,7 +33,9 @@ class Handle:
     def __init__(self, manager: Manager, resident: int) -> None:
         self._manager = manager
         self._wrapped: list[tuple[Callable[[], nn.Module | None], Any, Any]] = []
-        self._residents: list[tuple[Tensor, torch.device]] = []
+        self._residents: list[
+            tuple[Tensor, torch.device, bool]
+        ] = []  # with their origin, and whether that was elsewhere
         self.groups = [group.name for group in manager.groups]
         self.slab_bytes = planning.slabs([group.nbytes for group in manager.groups])
         self.resident_bytes = resident
@@ -108,9 +110,13 @@ class Handle:
                 origin = origins[id(piece.tensors[0])]
                 if on_disk or origin.type != "cpu":
                     move(piece, torch.empty(piece.nbytes, dtype=torch.uint8, device=origin))
-        known = {id(tensor): device or origin for tensor, origin in self._residents}
+        known = {id(tensor): device or origin for tensor, origin, _ in self._residents}
         _transfer(
-            [tensor for tensor, _ in self._residents],
+            [
+                tensor
+                for tensor, _, moved in self._residents
+                if tensor.device != known[id(tensor)] or (moved and device is None)
+            ],
             lambda piece: torch.empty(piece.nbytes, dtype=torch.uint8, device=known[id(piece.tensors[0])]),
             lambda tensor: known[id(tensor)],
         )
@@ -140,9 +146,10 @@ def enable(
     """Keep the frozen weights of a model in pinned host memory, and copy them to the device group by group, each while
     the one before computes. Results are those of the model on the device, bit for bit.
 
-    On the device are two slabs of the largest group's size, through which groups take turns, and what is *resident*:
-    buffers, trained parameters (`requires_grad`), whatever belongs to no group, and weights that several groups share.
-    Between calls, offloaded parameters are tensors of the host. Attach adapters and compile blocks before.
+    On the device are two slabs of the largest group's size (three, if the budget allows), through which groups take
+    turns, and what is *resident*: buffers, trained parameters (`requires_grad`), whatever belongs to no group, and
+    weights that several groups share. Between calls, offloaded parameters are tensors of the host. Attach adapters and
+    compile blocks before.
 
     Args:
         model: its floating, quantized (`QTensor`) and other plain parameters may lie anywhere, also on the device.
@@ -174,7 +181,7 @@ def enable(
     kept = [sum(planning.rounded(piece.nbytes) for piece in group.pieces) for group in made]
     needed = sum(planning.rounded(piece.nbytes) for piece in pieces(t for t in resident if movable(t)))
     sizes = [group.nbytes for group in made]
-    staying = planning.stay(sizes, kept, needed, limit)
+    staying, count = planning.stay(sizes, kept, needed, limit)
     if limit is not None and not staying and needed + planning.slabs(sizes) > limit:
         trained = sum(planning.rounded(p.nbytes) for p in pieces(t for t in resident if t.requires_grad and movable(t)))
         raise ValueError(
@@ -197,14 +204,15 @@ def enable(
             group.index = index
             group.adopt(arena.slab(group.nbytes), chosen[turning[index]].owners)
         arena.finish()
-        handle._residents = [(tensor, tensor.device) for tensor in resident if not backend.holds(tensor)]
+        handle._residents = [(tensor, tensor.device, not backend.holds(tensor)) for tensor in resident]
         _transfer(
-            [tensor for tensor, _ in handle._residents],
+            [tensor for tensor, _, elsewhere in handle._residents if elsewhere],
             lambda piece: backend.empty(piece.nbytes),
             lambda tensor: backend.device,
         )
         largest = max((group.nbytes for group in offloaded), default=0)
-        manager.slabs += [DeviceSlab(backend.empty(largest)) for _ in offloaded[:2]]
+        manager.slabs += [DeviceSlab(backend.empty(largest)) for _ in offloaded[:count]]
+        handle.slab_bytes = planning.slabs([group.nbytes for group in offloaded], count)
         watched: list[tuple[Group, nn.Module]] = []
         for index, group in enumerate(offloaded):
             unit = chosen[turning[index]]
