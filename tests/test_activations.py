@@ -127,7 +127,7 @@ def same(found, expected):
 
 OPTIONS = (
     {}, {"keep_last": 2}, {"in_flight": 1, "prefetch": 0}, {"in_flight": 2, "prefetch": 1, "group_bytes": 1},
-    {"group_bytes": None}, {"manual": True}, {"max_bytes": 8000},
+    {"group_bytes": None}, {"manual": True}, {"max_bytes": 8000}, {"share": 0.5},
 )  # fmt: skip
 
 
