@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-search bench-streaming bench-activations bench-offload bench-check bench-cpu instructions lint tables clean
+.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-search bench-streaming bench-grouped bench-activations bench-offload bench-check bench-cpu instructions lint tables clean
 
 demo: $(STAMP)
 	$(BIN)/tritonq demo
@@ -39,6 +39,10 @@ bench-search:
 # Tensors in host memory through a GPU, beside copies of pinned memory.
 bench-streaming:
 	PYTHONPATH=. $(BIN)/python -m bench.streaming
+
+# 64 experts in one call, beside single calls and a copy.
+bench-grouped:
+	PYTHONPATH=. $(BIN)/python -m bench.grouped
 
 # Offloaded weights beside pinned copies, computing alone, and diffusers where it is installed.
 bench-offload:

@@ -1,7 +1,8 @@
 """Training steps with saved activations in host memory: `python -m bench.activations [--layers 16] [--out FILE]`.
 
-A stack of transformer blocks in bf16, forward and backward: plain, with everything offloaded, with as many bytes
-offloaded as copies hide behind the computation, and with torch's `save_on_cpu(pin_memory=True)`. For each the peak of
+A stack of transformer blocks in bf16, forward and backward: plain, with everything offloaded ("default", and "all" but
+for the last four groups), with the share of it that copies hide behind the computation, and with torch's
+`save_on_cpu(pin_memory=True)`. For each the peak of
 memory beside parameters, gradients and inputs, the time of a step, and from a profiler's trace the bytes and rates of
 copies, beside those of copies of pinned memory in the same run. Loss and all gradients are compared bit for bit first.
 
@@ -146,10 +147,15 @@ def main() -> None:
     forward = milliseconds(lambda: step.forward(plain), args.repeats)
     whole = milliseconds(lambda: step(plain), args.repeats)
     resident = torch.cuda.memory_allocated()
-    hidden = int(0.8 * 1e6 * min(forward * rates["to_host"], (whole - forward) * rates["to_device"]))
-    everything, some = tq.offload.activations(keep_last=4), tq.offload.activations(max_bytes=hidden)
+    hidden = 0.8 * 1e6 * min(forward * rates["to_host"], (whole - forward) * rates["to_device"])
+    everything = tq.offload.activations(keep_last=4)
+    loss = step.forward(everything)
+    share = min(1.0, hidden / everything.nbytes)
+    del loss
+    some = tq.offload.activations(keep_last=4, share=share)
     contexts: dict[str, Callable[[], Any]] = {
         "plain": lambda: plain,
+        "default": tq.offload.activations,
         "all": lambda: everything,
         "hidden": lambda: some,
         "save_on_cpu": lambda: torch.autograd.graph.save_on_cpu(pin_memory=True),
@@ -157,7 +163,8 @@ def main() -> None:
     result: dict[str, Any] = measured.environment(" ".join(["python -m bench.activations", *sys.argv[1:]]))
     result |= {
         "layers": args.layers, "width": args.width, "tokens": args.tokens, "copies_gb_s": rates,
-        "resident_mib": round(resident / 2**20, 1), "forward_ms": round(forward, 2), "rows": [],
+        "resident_mib": round(resident / 2**20, 1), "forward_ms": round(forward, 2),
+        "share": round(share, 4), "rows": [],
     }  # fmt: skip
     print(f"pinned copies: {rates['to_host']:.1f} GB/s to the host, {rates['to_device']:.1f} back; forward "
           f"{forward:.1f} ms of {whole:.1f}; {time.perf_counter() - began:.1f} s")  # fmt: skip

@@ -127,7 +127,7 @@ def same(found, expected):
 
 OPTIONS = (
     {}, {"keep_last": 2}, {"in_flight": 1, "prefetch": 0}, {"in_flight": 2, "prefetch": 1, "group_bytes": 1},
-    {"group_bytes": None}, {"manual": True}, {"max_bytes": 8000},
+    {"group_bytes": None}, {"manual": True}, {"max_bytes": 8000}, {"share": 0.5},
 )  # fmt: skip
 
 
@@ -422,8 +422,41 @@ def test_threshold_and_budget(fake):
         assert defaults._packed(torch.empty(65536, dtype=torch.uint8)).__class__ is saved.Saved
 
 
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5, 0.99])
+def test_a_share_is_spread_evenly(fake, share):
+    context, sizes = offload(fake, min_bytes=0, share=share), [1000 + n for n in range(40)]
+    offered = []
+    for _ in range(2):
+        fake.out.clear()
+        y, seen = chain(context, sizes)
+        offered.append(list(fake.out))
+        y.backward()
+        assert [int(t[0]) for (t,) in seen] == list(range(40))[::-1]
+    assert offered[0] == offered[1]  # the same ones in every pass, which CUDA graphs count on
+    places = [sizes.index(size) for size in offered[0]]
+    for end in range(1, 41):
+        moved, of = sum(sizes[p] for p in places if p < end), sum(sizes[:end])
+        assert share * of - 1100 < moved <= share * of
+
+    def views():  # of what stays no view moves either
+        b = torch.randn(1000)
+        return [b[n:] for n in range(30)]
+
+    fake.out.clear()
+    kept(offload(fake, share=0.5), views)
+    assert fake.out == []
+
+
 def test_bad_options():
-    for bad in ({"keep_last": -1}, {"in_flight": 0}, {"prefetch": -1}, {"prefetch": 1.5}, {"min_bytes": "many"}):
+    for bad in (
+        {"share": 0},
+        {"share": 1.5},
+        {"keep_last": -1},
+        {"in_flight": 0},
+        {"prefetch": -1},
+        {"prefetch": 1.5},
+        {"min_bytes": "many"},
+    ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             tq.offload.activations(**bad)
 
@@ -808,6 +841,43 @@ def test_groups_are_copied_back_in_reverse_and_ahead(fake):
     turned = sizes[::-1]
     assert ahead == [turned[: min(n + 3, 6)] for n in range(6)]
     assert [int(t[0]) for (t,) in seen] == [5, 4, 3, 2, 1, 0]
+
+
+def test_no_room_to_copy_back_ahead(fake):
+    """Where memory runs out, backward goes on with what it needs at once."""
+    y, seen = chain(offload(fake, min_bytes=0, group_bytes=1, prefetch=3), [1000] * 6)
+    fake.capacity = 2500
+    forward = Keep.backward
+
+    def forgets(ctx, dy):
+        result = forward(ctx, dy)
+        seen[-1] = int(seen[-1][0][0])
+        return result
+
+    Keep.backward = staticmethod(forgets)
+    try:
+        y.backward()
+    finally:
+        Keep.backward = staticmethod(forward)
+    assert seen == [5, 4, 3, 2, 1, 0] and fake.peak <= 2500 and len(fake.back) == 6
+    y, seen = chain(offload(fake, min_bytes=0, group_bytes=1), [1000] * 2)
+    fake.capacity = 500
+    with pytest.raises(torch.OutOfMemoryError):
+        y.backward()
+
+
+def test_what_lives_on_does_not_disturb_prefetching(fake):
+    x, seen, alive = torch.ones(1, requires_grad=True), [], []
+    y = x
+    with offload(fake, min_bytes=0, group_bytes=1, prefetch=3):
+        for n in range(8):
+            t = torch.full((1000,), n, dtype=torch.uint8)
+            alive += [t] if n % 2 else []
+            y = Keep.apply(y, seen, t)
+            del t
+    y.backward()
+    assert [int(t[0]) for (t,) in seen] == list(range(8))[::-1]
+    assert len(fake.out) == 8 and len(fake.back) == 4
 
 
 def test_start_offload(fake):
@@ -1553,7 +1623,7 @@ def test_gpu_checkpoint_autocast_and_compile():
     compiled = torch.compile(model[0])
 
     def partly(x):
-        return model[1](compiled(x))
+        return model[2](model[1](compiled(x)))
 
     expected = results(model, x, forward=lambda x: partly(x))
     copies, _ = trace(lambda: same(results(model, x, context, partly), expected))

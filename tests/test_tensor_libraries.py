@@ -402,6 +402,19 @@ def test_copies_of_a_window_hold_the_window(device):
     assert len(pickle.dumps(inside)) < q._buf.numel() + 4096 and equal_bits(copy.deepcopy(inside), q)
 
 
+def test_frozen_weights_that_fully_shard_moves_stay_frozen():
+    """It makes a Parameter, with the default, of what it moves; dense weights it moves by .data."""
+    from torch.distributed.fsdp._fully_shard._fsdp_init import _move_states_to_device
+
+    for trained in (False, True):
+        module = nn.Linear(384, 256)
+        module.weight = nn.Parameter(quantized(), requires_grad=trained)
+        module.bias = None
+        _move_states_to_device(list(module.parameters()), [], torch.device("meta"))
+        assert module.weight.is_meta and isinstance(module.weight, nn.Parameter)
+        assert module.weight.requires_grad is trained
+
+
 @pytest.mark.gpu
 def test_streams_keep_what_they_read():
     """record_stream of a wrapper would record nothing: the allocator gives the buffer away while a kernel reads it."""
@@ -436,7 +449,7 @@ def test_copies_on_streams_are_one_copy(name):
         back.copy_(moved, non_blocking=True)
         moved.record_stream(side)
         side.synchronize()
-    kinds = [e.name for e in trace.events() if "Memcpy" in e.name]
+    kinds = [e.name for e in trace.events() if e.name.startswith("Memcpy ")]
     assert sorted(k.split(" ")[1] for k in kinds) == ["DtoH", "HtoD", "HtoD"], kinds
     assert equal_bits(moved, host) and equal_bits(target, host) and equal_bits(back, host)
 

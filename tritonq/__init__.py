@@ -14,7 +14,8 @@ try:
     )
     from tritonq.autograd import hadamard, qdq
     from tritonq.best import Best
-    from tritonq.bulk import BulkBuffer, grouped_quantize
+    from tritonq.bulk import BulkBuffer
+    from tritonq.bulk_quantize import grouped_quantize
     from tritonq.formats import (
         FORMATS,
         ElementType,

@@ -263,6 +263,16 @@ class QTensor(Tensor):
         layout, dtype = meta
         return QTensor._wrap(inner["_buf"], layout, dtype)
 
+    def requires_grad_(self, requires_grad: bool = True) -> QTensor:
+        """As of any tensor; a weight that is frozen stays so where fully_shard moves it to its device, for which it
+        makes a new Parameter with the default."""
+        maker = sys._getframe(1)
+        mover = maker.f_back if maker.f_globals.get("__name__") == "torch.nn.parameter" else None
+        if mover is not None and mover.f_code.co_name == "_move_states_to_device":
+            requires_grad = mover.f_locals["tensor"].requires_grad
+        super().requires_grad_(requires_grad)
+        return self
+
     def _is_parameter(self) -> bool:
         return bool(getattr(self, "_is_param", False))
 
@@ -321,12 +331,6 @@ class QTensor(Tensor):
             (whole if whole.shape == part.shape else whole[: part.shape[0]]).copy_(part)
         return padded
 
-    def _spans_rows(self, part: str) -> bool:
-        """Whether a part extends along axis 0, so that shards along it hold pieces; scales of a whole tensor do not,
-        and are the same on every rank."""
-        alone = self.format.storage((1, *self.shape[1:])) if self.ndim > 1 else {}
-        return part == "qdata" or not (part == "tensor_scale" or self.format.group[0] == -1) or part not in alone
-
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], tuple[Layout, Parts]]:
         """What `torch.distributed.fsdp.fully_shard` gathers: the bytes of each part that has rows, never values.
 
@@ -338,7 +342,8 @@ class QTensor(Tensor):
         layout = Layout.of(self.format, (rows * mesh.size(), *rest))
         if mesh.size() == 1:  # fully_shard then passes on the first input only
             return (padded._buf,), (layout, {})
-        shared = {name: part for name, part in parts.items() if not self._spans_rows(name)}
+        of_all = ("scale", "zero_point", "tensor_scale") if self.format.group[0] == -1 else ("tensor_scale",)
+        shared = {name: part for name, part in parts.items() if name in of_all}  # the same on every rank
         return tuple(_bytes(part) for name, part in parts.items() if name not in shared), (layout, shared)
 
     def fsdp_post_all_gather(

@@ -60,7 +60,7 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Any:
     dtype, device = kwargs.get("dtype") or q.dtype, kwargs.get("device") or q.device
     if dtype not in ops.FLOATS:
         return NotImplemented
-    q = q if q._is_compact() else q.clone()
+    q = q._compacted()
     buf = q._buf.to(device, non_blocking=kwargs.get("non_blocking", False), copy=True)
     if kwargs.get("pin_memory"):
         buf = buf.pin_memory()

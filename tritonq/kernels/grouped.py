@@ -53,10 +53,27 @@ def _field(entry_ptr, NAME: tl.constexpr, MULTIPLE: tl.constexpr = False):
 
 
 @triton.jit
-def _entry(table_ptr, entries):
-    """The entry of this program, the last that starts no later, and which of its programs this is."""
+def _starts_by(table_ptr, index, entries, pid):
+    """Whether an entry starts at this program or before; those before the first do, those after the last do not."""
+    inside = (index >= 0) & (index < entries)
+    start = tl.load(table_ptr + index * FIELDS, inside, other=0)
+    return ((index < 0) | (start <= pid)) & (index < entries)
+
+
+@triton.jit
+def _entry(table_ptr, entries, scale):
+    """The entry of this program, the last that starts no later, and which of its programs this is.
+
+    Where tensors are alike it lies beside pid * entries / programs, `scale` being 2^31 times the ratio: four loads that
+    wait for nothing instead of a search, whose loads wait for each other.
+    """
     pid = tl.program_id(0)
-    first, end = pid * 0, entries
+    guess = ((pid.to(tl.int64) * scale) >> 31).to(tl.int32)
+    before, own = _starts_by(table_ptr, guess - 1, entries, pid), _starts_by(table_ptr, guess, entries, pid)
+    later, after = _starts_by(table_ptr, guess + 1, entries, pid), _starts_by(table_ptr, guess + 2, entries, pid)
+    near = before & (after == 0)
+    first = tl.where(near, guess - 1 + own.to(tl.int32) + later.to(tl.int32), 0)
+    end = tl.where(near, first + 1, entries)
     while end - first > 1:
         middle = (first + end) // 2
         starts = tl.load(table_ptr + middle * FIELDS) <= pid
@@ -150,9 +167,9 @@ def _quantize(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["entries"])
+@triton.jit(do_not_specialize=["entries", "scale"])
 def grouped_kernel(
-    x_ptr, rows_ptr, columns_ptr, divisor_ptr, table_ptr, entries,
+    x_ptr, rows_ptr, columns_ptr, divisor_ptr, table_ptr, entries, scale,
     FMT: tl.constexpr, MODE: tl.constexpr, R: tl.constexpr,
     UNIT: tl.constexpr, KNOWN: tl.constexpr, PARTIAL: tl.constexpr, WORDS: tl.constexpr,
     S: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
@@ -161,7 +178,7 @@ def grouped_kernel(
 ):  # fmt: skip
     """Codes and scales ("quantize"), or scales alone ("scale"), a tile a program. M or OTHER_M of 0: there are no
     entries of this kind. Tensor scales are read from `divisor_ptr`."""
-    entry_ptr, index = _entry(table_ptr, entries)
+    entry_ptr, index = _entry(table_ptr, entries, scale)
     base_ptr = _base(entry_ptr, rows_ptr, columns_ptr, "side")
     if OTHER_M == 0:
         _quantize(
@@ -246,9 +263,9 @@ def _quantize_supers(
     tile.store_codes(q_ptr, row_start, row_mask, row_bytes, first_byte, codes, S, GROUPS, 0, WORDS, FMT)
 
 
-@triton.jit(do_not_specialize=["entries"])
+@triton.jit(do_not_specialize=["entries", "scale"])
 def grouped_super_kernel(
-    x_ptr, rows_ptr, columns_ptr, table_ptr, entries,
+    x_ptr, rows_ptr, columns_ptr, table_ptr, entries, scale,
     FMT: tl.constexpr,
     UNIT: tl.constexpr, KNOWN: tl.constexpr, PARTIAL: tl.constexpr, WORDS: tl.constexpr,
     S: tl.constexpr, M: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr,
@@ -256,7 +273,7 @@ def grouped_super_kernel(
     OTHER_M: tl.constexpr, OTHER_GROUPS: tl.constexpr, OTHER_W: tl.constexpr,
 ):  # fmt: skip
     """As `grouped_kernel`, for formats with super-groups."""
-    entry_ptr, index = _entry(table_ptr, entries)
+    entry_ptr, index = _entry(table_ptr, entries, scale)
     base_ptr = _base(entry_ptr, rows_ptr, columns_ptr, "side")
     if OTHER_M == 0:
         _quantize_supers(entry_ptr, index, x_ptr, base_ptr, FMT, False, UNIT, KNOWN, PARTIAL, WORDS, S, M, GROUPS, W)
@@ -316,9 +333,9 @@ def _reduce(
     return tl.max(tl.max(high, 1), 0), tl.max(tl.max(low, 1), 0)
 
 
-@triton.jit(do_not_specialize=["entries"])
+@triton.jit(do_not_specialize=["entries", "scale"])
 def grouped_keys_kernel(
-    x_ptr, rows_ptr, columns_ptr, divisor_ptr, keys_ptr, table_ptr, entries,
+    x_ptr, rows_ptr, columns_ptr, divisor_ptr, keys_ptr, table_ptr, entries, scale,
     FMT: tl.constexpr, FINITE: tl.constexpr,
     UNIT: tl.constexpr, KNOWN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     OTHER_UNIT: tl.constexpr, OTHER_KNOWN: tl.constexpr, OTHER_BLOCK_M: tl.constexpr, OTHER_BLOCK_N: tl.constexpr,
@@ -327,7 +344,7 @@ def grouped_keys_kernel(
     and the number of programs that have ended. The last of `programs` stores the scale and zero point of its group, or
     with FINITE the tensor scale at `divisor_ptr`, which otherwise is only read, and leaves zeros for the next launch.
     """
-    entry_ptr, index = _entry(table_ptr, entries)
+    entry_ptr, index = _entry(table_ptr, entries, scale)
     splits = _field(entry_ptr, "splits")
     group, split = index // splits, index % splits
     if OTHER_BLOCK_M == 0:
@@ -410,9 +427,9 @@ def _apply(
     tile.store_codes(q_ptr, row_start, row_mask, row_bytes, tile_n * BYTES_OF_TILE, codes, 1, 1, 0, WORDS, FMT)
 
 
-@triton.jit(do_not_specialize=["entries"])
+@triton.jit(do_not_specialize=["entries", "scale"])
 def grouped_apply_kernel(
-    x_ptr, rows_ptr, columns_ptr, divisor_ptr, table_ptr, entries,
+    x_ptr, rows_ptr, columns_ptr, divisor_ptr, table_ptr, entries, scale,
     FMT: tl.constexpr,
     UNIT: tl.constexpr, KNOWN: tl.constexpr, PARTIAL: tl.constexpr, WORDS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -420,7 +437,7 @@ def grouped_apply_kernel(
     OTHER_BLOCK_M: tl.constexpr, OTHER_BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Codes for scales and zero points that `grouped_keys_kernel`, or `grouped_kernel` in mode "scale", left."""
-    entry_ptr, index = _entry(table_ptr, entries)
+    entry_ptr, index = _entry(table_ptr, entries, scale)
     base_ptr = _base(entry_ptr, rows_ptr, columns_ptr, "side")
     from_ptr = _base(entry_ptr, rows_ptr, columns_ptr, "from_side")
     if OTHER_BLOCK_M == 0:

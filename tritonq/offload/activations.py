@@ -61,7 +61,7 @@ class Activations:
 
     def __init__(
         self, min_bytes: int, max_bytes: int | None, keep_last: int, group_bytes: int | None, in_flight: int,
-        prefetch: int, manual: bool, device: streams.Device | None, pool: pools.PinnedPool,
+        prefetch: int, share: float, manual: bool, device: streams.Device | None, pool: pools.PinnedPool,
     ) -> None:  # fmt: skip
         self._min_bytes, self._max_bytes, self._keep_last, self._group_bytes = (
             min_bytes, max_bytes, keep_last, group_bytes,
@@ -76,6 +76,7 @@ class Activations:
         self._early: list[Packed] = []  # of start_offload, until autograd has saved them
         self._index, self._layer, self._next_layer = 0, None, 0  # type: tuple[int, Hashable, int]
         self._depth, self._entry = 0, 0
+        self._share, self._offered, self._moved = share, 0, 0  # bytes since the outermost entry
         self._cursor, self._turn, self._last_entry = (
             -1,
             0,
@@ -121,6 +122,8 @@ class Activations:
             if self._cursor >= 0:  # after a backward
                 self._cursor = -1
                 self._prune()
+            if self._depth == 0:
+                self._offered = self._moved = 0
             self._layer, self._group = name, None
             self._layers.add(name)
             self._depth += 1
@@ -193,8 +196,14 @@ class Activations:
         if base is not None:
             return base
         backend = self._backend(tensor)
-        if backend is None or (self._max_bytes is not None and self.nbytes + storage.nbytes() > self._max_bytes):
+        if backend is None:
             return None
+        self._offered += storage.nbytes()
+        beyond = self._max_bytes is not None and self.nbytes + storage.nbytes() > self._max_bytes
+        if beyond or self._moved + storage.nbytes() > self._share * self._offered:
+            memory.stay(tensor)  # with all views that are saved after this one
+            return None
+        self._moved += storage.nbytes()
         home = next((home for context, _, _, home in _contexts() if context is self), None)  # of the outermost entry
         base = Base(tensor, backend, self.pool, self, home)
         self.nbytes += base.nbytes
@@ -253,7 +262,11 @@ class Activations:
                     if other.turn > 0 and other.left == other.users:
                         other.unload()
         self._fetch(base, base)
-        end = bisect.bisect_right(self._groups, index, key=lambda group: group.index)
+        with contextlib.suppress(torch.OutOfMemoryError):  # what is only wanted later
+            self._fetch_ahead(base)
+
+    def _fetch_ahead(self, base: Base) -> None:
+        end = bisect.bisect_right(self._groups, base.group.index, key=lambda group: group.index)
         wanted = self._prefetch + 1
         while end > 0 and wanted > 0:
             end -= 1
@@ -267,8 +280,9 @@ class Activations:
         if base.state == "away" and base.turn != self._turn and base.capture == reached.capture:
             if (base.capture is None) != (base.backend.capture() is None):
                 return
-            base.turn = self._turn
             base.load()
+            if base.state == "back":  # else somebody has kept it alive
+                base.turn = self._turn
 
     # ------------------------------------------------------------------------------------------------- manual control
 
@@ -329,6 +343,7 @@ def activations(
     group_bytes: int | str | None = "4MiB",
     in_flight: int = 4,
     prefetch: int = 4,
+    share: float = 1.0,
     manual: bool = False,
     device: streams.Device | None = None,
     pool: pools.PinnedPool | None = None,
@@ -356,6 +371,8 @@ def activations(
             layers (`Activations.layer`, or entering the context again) begin groups.
         in_flight: how many groups may be on their way to the host before the stream waits for the first of them.
         prefetch: how many groups backward copies back ahead of the one it reads.
+        share: of the bytes that could move, how many do, spread evenly over forward: copies that would take longer than
+            the computation hide behind it again. Each pass moves the same storages.
         manual: move nothing but what `start_offload_layer`, `release` and `start_reload_layer` say; what backward reads
             and nobody has asked back is copied back then. Each entry of the context is a layer, counted from 0.
         device: only tensors of this device; default every GPU.
@@ -365,13 +382,15 @@ def activations(
         The context, which can be entered many times, also one within the other, where the innermost counts.
 
     Raises:
-        ValueError: a size that is none, a negative number, or no group in flight. RuntimeError, in forward: pinned
-            memory cannot be had; in backward: a tensor was changed in place since it was saved, or a CUDA graph has
-            captured only one of forward and backward.
+        ValueError: a size that is none, a negative number, no share, or no group in flight. RuntimeError, in forward:
+            pinned memory cannot be had; in backward: a tensor was changed in place since it was saved, or a CUDA graph
+            has captured only one of forward and backward.
     """
     for name, value, least in (("keep_last", keep_last, 0), ("in_flight", in_flight, 1), ("prefetch", prefetch, 0)):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"{name} is a number of groups, at least {least}, got {value!r}")
+    if not 0 < share <= 1:
+        raise ValueError(f"share is a part of all bytes, more than 0 and at most 1, got {share!r}")
     size: Callable[..., int] = memory.parse_size
     return Activations(
         0 if min_bytes == 0 else size(min_bytes, "min_bytes"),
@@ -380,6 +399,7 @@ def activations(
         None if group_bytes is None else size(group_bytes, "group_bytes"),
         in_flight,
         prefetch,
+        share,
         manual,
         device,
         pools.default if pool is None else pool,

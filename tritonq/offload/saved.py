@@ -221,13 +221,14 @@ class Base:
 
 def settle() -> None:
     """Free what died during a capture that could not wait for its copies."""
-    for backend, event, _, pool, buffer in _limbo:
+    while _limbo:
+        backend, event, _, pool, buffer = _limbo[-1]
         with backend.current():
             if backend.capture() is not None:
                 return
             backend.follow(event)
         pool.put(buffer, event)
-    _limbo.clear()
+        _limbo.pop()
 
 
 def _flat(storage: UntypedStorage | None) -> Tensor:
