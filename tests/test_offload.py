@@ -350,8 +350,9 @@ class LateDevice(FakeDevice):
         self.submit("compute", lambda: None, event)
 
 
+@pytest.mark.parametrize("slabs", [2, 3])
 @pytest.mark.parametrize("seed", range(3))
-def test_kernels_that_run_late_read_their_weights(seed):
+def test_kernels_that_run_late_read_their_weights(seed, slabs):
     """Weights are not overwritten before the last kernel read them, nor read before they are there."""
     device, read = LateDevice(pinned=True, seed=seed), []
 
@@ -364,7 +365,8 @@ def test_kernels_that_run_late_read_their_weights(seed):
 
     layers = nn.Sequential(*(Reads(8, 8) for _ in range(5))).requires_grad_(False)
     weights, order = [layer.weight.detach().clone() for layer in layers], random.Random(seed)
-    with tq.offload.enable(layers, device=device):
+    with tq.offload.enable(layers, device=device, budget=slabs * 512) as handle:
+        assert len(handle._manager.slabs) == slabs
         steps = [i for _ in range(6) for i in range(5)] + [order.randrange(5) for _ in range(40)]
         for index in steps:
             layers[index](index)
@@ -1102,7 +1104,8 @@ class Slow(nn.Module):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("streams", [1, 2])
-def test_gpu_kernels_that_run_late(streams):
+@pytest.mark.parametrize("slabs", [2, 3])
+def test_gpu_kernels_that_run_late(streams, slabs):
     model, x, order = gpu_model(blocks=5), data(width=256, device="cuda"), random.Random(0)
     whole = copy.deepcopy(model).cuda()
     for layer in (*model.layers, *whole.layers):
@@ -1120,7 +1123,10 @@ def test_gpu_kernels_that_run_late(streams):
     others = [torch.cuda.Stream() for _ in range(streams)]
     torch.cuda.synchronize()
     found = []
-    with tq.offload.enable(model, device="cuda"):
+    with tq.offload.enable(model, device="cuda") as handle:
+        budget = handle.resident_bytes + slabs * handle.slab_bytes // 2
+    with tq.offload.enable(model, device="cuda", budget=budget) as handle:
+        assert len(handle._manager.slabs) == slabs
         for i, sequence in enumerate(sequences):
             with torch.cuda.stream(others[i % streams]):
                 found.append(run(model, sequence, i % 2 == 0))
