@@ -544,6 +544,27 @@ def test_one_copy_a_group_and_step(blocks):
             assert step < 2 or count == 2 * (blocks - 2), (step, count)
 
 
+@pytest.mark.parametrize("count", [4, 5, 6, 7])
+def test_three_slabs(count):
+    """Each group is still copied once a step, groups that follow each other lie in different slabs, also the last and
+    the first one, and two are loaded ahead."""
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(count))).requires_grad_(False)
+    device, x = CountingDevice(), torch.ones(1, 8)
+    with tq.offload.enable(layers, device=device, budget=3 * 512) as handle, torch.no_grad():
+        for step in range(4):
+            layers(x)
+            found = device.loads()
+            # A slab that only one group uses keeps it.
+            alone = sum(sum(g.slab is s for g in handle._manager.groups) == 1 for s in handle._manager.slabs)
+            assert step < 2 or found == count - alone, (step, found)
+        slabs = [group.slab for group in handle._manager.groups]
+        assert len(set(slabs)) == 3 and all(slabs[i] is not slabs[i - 1] for i in range(count))
+        contents = []
+        layers[1].register_forward_pre_hook(lambda *_: contents.extend(s.content for s in handle._manager.slabs))
+        layers(x)
+        assert {1, 2} < set(contents) and (count == 4 or {1, 2, 3} == set(contents))
+
+
 def expected_bytes(model, slabs):
     """Bytes on the device: the two slabs, the adapters, head, embedding and buffers."""
     resident = [p for n, p in model.named_parameters() if "adapter" in n or "head" in n or "embed" in n]
