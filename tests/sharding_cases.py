@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -286,6 +287,38 @@ def fsdp_training():
     assert same(two[0].base.weight, one[0].base.weight) and two[0].up.shape == (101, 4)
     two[0].reshard()
     assert isinstance(two[0].base.weight, DTensor)
+
+
+@case
+def fsdp_checkpointed():
+    """Layers whose forward runs again in backward, when they are gathered again."""
+    one, two = model("int4_g128", (101, 64)), model("int4_g128", (101, 64))
+    apply_activation_checkpointing(two, check_fn=lambda m: isinstance(m, Adapted))
+    fully_shard(two, mesh=MESH)
+    x = dense((3, 512), 9)
+    for (n, a), (_, b) in zip(steps(two, x), steps(one, x), strict=True):
+        assert torch.equal(a, b), n
+
+
+class Gate(nn.Module):
+    def __init__(self, q):
+        super().__init__()
+        self.weight = nn.Parameter(q, requires_grad=False)
+
+    def forward(self, x):
+        return x * self.weight
+
+
+@case
+def vectors():
+    for name, n in (("int4_g128", 1024), ("nvfp4", 1024), ("q4_k", 1024), ("fp8_e4m3_tensor", 511)):
+        q, x = tq.quantize(dense((n,)), name), dense((3, n), 1)
+        one, two = Gate(q), fully_shard(Gate(q.clone()), mesh=MESH)
+        assert isinstance(two.weight._local_tensor, QTensor) and two.weight._local_tensor.ndim == 1
+        assert torch.equal(one(x), two(x)) and torch.equal(one(x), two(x))
+        assert same(distribute_tensor(q, MESH, [Shard(0)]).full_tensor(), q)
+    whole = tq.quantize(dense((64,)), "int8_channel")
+    refused(lambda: fully_shard(Gate(whole), mesh=MESH), "int8_channel", "[32, 32]", "multiples of 64")
 
 
 @case

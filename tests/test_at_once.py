@@ -49,11 +49,9 @@ def test_tiles_cover_the_tensor_and_fit_the_gpu(name, elements):
             assert tiles <= processors or (tile == 2 * tuning.TILE and tiles <= 2 * processors)
 
 
-@pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
-@pytest.mark.parametrize("name", FORMATS, ids=str)
-def test_compiles(name, target, tmp_path):
-    fmt, x = get_format(name), torch.zeros(4096, 192, dtype=torch.bfloat16)
+def launches(name, shape=(4096, 192)):
+    """Of quantize and QDQ."""
+    fmt, x = get_format(name), torch.zeros(shape, dtype=torch.bfloat16)
 
     def slots(count):
         return torch.zeros(2, count, dtype=torch.int64)
@@ -62,7 +60,14 @@ def test_compiles(name, target, tmp_path):
         for y in (None, torch.empty_like(x)):
             assert plans.encode_at_once(x, fmt, ops.allocate(fmt, x.shape, x.device), y, None, slots)
 
-    for one in launched(run):
+    return launched(run)
+
+
+@pytest.mark.skipif(INTERPRET, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("name", FORMATS, ids=str)
+def test_compiles(name, target, tmp_path):
+    for one in launches(name):
         check(one, TARGETS[target], tmp_path, REGISTERS)
 
 

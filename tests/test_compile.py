@@ -140,21 +140,23 @@ def test_every_kernel_is_covered():
     seen |= {one.name for one in launches("int3_g7", (5, 33), torch.float32)}
     for columns in (8192, 40000, 100_000, 300_000):
         seen |= {one.name for one in launches("int8_channel", (2, columns))}
+    from test_at_once import launches as at_once
     from test_both import launches as both
     from test_bulk import launches as bulk
     from test_hadamard import launches as hadamard
     from test_learned_compile import launches as learned
     from test_ste import launches as cast
 
-    seen |= {one.name for one in (*both("mxfp8", (64, 64)), *hadamard((64, 64)), *cast((64, 64)))}
+    few = (*at_once("nvfp4"), *both("mxfp8", (64, 64)), *hadamard((64, 64)), *cast((64, 64)))
+    seen |= {one.name for one in few}
     seen |= {one.name for name in ("int4_g128", "fp8_e4m3_tensor") for one in learned(name)}
     seen |= {one.name for name in ("int4_g128", "fp8_e4m3_tensor", "q4_k") for one in bulk(name, [(64, 64)])}
     kernels = set()
     for file in (Path(ops.__file__).parent / "kernels").glob("*.py"):
         kernels |= set(re.findall(r"@triton\.jit(?:\(.*\))?\ndef (\w+_kernel)\(", file.read_text()))
     assert kernels == {name.split("-")[0] for name in seen}
-    for kernel in ("group_kernel", "super_group_kernel"):
-        assert {f"{kernel}-{mode}" for mode in ("quantize", "qdq", "scale")} <= seen
+    assert {f"group_kernel-{mode}" for mode in ("quantize", "qdq", "scale")} <= seen
+    assert {f"super_group_kernel-{mode}" for mode in ("quantize", "qdq")} <= seen
 
 
 @pytest.mark.parametrize("name", WIDE_LOADS)

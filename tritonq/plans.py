@@ -493,8 +493,6 @@ def decode(parts: Parts, fmt: Format, y: Tensor) -> None:
 def scales(x: Tensor, fmt: Format, parts: Parts) -> None:
     """Scales alone: groups that share bytes with their neighbours in tiles, larger ones through their keys."""
     scale = parts["scale"]
-    if fmt.super_group:
-        return _encode_super_groups(x, fmt, parts, "scale", scale, None)
     zero, divisor = parts.get("zero_point", scale), parts.get("tensor_scale", x)
     if tuning.fits_tile(fmt, x.shape[-1]):
         for m, plan in _scale_plans(x.shape, x.stride(), x.dtype, fmt, x.device):

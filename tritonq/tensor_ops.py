@@ -316,7 +316,7 @@ def _window(q: QTensor, dim: int, start: int, stop: int, owned: bool = False) ->
     size, fmt = q.shape[dim], q.format
     segments, shape = [], [*q.shape]
     shape[dim] = stop - start
-    if q.ndim == 1 and fmt.group[1] == -1 and stop - start != size:
+    if q.ndim == 1 and fmt.group == (1, -1) and stop - start != size:
         return None  # nothing would tell it from a whole row, with a scale of its own
     for name, part in q.parts().items():
         per = _axis(q, dim, name)
@@ -367,7 +367,7 @@ def _refused(q: QTensor, dim: int, sizes: list[int]) -> Any:
         return NotImplemented
     whole = [per for name in q.parts() if (per := _axis(q, dim, name))]
     packed = 8 // math.gcd(8, q.format.bits) if dim == q.ndim - 1 else 1
-    unit = math.lcm(packed, *whole)
+    unit = q.shape[0] if q.ndim == 1 and q.format.group == (1, -1) else math.lcm(packed, *whole)
     raise ValueError(
         f"shards of {sizes} along axis {dim} cut a {q.format.name} tensor of shape {tuple(q.shape)} through its "
         f"groups; all but the last have to be multiples of {unit}: take another number of ranks or another axis, or "

@@ -363,6 +363,8 @@ def save_state_refused(at: Setting) -> None:
             accelerator.save_state(str(at.folder))
         except RuntimeError as error:
             assert IN_SAFETENSORS in str(error)
+        else:
+            raise AssertionError("save_state wrote a quantized model")
         save_refused(at, lambda _, folder: accelerator.save_model(model, folder))
 
     under_accelerator(at, use)
