@@ -16,7 +16,7 @@ import weakref
 import pytest
 import torch
 from conftest import INTERPRET
-from fake_device import FakeDevice
+from fake_device import Event, FakeDevice
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -354,7 +354,7 @@ class LateDevice(FakeDevice):
 @pytest.mark.parametrize("seed", range(3))
 def test_kernels_that_run_late_read_their_weights(seed, slabs):
     """Weights are not overwritten before the last kernel read them, nor read before they are there."""
-    device, read = LateDevice(pinned=True, seed=seed), []
+    device, read, earlier = LateDevice(pinned=True, seed=seed), [], []
 
     class Reads(nn.Linear):
         def forward(self, index):
@@ -367,10 +367,14 @@ def test_kernels_that_run_late_read_their_weights(seed, slabs):
     weights, order = [layer.weight.detach().clone() for layer in layers], random.Random(seed)
     with tq.offload.enable(layers, device=device, budget=slabs * 512) as handle:
         assert len(handle._manager.slabs) == slabs
+        for slab in handle._manager.slabs:  # work from before that still reads the memory
+            before = slab.memory.clone()
+            device.queues["compute"].insert(0, (Event(device), lambda m=slab.memory: earlier.append(m.clone()), []))
         steps = [i for _ in range(6) for i in range(5)] + [order.randrange(5) for _ in range(40)]
         for index in steps:
             layers[index](index)
         device.join()
+    assert len(earlier) == slabs and all(torch.equal(memory, before) for memory in earlier)
     assert [index for index, _ in read[::3]] == steps
     assert all(torch.equal(weight, weights[index]) for index, weight in read)
 
@@ -403,6 +407,50 @@ def test_weights_are_on_the_device_where_they_are_used(groups, where):
     with tq.offload.enable(model, groups, FakeDevice()) as handle, NothingOnTheHost(handle):
         for _ in range(2):
             same(results(model, x, 2), expected)
+
+
+class Capturing(LateDevice):
+    """Within a capture every copy has to follow from the captured stream; events from outside may not be waited for."""
+
+    def __init__(self):
+        super().__init__(pinned=True)
+        self.now, self.made, self.loads = None, {}, []
+
+    def capture(self):
+        return self.now
+
+    def record(self, stream=None):
+        event = super().record()
+        self.made[event] = self.now
+        return event
+
+    def follow(self, event):
+        assert self.made[event] == self.now
+        super().follow(event)
+
+    def submit(self, lane, function, *after):
+        event = super().submit(lane, function, *after)
+        self.made[event] = self.now
+        if lane == "in":
+            assert all(self.made[before] == self.now for before in after)
+            self.loads.append((self.now, len(after)))
+        return event
+
+
+def test_captures():
+    """Each graph loads what it needs; copies in it, and after it, wait for the stream that is captured, or replays."""
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))).requires_grad_(False)
+    device, x = Capturing(), torch.ones(1, 8)
+    with tq.offload.enable(layers, device=device) as handle, torch.no_grad():
+        for device.now in (None, None, 1, 2, None, None):
+            before = len(device.loads)
+            device.join()
+            layers(x)
+            made = device.loads[before:]
+            assert len(made) >= 4 or (device.now is None and not handle._manager._captured)
+            assert all(now == device.now and count for now, count in made)
+        assert [now for now, _ in device.loads[-8:]] == [None] * 8  # fetched on the spot, and nothing ahead
+        device.join()
 
 
 # -------------------------------------------------------------------------------------- what refers to others' weights
@@ -542,6 +590,32 @@ def test_one_copy_a_group_and_step(blocks):
             count = device.loads()
             # The two groups at each end of the way there and back stay in the slabs.
             assert step < 2 or count == 2 * (blocks - 2), (step, count)
+
+
+@pytest.mark.parametrize("count", [4, 5, 6, 7])
+def test_three_slabs(count):
+    """Each group is still copied once a step, groups that follow each other lie in different slabs, also the last and
+    the first one, and two are loaded ahead."""
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(count))).requires_grad_(False)
+    device, x = CountingDevice(), torch.ones(1, 8)
+    with tq.offload.enable(layers, device=device, budget=3 * 512) as handle, torch.no_grad():
+        for step in range(4):
+            layers(x)
+            found = device.loads()
+            # A slab that only one group uses keeps it.
+            alone = sum(sum(g.slab is s for g in handle._manager.groups) == 1 for s in handle._manager.slabs)
+            assert step < 2 or found == count - alone, (step, found)
+        slabs = [group.slab for group in handle._manager.groups]
+        assert len(set(slabs)) == 3 and all(slabs[i] is not slabs[i - 1] for i in range(count))
+        contents = []
+        layers[1].register_forward_pre_hook(lambda *_: contents.extend(s.content for s in handle._manager.slabs))
+        layers(x)
+        assert {1, 2} < set(contents) and (count == 4 or {1, 2, 3} == set(contents))
+        shared = [i for i in range(count) if slabs[i] is slabs[1]][:2]
+        for step in range(4):  # two that share a slab and follow each other: what is needed sooner is not overwritten
+            for index in (0, *shared):
+                layers[index](x)
+            assert device.loads() == 2 or step < 2
 
 
 def expected_bytes(model, slabs):

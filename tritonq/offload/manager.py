@@ -397,6 +397,8 @@ class Manager:
 
     def _load(self, slab: DeviceSlab, group: Group) -> None:
         after = [*slab.used.values(), *(self.backend.record(stream) for stream in slab.streams)]
+        if self._captured:  # a copy becomes part of a graph by what it waits for, and replays leave no other events
+            after.append(self.backend.record())
         slab.forget()
         slab.ready = self._copied(group, slab.memory[: group.nbytes], after)
         slab.content, slab.task = group.index, torch._C._current_graph_task_id()

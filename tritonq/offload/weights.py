@@ -212,6 +212,8 @@ def enable(
         )
         largest = max((group.nbytes for group in offloaded), default=0)
         manager.slabs += [DeviceSlab(backend.empty(largest)) for _ in offloaded[:count]]
+        for slab in manager.slabs:  # memory that whoever had it before may still be using
+            slab.used[backend.here()] = backend.record()
         handle.slab_bytes = planning.slabs([group.nbytes for group in offloaded], count)
         watched: list[tuple[Group, nn.Module]] = []
         for index, group in enumerate(offloaded):
