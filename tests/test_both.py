@@ -71,7 +71,7 @@ def test_non_finite_elements_poison_their_groups(name, device):
 
 SOME = (
     "mxfp8", "nvfp4", "int4_g128", "int4_g128_asym", "int3_g64_asym", "mxfp6_e3m2", "fp8_e4m3_b128x128", "e3m4_g48",
-    "int5_g20", "int8_g3", "int4_g1", "int2_g128", "e5m1_b16x16_f16", "int8_g16_asym",
+    "int5_g20", "int4_g20", "int8_g3", "int4_g1", "int2_g128", "e5m1_b16x16_f16", "int8_g16_asym",
 )  # fmt: skip
 
 

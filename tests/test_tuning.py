@@ -288,3 +288,23 @@ def test_the_check_compiles(arch, tmp_path):
 
 def test_ranges_are_powers_of_two():
     assert all(n & (n - 1) == 0 for knobs in KNOBS.values() for values in knobs.values() for n in values)
+
+
+@pytest.mark.parametrize("name", ["int5_g20", "int4_g20", "int3_g50", "e3m4_g48", "mxfp4"])
+def test_tiles_hold_runs_of_eight_codes(name, monkeypatch):
+    """Also where tiles are as small as tests make them."""
+    fmt = get_format(name)
+    for size in (64, 256, 4096):
+        monkeypatch.setattr(tuning, "TILE", size)
+        for columns in (1, 7, 20, 40, 65, 515, 1 << 20):
+            for op in ("apply", "apply_qdq", "dequantize"):
+                assert tuning.flat_config(7, columns, fmt, op)["BLOCK_N"] >= 8
+
+
+def test_padded_groups_have_several_warps():
+    """With Triton 3.6 on sm_90 a tile of one warp gave 54 of 576 groups of 20 elements, read along columns, the wrong
+    scale; with four warps every test passes there."""
+    for name in ("int5_g20", "int4_g20", "int6_g24", "int8_g3"):
+        fmt = get_format(name)
+        for mode in ("quantize", "qdq", "scale"):
+            assert tuning.group_config(288, 1920, fmt, mode)[0]["num_warps"] == 4

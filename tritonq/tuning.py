@@ -121,6 +121,8 @@ def _group_choice(elements: int, fmt: Format, mode: str) -> Choice:
     if rows != 1 or cols == -1:
         return {"TILE": TILE}
     if cols != _power(cols):
+        if _slices(cols, fmt, mode) == 1:  # Triton 3.6 lets one warp mix up groups whose elements are not neighbours
+            return {"TILE": TILE}
         if mode == "qdq":
             return {"TILE": TILE // 4}
         return {"TILE": TILE // 4, "PER_THREAD": 32} if elements <= 2 * SMALL else {"TILE": TILE}
@@ -247,9 +249,9 @@ def search_config(count: int, groups: int) -> Config:
 def _block_n(columns: int, tile: int) -> int:
     """The widest tile that wastes at most a sixteenth of its lanes on a row; a narrow one where none does."""
     for block in (tile, tile // 2, tile // 4):
-        if -columns % block <= columns // 16:
+        if block >= 8 and -columns % block <= columns // 16:
             return block
-    return min(tile, max(8, _power(columns)))
+    return max(8, min(tile, _power(columns)))  # packing works on runs of eight codes
 
 
 def _block_config(rows: int, columns: int, choice: Choice) -> Config:
@@ -270,6 +272,8 @@ def _flat_choice(elements: int, fmt: Format, op: str) -> Choice:
     if op == "apply_qdq":
         return {"TILE": TILE // 4, "PER_THREAD": 8}
     if op == "apply":
+        if cols > 0 and cols != _power(cols):  # as for the groups themselves
+            return {"TILE": TILE, "PER_THREAD": 32}
         return {"TILE": TILE // 4, "PER_THREAD": 16 if small and 8 % fmt.bits == 0 else 32}
     if elements <= SMALL // 4 and 8 % fmt.bits == 0 and not fmt.super_group:
         return {"TILE": TILE // 4, "PER_THREAD": 16 if fmt.bits == 8 else 8}
