@@ -304,7 +304,7 @@ def test_tiles_hold_runs_of_eight_codes(name, monkeypatch):
 def test_padded_groups_have_several_warps():
     """With Triton 3.6 on sm_90 a tile of one warp gave 54 of 576 groups of 20 elements, read along columns, the wrong
     scale; with four warps every test passes there."""
-    for name in ("int5_g20", "int4_g20", "int6_g24", "int8_g3"):
+    for name in ("int5_g20", "int4_g20", "int8_g3"):
         fmt = get_format(name)
         for mode in ("quantize", "qdq", "scale"):
             assert tuning.group_config(288, 1920, fmt, mode)[0]["num_warps"] == 4
