@@ -200,9 +200,10 @@ def balanced(model: nn.Module, name: str, pinned: float, total: int) -> tuple[li
 def peer(model: nn.Module, x: Tensor, expected: Tensor, record: bool) -> Row:
     """diffusers' group offload of the same blocks, prefetched on a stream.
 
-    `differences` are the largest ones of three steps, each waited for. They were not 0 on an H100 with diffusers 0.42.1,
-    and neither were those of the same model with dense weights, though every weight on the device was right when its
-    block had ended; the small models of `tests/hosts` are equal bit for bit. So times of this row are those of a wrong result.
+    `differences` are the largest ones of three steps, each waited for. They were not 0 on an H100 with diffusers
+    0.42.1, and neither were those of the same model with dense weights, though every weight on the device was right
+    when its block had ended; the small models of `tests/hosts` are equal bit for bit. So times of this row are those of
+    a wrong result.
     """
     from diffusers.hooks import apply_group_offloading
 
