@@ -272,9 +272,9 @@ def _flat_choice(elements: int, fmt: Format, op: str) -> Choice:
     if op == "apply_qdq":
         return {"TILE": TILE // 4, "PER_THREAD": 8}
     if op == "apply":
-        if cols > 0 and cols != _power(cols):  # as for the groups themselves
+        if 8 % fmt.bits or (cols > 0 and cols != _power(cols)):  # as for the groups themselves
             return {"TILE": TILE, "PER_THREAD": 32}
-        return {"TILE": TILE // 4, "PER_THREAD": 16 if small and 8 % fmt.bits == 0 else 32}
+        return {"TILE": TILE // 4, "PER_THREAD": 16 if small else 32}
     if elements <= SMALL // 4 and 8 % fmt.bits == 0 and not fmt.super_group:
         return {"TILE": TILE // 4, "PER_THREAD": 16 if fmt.bits == 8 else 8}
     if small:
