@@ -790,8 +790,9 @@ def test_what_is_refused():
         tq.offload.enable(model, device="cpu")
     with pytest.raises(ValueError, match="meta"):
         tq.offload.enable(nn.Linear(2, 2, device="meta"), device="cpu")
-    with pytest.warns(UserWarning, match="requires_grad_"):
+    with pytest.warns(UserWarning, match="requires_grad_") as caught:
         tq.offload.enable(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), device="cpu").disable()
+    assert caught[0].filename == __file__
     with torch.inference_mode():
         model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="inference mode"):

@@ -279,7 +279,7 @@ def _warn_if_trained(offloaded: list[Group], resident: list[Tensor]) -> None:
         warnings.warn(
             f"{trained} bytes of parameters require gradients and so stay on the device; call requires_grad_(False) on "
             "what is not trained before offload is enabled",
-            stacklevel=3,
+            stacklevel=4,  # above enable and its decorator
         )
 
 
