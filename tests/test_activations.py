@@ -461,6 +461,14 @@ def test_bad_options():
             tq.offload.activations(**bad)
 
 
+@pytest.mark.parametrize("given", ["x", ["x"], 3, None])
+def test_what_cannot_be_marked(given):
+    with pytest.raises(TypeError, match="mark_not_offload takes tensors"):
+        tq.offload.mark_not_offload(given)
+    with pytest.raises(TypeError, match="start_offload takes tensors"):
+        tq.offload.start_offload(given)
+
+
 def test_tensors_elsewhere_pass_through():
     """Without a GPU nothing moves, and the graph is that of a plain call."""
     model, x = stack(layers=1), torch.randn(2, 8, 16)

@@ -790,12 +790,21 @@ def test_what_is_refused():
         tq.offload.enable(model, device="cpu")
     with pytest.raises(ValueError, match="meta"):
         tq.offload.enable(nn.Linear(2, 2, device="meta"), device="cpu")
-    with pytest.warns(UserWarning, match="requires_grad_"):
+    with pytest.warns(UserWarning, match="requires_grad_") as caught:
         tq.offload.enable(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), device="cpu").disable()
+    assert caught[0].filename == __file__
     with torch.inference_mode():
         model = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="inference mode"):
         tq.offload.enable(model, device="cpu")
+    for arguments, words in (
+        ({"groups": None}, "'block', 'leaf' or a list"), ({"device": "meta"}, "device is a GPU"),
+        ({"disk": "/nowhere/weights"}, "/nowhere is no folder"), ({"budget": "much"}, "budget 'much'"),
+    ):  # fmt: skip
+        with pytest.raises((ValueError, OSError), match=words):
+            tq.offload.enable(Model(2), **{"device": "cpu", **arguments})
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module, got OrderedDict"):
+        tq.offload.enable(Model(2).state_dict(), device="cpu")
     compiled = torch.compile(Model(2), backend="eager")
     with pytest.raises(ValueError, match="blocks"):
         tq.offload.enable(compiled, device="cpu")
@@ -890,10 +899,68 @@ def test_changes_that_cannot_be_followed():
         handle = tq.offload.enable(model, device=FakeDevice())
         model(x)
         change(model)
+        now = dict(model.named_parameters())
+        values = {name: parameter.detach().clone() for name, parameter in now.items()}
         with pytest.raises(RuntimeError, match=rf"layers\.1.*{words}.*enable it again"):
             model(x)
-        change = None
-        del handle
+        handle.disable()  # as the message says; what was changed stays as it is
+        assert all(parameter is now[name] for name, parameter in model.named_parameters())
+        assert_same_state({name: parameter.detach() for name, parameter in now.items()}, values)
+        assert "_compiled_call_impl" not in model.layers[1].__dict__
+
+
+@pytest.mark.parametrize("where", ["cpu", "fake"])
+def test_parameters_that_are_put_back(where):
+    model, x = Model(4, fmt=None), data()
+    whole = copy.deepcopy(model)
+    with torch.no_grad():
+        others = {name: 2 * parameter for name, parameter in model.named_parameters()}
+        given = {name: tensor.clone() for name, tensor in others.items()}
+        before, other = whole(x), torch.func.functional_call(whole, others, x)
+        with tq.offload.enable(model, device="cpu" if where == "cpu" else FakeDevice()):
+            for _ in range(2):
+                same([model(x), torch.func.functional_call(model, others, x)], [before, other])
+        same([model(x)], [before])
+    same(list(others.values()), list(given.values()))
+
+
+@pytest.mark.parametrize("how", ["operation", "load", "data"])
+def test_changes_of_groups_that_stayed_survive(how):
+    model, x = nn.ModuleList(nn.Linear(8, 8) for _ in range(4)).requires_grad_(False), data(width=8)
+    model.forward = lambda x: model[2](model[1](model[0](x))) @ model[1].weight + model[3].bias
+    with tq.offload.enable(model, device=FakeDevice()):
+        model(x)
+        twice = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+        if how == "load":
+            model.load_state_dict(twice)
+        for name, parameter in model.named_parameters():
+            if how == "data":
+                parameter.data = twice[name].clone()
+            elif how == "operation":
+                parameter.mul_(2)
+    assert_same_state(model.state_dict(), twice)
+
+
+def test_inference_mode_and_none():
+    model, x = Model(4), data()
+    expected = results(model, x)
+    with torch.inference_mode():
+        handle = tq.offload.enable(model, device=FakeDevice())
+        same([model(x)], expected[:1])
+    same(results(model, x), expected)
+    with torch.inference_mode():
+        handle.disable()
+    same(results(model, x), expected)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+
+
+def test_transforms():
+    layers, x = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)).requires_grad_(False), data()
+    expected = layers[0](x)
+    with tq.offload.enable(layers, device=FakeDevice()):
+        torch.testing.assert_close(torch.func.vmap(layers[0])(x), expected)
+        with pytest.raises(RuntimeError, match=r"derivative of torch\.func.*disable offload"):
+            torch.func.grad(lambda x: layers[0](x).sum())(x)
 
 
 def test_saved_tensors_that_were_changed_are_noticed():

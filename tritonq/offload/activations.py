@@ -67,7 +67,7 @@ class Activations:
             min_bytes, max_bytes, keep_last, group_bytes,
         )  # fmt: skip
         self._in_flight, self._prefetch, self._manual = in_flight, prefetch, manual
-        self._device = torch.device(device) if isinstance(device, str) else device
+        self._device = torch.device(device) if isinstance(device, str | int) else device
         self.pool, self.nbytes = pool, 0
         self._groups: list[Group] = []  # by index
         self._group: Group | None = None  # the one that is filled
@@ -411,6 +411,9 @@ def start_offload(*tensors: Tensor) -> None:
 
     Call it where the tensors are complete: what is saved later of the same storages adds no copy. Outside of
     `activations` it does nothing."""
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"start_offload takes tensors, got {tensor!r}")
     contexts = _contexts()
     if contexts:
         contexts[-1][0].start_offload(*tensors)
@@ -423,6 +426,8 @@ def mark_not_offload(*tensors: Tensor | nn.Module | Iterable[Tensor]) -> None:
         if isinstance(given, nn.Module):
             mark_not_offload(*given.parameters(), *given.buffers())
         elif not isinstance(given, Tensor):
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                raise TypeError(f"mark_not_offload takes tensors, modules, or lists of tensors, got {given!r}")
             mark_not_offload(*given)
         elif type(given) not in (Tensor, nn.Parameter) and is_traceable_wrapper_subclass(given):
             mark_not_offload(*(getattr(given, name) for name in given.__tensor_flatten__()[0]))

@@ -111,6 +111,8 @@ class DiskArena(HostArena):
         folder = wanted if wanted.is_dir() else wanted.parent
         if wanted.exists() and not wanted.is_dir():
             raise FileExistsError(f"{wanted} exists; remove it, or pass another path as disk")
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder; create it, or pass another path as disk")
         self._starts, end = [], 0
         for size in sizes:
             self._starts.append(end)

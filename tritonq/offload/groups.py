@@ -49,6 +49,8 @@ def find(model: nn.Module, groups: Groups) -> list[tuple[str, nn.Module]]:
             raise ValueError(f"groups is 'block', 'leaf' or a list of modules or their names, got {groups!r}")
         found = list(_blocks(model, "")) if groups == "block" else []
         return found or list(_leaves(model, ""))
+    if not isinstance(groups, Iterable):
+        raise ValueError(f"groups is 'block', 'leaf' or a list of modules or their names, got {groups!r}")
     names = {module: name for name, module in model.named_modules()}
     chosen: dict[nn.Module, str] = {}
     for entry in groups:

@@ -21,6 +21,7 @@ import concurrent.futures
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -143,6 +144,7 @@ class Group:
                 if parameter is not weight.parameter:
                     if parameter is None or not weight.view.alike(parameter):
                         raise self._stale(f"{name!r} was replaced by {_about(parameter)}")
+                    self._let_go(weight)
                     weight.parameter, found = parameter, True
             parameter = weight.parameter
             if parameter.requires_grad:
@@ -157,6 +159,35 @@ class Group:
             self.generation += 1
             self.stamp = self.versions()
         return found
+
+    def _let_go(self, weight: Weight) -> None:
+        """Give a parameter that another one replaced memory of its own: somebody may put it back, as
+        `torch.func.functional_call` does, and the master copy becomes the other's."""
+        assert self.host is not None
+        if bytes_of(weight.parameter).data_ptr() == weight.address:
+            start = weight.view.start
+            with torch.inference_mode(False):
+                own = self.host.bytes[start : start + weight.view.nbytes].clone()
+            rebind(weight.parameter, replace(weight.view, start=0).over(own))
+
+    def end(self) -> None:
+        """Take over what was changed, for the last time. Parameters that became something else are left as they are."""
+        left, found = [], self.versions() != self.stamp
+        for weight in self.weights:
+            for owner, name in weight.places:
+                parameter = owner.get(name)
+                if parameter is not None and parameter is not weight.parameter and weight.view.alike(parameter):
+                    self._let_go(weight)
+                    weight.parameter, found = parameter, True
+            plain = bytes_of(weight.parameter)
+            if plain.data_ptr() != weight.address:
+                if not weight.view.alike(weight.parameter):
+                    continue
+                bytes_of(weight.host).copy_(plain.detach())
+                weight.parameter.data, found = weight.host, True
+            left.append(weight)
+        self.weights = left
+        self.generation += found
 
     def _stale(self, what: str) -> RuntimeError:
         return RuntimeError(f"offloaded group {self.name!r}: {what}; disable offload before, and enable it again")
@@ -223,7 +254,13 @@ class Manager:
     # ---------------------------------------------------------------------------------------------------- calls
 
     def call(self, group: Group, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Call a module of a group with its weights on the device."""
+        """Call a module of a group with its weights on the device.
+
+        Raises:
+            RuntimeError: within a derivative of `torch.func`, which would read weights later, and allows no hooks.
+        """
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            _check_transforms(group)
         if threading.get_ident() in group.inside:
             return self._hooked(function, args, kwargs)
         self.enter(group)
@@ -256,6 +293,21 @@ class Manager:
                 group.point(group.memory)
             group.users += 1
             self.kept.append(group)
+
+    def release(self) -> None:
+        """Point groups that stayed on the device to host memory again, with what was written into them there."""
+        for group in self.kept:
+            group.users = 0
+            memory = group.memory
+            assert memory is not None
+            self._follow(group.ready)
+            if group.versions() != group.stamp:
+                self._write_back(group)
+            start = memory.data_ptr()
+            for weight in group.weights:
+                if start <= bytes_of(weight.parameter).data_ptr() < start + group.nbytes:  # else it was replaced
+                    rebind(weight.parameter, weight.host)
+            group.memory = None
 
     def enter(self, group: Group) -> None:
         with self._lock:
@@ -387,7 +439,8 @@ class Manager:
 
     def _extra(self, group: Group) -> tuple[Tensor, Any]:
         """Memory of its own, for one call."""
-        memory = self.backend.empty(group.nbytes)
+        with torch.inference_mode(False):  # threads that are in no such mode may read it
+            memory = self.backend.empty(group.nbytes)
         if self.closed:  # a graph that outlived offload
             assert group.host is not None
             return memory.copy_(group.host.bytes), None
@@ -542,6 +595,15 @@ class _Pack:
         return tensor
 
 
+def _check_transforms(group: Group) -> None:
+    derivatives = torch._C._functorch.TransformType.Grad, torch._C._functorch.TransformType.Jvp
+    if any(level.key() in derivatives for level in torch._C._functorch.get_interpreter_stack() or ()):
+        raise RuntimeError(
+            f"offloaded group {group.name!r} is called within a derivative of torch.func, which knows no hooks "
+            "of saved tensors; use torch.autograd.grad or torch.autograd.functional, or disable offload before"
+        )
+
+
 def _kept_apart(group: Group, result: Any) -> Any:
     """What a module returns, with copies of its weights in place of views: their memory is about to be reused."""
     memory = group.memory
@@ -551,6 +613,8 @@ def _kept_apart(group: Group, result: Any) -> Any:
     def copied(tensor: Tensor) -> Tensor:
         if type(tensor) is Tensor or isinstance(tensor, nn.Parameter | QTensor):
             plain = bytes_of(tensor)
+            while torch._C._functorch.is_functorch_wrapped_tensor(plain):
+                plain = torch._C._functorch.get_unwrapped(plain)
             if plain.layout == torch.strided and start <= plain.data_ptr() < stop and plain.numel():
                 return tensor.clone()
         return tensor

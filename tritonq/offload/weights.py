@@ -63,6 +63,7 @@ class Handle:
             for group in manager.groups:
                 group.generation += 1
 
+    @torch.inference_mode(False)
     def disable(self, device: torch.device | str | None = None) -> None:
         """End offload: every parameter and buffer is on the device that it came from, or on `device`, and modules are
         as they were. Parameters keep their identity. A second call does nothing.
@@ -78,11 +79,9 @@ class Handle:
             running = [group.name for group in manager.groups if group.users > (group in manager.kept)]
             if running:
                 raise RuntimeError(f"offload cannot be disabled while {running} run; call disable() after forward")
-            for group in manager.kept:
-                group.users = 0
-                group.rest()
+            manager.release()
             for group in manager.groups:
-                group.changed()
+                group.end()
             for reference, wrapper, before in self._wrapped:
                 module = reference()
                 if module is not None and module.__dict__.get("_compiled_call_impl") is wrapper:
@@ -136,6 +135,7 @@ def _transfer(
             tensor.grad.data = tensor.grad.data.to(device(tensor))
 
 
+@torch.inference_mode(False)
 def enable(
     model: nn.Module,
     groups: planning.Groups = "block",
@@ -167,11 +167,18 @@ def enable(
     Raises:
         ValueError: unknown groups, parameters on the meta device or of inference mode, a budget that is too small (with
             what is needed).
-        RuntimeError: the model is offloaded already.
+        RuntimeError: the model is offloaded already, or there is no such GPU. TypeError: it is no `nn.Module`.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a torch.nn.Module, got {type(model).__name__}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not isinstance(device, Backend) and torch.device(device).type == "cuda":
+    kind = device.device.type if isinstance(device, Backend) else torch.device(device).type
+    if kind not in ("cuda", "cpu"):
+        raise ValueError(f"device is a GPU ('cuda') or the CPU, where modules run, got {device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"torch finds no GPU for device {str(device)!r}; pass device='cpu' to run there")
+    if not isinstance(device, Backend) and kind == "cuda":
         device = Cuda(torch.device(device), own=True)
     backend = backend_of(device)
     limit = None if budget is None else parse_size(budget, "budget")
@@ -272,7 +279,7 @@ def _warn_if_trained(offloaded: list[Group], resident: list[Tensor]) -> None:
         warnings.warn(
             f"{trained} bytes of parameters require gradients and so stay on the device; call requires_grad_(False) on "
             "what is not trained before offload is enabled",
-            stacklevel=3,
+            stacklevel=4,  # above enable and its decorator
         )
 
 
