@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import INTERPRET
 from test_compile import REGISTERS, TARGETS, check
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import tritonq as tq
 from bench.launches import launched
@@ -78,6 +80,27 @@ def test_what_does_not_meet():
         fmt = get_format(name)
         assert not plans.encode_at_once(given, fmt, {"qdata": x}, None, None, pytest.fail)
     assert meeting.slots(torch.device("cpu"), 128) is None
+
+
+def test_slots_of_captured_graphs_stay(monkeypatch):
+    """A graph keeps their addresses only, so nothing else may ever get their memory, also where one capture takes all
+    slots of a chunk."""
+    capturing = False
+    stream = SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    slots, taken, addresses = meeting._Slots(torch.device("cpu"), 32), [], set()
+    for _ in range(3):
+        capturing = False
+        addresses.add(slots.here().data_ptr())
+        capturing = True
+        while (found := slots.here()) is not None:
+            assert not found.any() and found.data_ptr() not in addresses
+            addresses.add(found.data_ptr())
+            taken.append(StorageWeakRef(found.untyped_storage()))
+            del found
+    assert len(taken) > 2 * meeting._CHUNK and not any(storage.expired() for storage in taken)
 
 
 @pytest.mark.gpu

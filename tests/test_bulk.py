@@ -566,6 +566,13 @@ def test_rebind_moves_members_and_parameters():
         made.rebind(other[:3])
     with pytest.raises(ValueError, match="one tensor a member, 3, got 1"):
         made.rebind(other, parameters[:1])
+    halves = nn.ParameterList(parameters).half()
+    made.rebind(sample().base, list(halves))
+    assert all(p.dtype is torch.float16 and p.dequantize().dtype is torch.float16 for p in halves)
+    plain = nn.Parameter(torch.ones(3))
+    with pytest.raises(TypeError, match=r"rebind points QTensors at the buffer, got Parameter of torch\.float32 at 1"):
+        made.rebind(other, [parameters[0], plain, parameters[2]])
+    assert made.base is not other and plain.data_ptr() and torch.equal(plain.detach(), torch.ones(3))
 
 
 @pytest.mark.skipif(INTERPRET, reason="the interpreter keeps what it was called with")

@@ -10,9 +10,11 @@ import sys
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import tritonq as tq
@@ -349,6 +351,8 @@ def test_arithmetic_dequantizes(device):
     ):  # fmt: skip
         result = op(q)
         assert type(result) is torch.Tensor and torch.equal(result, op(whole))
+    assert np.array_equal(np.asarray(q.cpu()), whole.cpu().numpy())
+    assert np.asarray(q.cpu(), dtype="float64").dtype == np.float64
     assert type(torch.randn_like(q)) is torch.Tensor and q.numel() == 256 * 384 and q.stride() == (384, 1)
 
 
@@ -422,6 +426,33 @@ def test_gradients_reach_the_input(name, through, device):
         results.append((y, *[g for g in grads if g is not None]))
     assert len(results[0]) == (3 if through in ("linear_bias", "addmm") else 2)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        lambda f, x, t: torch.func.grad(lambda y: f(y).square().sum())(x),
+        lambda f, x, t: torch.func.vmap(torch.func.grad(lambda y: f(y).square().sum()))(x),
+        lambda f, x, t: torch.func.jacrev(lambda y: f(y).sum(0))(x),
+        lambda f, x, t: torch.func.hessian(lambda y: f(y).square().sum())(x[0]),
+        lambda f, x, t: torch.func.jvp(f, (x,), (t,))[1],
+        lambda f, x, t: forward_mode(f, x.requires_grad_(), t),
+    ],
+    ids=["grad", "vmap_grad", "jacrev", "hessian", "jvp", "forward_mode"],
+)
+def test_function_transforms(transformed):
+    """As of the dense weight, also where the layer's bias is trained."""
+    q, bias = quantized("q4_k", (12, 256)), dense((12,), seed=2).requires_grad_()
+    found, wanted = (
+        transformed(lambda x, w=w: F.linear(x, w, bias), dense((3, 256), seed=1), dense((3, 256), seed=3))
+        for w in (q, q.dequantize())
+    )
+    assert torch.equal(found, wanted) and found.any()
+
+
+def forward_mode(f, x, tangent):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent))).tangent
 
 
 def test_a_weight_that_requires_grad_gets_one(device):

@@ -464,12 +464,19 @@ class _Linear(torch.autograd.Function):
         return (dy @ weight, dbias, None, None, None, *[None for _ in parts])
 
 
+def _transformed() -> bool:
+    """Whether torch.func or forward mode asks for what `_Linear` has no rules for; a product of dense tensors does."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def linear(x: Tensor, parts: Parts, fmt: Format, shape: Shape, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times a quantized weight [N, K] transposed, plus bias [N]; computed in x's dtype."""
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if bias is None else bias.to(x.dtype)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if torch.is_grad_enabled() and x.requires_grad and not _transformed():
         return _Linear.apply(x, bias, fmt, shape, tuple(parts), *parts.values())
     return torch.nn.functional.linear(x, ops.dequantize(parts, fmt, shape, x.dtype), bias)
 

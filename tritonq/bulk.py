@@ -159,7 +159,8 @@ class BulkBuffer(Sequence[QTensor]):
         Args:
             base: uint8 [nbytes], contiguous, any device.
             tensors: QTensors to point at it besides, one a member: parameters of a model that were made of the members.
-                They stay the objects that they are. `columns` is a BulkBuffer with a `rebind` of its own.
+                They stay the objects that they are, and of their dtype. `columns` is a BulkBuffer with a `rebind` of
+                its own.
 
         Raises:
             ValueError: a buffer of another size or kind, or another number of tensors. TypeError: no QTensors.
@@ -167,11 +168,17 @@ class BulkBuffer(Sequence[QTensor]):
         _check_base(base, self.layout)
         if tensors is not None and len(tensors) != len(self):
             raise ValueError(f"rebind takes one tensor a member, {len(self)}, got {len(tensors)}")
+        for i, tensor in enumerate(tensors or ()):  # torch would leave a plain one without storage
+            if not isinstance(tensor, QTensor):
+                raise TypeError(
+                    f"rebind points QTensors at the buffer, got {type(tensor).__name__} of {tensor.dtype} at {i}; make "
+                    "parameters of the members: torch.nn.Parameter(bulk[i], requires_grad=False)"
+                )
         for i, layout in enumerate(self.layout.members):
             member = self._members[i]
             for target in (member, None if tensors is None else tensors[i]):
                 if target is not None:
-                    target.data = QTensor._wrap(self._slice(i, base), layout, self.dtype)
+                    target.data = QTensor._wrap(self._slice(i, base), layout, target.dtype)
         self.base = base
         return self
 

@@ -24,10 +24,12 @@ class _Slots:
         self.device, self.count = device, count
         self.of_streams: dict[int, Tensor] = {}
         self.free: list[Tensor] = []
+        self.chunks: list[Tensor] = []  # never given back: graphs keep addresses of slots, not the slots
 
     def _grow(self) -> None:
         chunk = torch.zeros((_CHUNK, 2, self.count), dtype=torch.int64, device=self.device)
         torch.cuda.current_stream(self.device).synchronize()  # any stream may use it from here on
+        self.chunks.append(chunk)
         self.free += chunk.unbind(0)
 
     def here(self) -> Tensor | None:
@@ -43,7 +45,7 @@ class _Slots:
             return found
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _of(device: torch.device, count: int) -> _Slots:
     return _Slots(device, count)
 

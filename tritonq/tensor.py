@@ -436,7 +436,7 @@ _NO_STORAGE = (
     "tritonq.save_pretrained or torch.save, its parts, or dequantize it, or, for a host that writes and assigns .data, "
     "see tritonq.payload_data_"
 )
-_TO_PYTHON = (Tensor.numpy, Tensor.tolist)
+_TO_PYTHON = (Tensor.numpy, Tensor.tolist, Tensor.__array__)
 # Operators, or whole namespaces, and what they do with quantized tensors (`tensor_ops`, `sharding`). A handler that
 # returns NotImplemented leaves the operator to the dequantized tensors.
 HANDLERS: dict[Any, Callable[..., Any]] = {}
