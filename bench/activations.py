@@ -190,11 +190,7 @@ def main() -> None:
             f"GB/s ({shares[0]:3.0f}%), back at {back['gb_s']:5.1f} ({shares[1]:3.0f}%)",
             flush=True,
         )
-    result["seconds"] = round(time.perf_counter() - began, 1)
-    print(f"{result['seconds']} s in all")
-    if args.out:
-        report.write(result, args.out)
-        print(f"wrote {args.out}")
+    report.finish(result, began, args.out)
 
 
 if __name__ == "__main__":

@@ -268,11 +268,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         if args.peers == "all" or (args.peers == "first" and index == 0):
             result["peers"][name] = peers(args.blocks, name, count)
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    print(f"{result['seconds']} s in all")
-    if args.out:
-        report.write(result, args.out)
-        print(f"wrote {args.out}")
+    report.finish(result, start, args.out)
 
 
 if __name__ == "__main__":

@@ -165,11 +165,7 @@ def main() -> None:
         for name in args.formats.split(","):
             result["rows"] += measure(x, y, block, name, rates, args.repeats)
         del x, y
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    print(f"{result['seconds']} s in all")
-    if args.out:
-        report.write(result, args.out)
-        print(f"wrote {args.out}")
+    report.finish(result, start, args.out)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ def print_table(result: Row) -> None:
 def write(result: Row, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def finish(result: Row, began: float, out: Path | None) -> None:
+    """Say how long a benchmark took since `began` (`time.perf_counter`), and write its result where one is wanted."""
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    print(f"{result['seconds']} s in all")
+    if out:
+        write(result, out)
+        print(f"wrote {out}")
 
 
 def read(path: Path) -> Row:
