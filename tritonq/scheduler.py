@@ -323,14 +323,21 @@ def result(out: Tensor | None, shape: Shape, dtype: torch.dtype, device: torch.d
 
 def _extremes(x: Tensor, finite: bool) -> Tensor:
     """Smallest and largest element [2]; of the finite ones if `finite`, 0 for those that are not."""
+    if finite and x.device.type == "cpu":  # nobody waits for a device to learn whether a second look is needed
+        found = torch.stack(torch.aminmax(x))
+        if found.isfinite().all():
+            return found
     return torch.stack(torch.aminmax(torch.nan_to_num(x, 0.0, 0.0, 0.0) if finite else x))
 
 
 def _extremes_of_all(
     x: Tensor, fmt: Format, backends: list[Backend], finite: bool, done: Callable[[int], None]
 ) -> Tensor:
-    """Extremes of the tiles of x, which have the scale that x has: rules look at nothing else of a tensor."""
-    found: list[Tensor] = []
+    """Extremes of the tiles of x, which have the scale that x has: rules look at nothing else of a tensor. The host
+    looks itself at what it would have to copy for a device to look at: it reads faster than it copies."""
+    target, found = backends[0].device, list[Tensor]()
+    if x.device.type == "cpu" and not all(backend.copies(x) for backend in backends):
+        backends = [Backend(x.device)]
 
     def compute(tile: Tile, inputs: Parts, outputs: Parts, backend: Backend) -> None:
         found.append(_extremes(inputs["x"], finite))
@@ -341,7 +348,7 @@ def _extremes_of_all(
         lambda tile: tile.size * x.dtype.itemsize * finite,
     )  # fmt: skip
     _execute(job, backends, done)
-    return torch.cat([extremes.to(backends[0].device) for extremes in found])
+    return torch.cat([extremes.to(target) for extremes in found])
 
 
 @dataclass
