@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tritonq.integrations.perplexity import complete, default_text, load, perplexity
+from tritonq.calibrate.data import default_text
+from tritonq.integrations.perplexity import complete, load, perplexity
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.source import open_source
 
