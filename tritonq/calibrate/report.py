@@ -1,13 +1,14 @@
 """What a calibration did: events as they happen, and the report that is made of them.
 
-    events("tuned", block="model.layers.3", loss_before=2.1e-4, loss_after=9.8e-5)
+    events("quantized", block="model.layers.3", loss_before=2.1e-4, loss_after=9.8e-5)
     events("out of memory", block="model.layers.3", where="backward", micro_batch=4)
 
 | what | details | kind |
 |---|---|---|
-| `tuned`, or any other text | `block`, `loss_before`, `loss_after`: mean of (y - t)^2, see `task` | |
+| `quantized` | `block`, `loss_before` (rounded to nearest), `loss_after`: mean of (y - t)^2, see `task` | |
+| `tuned`, or any other text | where nobody tells of `quantized`: the first loss before and the last loss after | |
 | `out of memory` | `block`, `where`, and what was changed for it: `micro_batch=4`, `device="cpu"` | memory step |
-| `cache to host`, `cache to disk`, `block to ...` | `bytes`, ... | memory step |
+| `activations go to ...`, `block to ...` | `bytes`, ... | memory step |
 | `fallback` | `layer`, `experts` that saw too few tokens, `reason` | fallback |
 
 Any text and any details are kept. Memory steps and fallbacks are warnings of the logger `tritonq.calibrate`, all else
@@ -41,7 +42,7 @@ logger = logging.getLogger("tritonq.calibrate")
 
 VERSION = 1  # of report.json
 HOST = "host"  # memory of this process that is no mapped file, among peaks by device
-_MEMORY_STEPS = ("out of memory", "cache to ", "block to ")
+_MEMORY_STEPS = ("out of memory", "activations go to ", "block to ")
 _LONG = 16  # options with more entries are told by their number
 _LARGE = 4096  # tensors with more elements are told by their extremes
 _INTERVAL = 0.1  # seconds between looks at the memory of the host
@@ -151,7 +152,8 @@ class CalibrationReport:
         first = len(self.events)
         with self._measured(name, devices) as row:
             yield row
-        told = [event.details for event in list(self.events)[first:] if event.details.get("block") == name]
+        told = [event for event in list(self.events)[first:] if event.details.get("block") == name]
+        told = [event.details for event in [one for one in told if one.what == "quantized"] or told]
         before = [details["loss_before"] for details in told if "loss_before" in details]
         after = [details["loss_after"] for details in told if "loss_after" in details]
         row.loss_before = before[0] if row.loss_before is None and before else as_json(row.loss_before)
