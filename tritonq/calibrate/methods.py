@@ -1,0 +1,70 @@
+"""The algorithms by name, and how a `Calibration` makes them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tritonq.calibrate.awq import AWQ
+from tritonq.calibrate.bias import BiasCorrection
+from tritonq.calibrate.gptq import GPTQ
+from tritonq.calibrate.imatrix import Imatrix
+from tritonq.calibrate.inputs import StaticInputs
+from tritonq.calibrate.signround import SignRound
+from tritonq.calibrate.smoothquant import SmoothQuant
+from tritonq.calibrate.task import Method, Task
+
+if TYPE_CHECKING:
+    from tritonq.calibrate.calibration import Calibration
+
+
+class Nearest:
+    """Rounding to nearest, which every layer gets that no method decides about; with it, losses are reported."""
+
+    name = "rtn"
+
+    def run(self, task: Task) -> None:
+        """Leaves everything open."""
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "signround": SignRound, "gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant, "imatrix": Imatrix,
+    "bias": BiasCorrection, "rtn": Nearest,
+}  # fmt: skip
+STATIC_INPUTS = ("minmax", "percentile", "mse")
+
+
+def resolve(calibration: Calibration) -> list[Method]:
+    """The methods of a calibration, in order: bias correction last, static inputs before it.
+
+    Raises:
+        ValueError: an unknown name, options of a method that is not asked for, or that it does not take.
+    """
+    chosen: Any = calibration.method
+    several = [chosen] if isinstance(chosen, str) or hasattr(chosen, "run") else list(chosen)
+    if not several:
+        raise ValueError(f"method names none; known: {', '.join(METHODS)}")
+    names = [method for method in several if isinstance(method, str)]
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    unused = calibration.options.keys() - set(names)
+    if unused:
+        raise ValueError(f"options are for {', '.join(sorted(unused))}, which method does not name")
+    found = [_made(method, calibration) if isinstance(method, str) else method for method in several]
+    if calibration.inputs != "dynamic":
+        if calibration.inputs not in STATIC_INPUTS:
+            raise ValueError(f"inputs is 'dynamic' or one of {', '.join(STATIC_INPUTS)}, got {calibration.inputs!r}")
+        found.append(StaticInputs(calibration.inputs))
+    return sorted(found, key=lambda method: method.name == "bias")
+
+
+def _made(name: str, calibration: Calibration) -> Method:
+    known = inspect.signature(METHODS[name]).parameters
+    given = {"iters": calibration.iters, "lr": calibration.lr, "batch": calibration.batch}
+    options = {key: value for key, value in given.items() if value is not None and key in known}
+    own = calibration.options.get(name, {})
+    if wrong := own.keys() - known.keys():
+        raise ValueError(f"{name} takes {', '.join(known) or 'no options'}; got {', '.join(sorted(wrong))}")
+    return METHODS[name](**{**options, **own})
