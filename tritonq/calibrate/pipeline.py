@@ -54,6 +54,9 @@ class Storage:
         besides is in the block."""
         return False
 
+    def keep(self, index: int, name: str, block: nn.Module, layers: Sequence[Layer]) -> None:
+        """The layers have their results; the block still holds dense weights, as methods have transformed them."""
+
     def leave(self, index: int, name: str, block: nn.Module, layers: Sequence[Layer]) -> None:
         """The block is quantized, and what it puts out is in the cache; its memory may go."""
 
@@ -131,6 +134,7 @@ class Run:
         with self.report.block(name, layers, self.devices), placed(block.modules, self.device, events, name) as device:
             if layers and not self.storage.restore(index, name, block, layers):
                 self._decide(replay, index, layers, device)
+                self.storage.keep(index, name, block, layers)
             if layers:
                 install(block, layers, [packed(layer, layer.result or {}) for layer in layers])
             replay.advance(index, device)

@@ -343,9 +343,7 @@ class Trial:
         size = self.task.micro_batch
         return [tuple(samples[i : i + size]) for i in range(0, len(samples), size)]
 
-    def _together(
-        self, group: list[Call], gradients: bool, total: Tensor, count: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _together(self, group: list[Call], gradients: bool, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """Calls on different devices, of which the first device's comes first."""
         with contextlib.ExitStack() as stack:
             for replica, _ in group:
