@@ -128,5 +128,5 @@ class Calibration:
 
 
 def _called(method: Methods) -> str:
-    several = [method] if isinstance(method, str) or hasattr(method, "run") else list(method)
+    several: list[Any] = [method] if isinstance(method, str) or hasattr(method, "run") else list(method)
     return ", ".join(one if isinstance(one, str) else one.name for one in several)

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tritonq.calibrate.awq import AWQ
-from tritonq.calibrate.bias import BiasCorrection
-from tritonq.calibrate.gptq import GPTQ
-from tritonq.calibrate.imatrix import Imatrix
-from tritonq.calibrate.inputs import StaticInputs
-from tritonq.calibrate.signround import SignRound
-from tritonq.calibrate.smoothquant import SmoothQuant
 from tritonq.calibrate.task import Method, Task
 
 if TYPE_CHECKING:
@@ -28,9 +21,11 @@ class Nearest:
         """Leaves everything open."""
 
 
-METHODS: dict[str, Callable[..., Method]] = {
-    "signround": SignRound, "gptq": GPTQ, "awq": AWQ, "smoothquant": SmoothQuant, "imatrix": Imatrix,
-    "bias": BiasCorrection, "rtn": Nearest,
+# Modules and classes: loaded when they are asked for, `import tritonq` has no time for them.
+METHODS = {
+    "signround": ("signround", "SignRound"), "gptq": ("gptq", "GPTQ"), "awq": ("awq", "AWQ"),
+    "smoothquant": ("smoothquant", "SmoothQuant"), "imatrix": ("imatrix", "Imatrix"),
+    "bias": ("bias", "BiasCorrection"), "rtn": ("methods", "Nearest"), "inputs": ("inputs", "StaticInputs"),
 }  # fmt: skip
 STATIC_INPUTS = ("minmax", "percentile", "mse")
 
@@ -43,12 +38,13 @@ def resolve(calibration: Calibration) -> list[Method]:
     """
     chosen: Any = calibration.method
     several = [chosen] if isinstance(chosen, str) or hasattr(chosen, "run") else list(chosen)
+    known = [name for name in METHODS if name != "inputs"]
     if not several:
-        raise ValueError(f"method names none; known: {', '.join(METHODS)}")
+        raise ValueError(f"method names none; known: {', '.join(known)}")
     names = [method for method in several if isinstance(method, str)]
     for name in names:
-        if name not in METHODS:
-            raise ValueError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+        if name not in known:
+            raise ValueError(f"unknown method {name!r}; known: {', '.join(known)}")
     unused = calibration.options.keys() - set(names)
     if unused:
         raise ValueError(f"options are for {', '.join(sorted(unused))}, which method does not name")
@@ -56,15 +52,21 @@ def resolve(calibration: Calibration) -> list[Method]:
     if calibration.inputs != "dynamic":
         if calibration.inputs not in STATIC_INPUTS:
             raise ValueError(f"inputs is 'dynamic' or one of {', '.join(STATIC_INPUTS)}, got {calibration.inputs!r}")
-        found.append(StaticInputs(calibration.inputs))
+        found.append(_class("inputs")(calibration.inputs))
     return sorted(found, key=lambda method: method.name == "bias")
 
 
 def _made(name: str, calibration: Calibration) -> Method:
-    known = inspect.signature(METHODS[name]).parameters
+    known = inspect.signature(_class(name)).parameters
     given = {"iters": calibration.iters, "lr": calibration.lr, "batch": calibration.batch}
     options = {key: value for key, value in given.items() if value is not None and key in known}
     own = calibration.options.get(name, {})
     if wrong := own.keys() - known.keys():
         raise ValueError(f"{name} takes {', '.join(known) or 'no options'}; got {', '.join(sorted(wrong))}")
-    return METHODS[name](**{**options, **own})
+    found: Method = _class(name)(**{**options, **own})
+    return found
+
+
+def _class(name: str) -> Any:
+    module, kind = METHODS[name]
+    return getattr(importlib.import_module(f"tritonq.calibrate.{module}"), kind)

@@ -28,6 +28,7 @@ from tritonq.calibrate.data import Call
 from tritonq.calibrate.replay import Replay
 from tritonq.calibrate.report import CalibrationReport
 from tritonq.calibrate.task import Events, Layer, Method, Task, squared_error
+from tritonq.formats import Format
 from tritonq.nn.linear import STATIC, QLinear
 from tritonq.nn.quantize import Targets, check_finite, quantize_targets, replace_layers, smallest_divisor
 from tritonq.nn.schemes import Scheme
@@ -174,12 +175,13 @@ class Run:
     def layers(self, block: nn.Module) -> list[Layer]:
         """The layers and experts of a block that are to be quantized."""
         inside = {id(module) for module in block.modules()}
-        found = []
-        weights = [(name, module, "weight", self.scheme.input_format) for name, module in self.targets.linears]
+        found, inputs = [], self.scheme.input_format
+        weights: list[tuple[str, nn.Module, str, Format | None]] = []
+        weights += [(name, module, "weight", inputs) for name, module in self.targets.linears]
         weights += [(name, module, key, None) for name, module, key in self.targets.experts]
         for name, module, key, inputs in weights:
             if id(module) in inside:
-                fmt = self.scheme.weight_format(module._parameters[key].dtype, self.group_size)
+                fmt = self.scheme.weight_format(getattr(module, key).dtype, self.group_size)
                 shared = sharing_key(name, fmt) if fmt.tensor_scale else None
                 found.append(Layer(name, module, key, fmt, inputs, shared))
         return found
