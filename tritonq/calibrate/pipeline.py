@@ -18,7 +18,6 @@ import functools
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -53,16 +52,16 @@ class Storage:
     def enter(self, index: int, name: str, block: nn.Module) -> None:
         """Give a block its dense weights for good: it is about to be quantized."""
 
-    def resume(self) -> Path | None:
-        """The folder in which `leave` of an earlier run has saved the state of its replay."""
-        return None
-
-    def done(self, index: int, name: str) -> bool:
-        """Whether an earlier run has quantized this block, and saved its replay after it or a later one."""
+    def restore(self, index: int, name: str, block: nn.Module, layers: Sequence[Layer]) -> bool:
+        """Whether an earlier run has quantized this block; its results are in the layers then, and what it changed
+        besides is in the block."""
         return False
 
-    def leave(self, index: int, name: str, block: nn.Module, layers: Sequence[Layer], replay: Replay) -> None:
-        """The block is quantized, and what it puts out is in the replay; its memory may go."""
+    def keep(self, index: int, name: str, block: nn.Module, layers: Sequence[Layer]) -> None:
+        """The layers have their results; the block still holds dense weights, as methods have transformed them."""
+
+    def leave(self, index: int, name: str, block: nn.Module, layers: Sequence[Layer]) -> None:
+        """The block is quantized, and what it puts out is in the cache; its memory may go."""
 
     def rest(self, run: Run, done: set[int]) -> None:
         """Quantize what is in no block: all but the modules of these identities."""
@@ -112,14 +111,13 @@ class Run:
             with self.report.part("capture", self.devices):
                 replay = Replay(
                     self.model, self.found, self.calls, at, self.cache, self._ready, self.micro_batch,
-                    resume=self.storage.resume(), events=events,
+                    events=events,
                 )  # fmt: skip
             with contextlib.closing(replay), progress_bar(self.progress) as bar:
                 task = bar.add_task(f"calibrating {self.scheme.name}", total=len(replay.blocks))
                 for index, (name, _) in enumerate(replay.blocks):
                     bar.update(task, description=name)
-                    if not self.storage.done(index, name):
-                        done |= self._quantize(replay, index)
+                    done |= self._quantize(replay, index)
                     bar.advance(task)
         self.storage.rest(self, done)
 
@@ -141,11 +139,13 @@ class Run:
         layers = self.layers(block)
         place = placed(block.modules, self.device, self.report.events, name)
         with self.report.block(name, layers, self.devices), place as device:
-            if layers:
+            if layers and not self.storage.restore(index, name, block, layers):
                 self._decide(replay, index, layers, device)
+                self.storage.keep(index, name, block, layers)
+            if layers:
                 install(block, layers, [self._packed(layer) for layer in layers])
             replay.advance(index, device)
-        self.storage.leave(index, name, block, layers, replay)
+        self.storage.leave(index, name, block, layers)
         return {id(layer.module) for layer in layers}
 
     def _decide(self, replay: Replay, index: int, layers: list[Layer], device: torch.device) -> None:
