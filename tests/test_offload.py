@@ -659,6 +659,23 @@ def test_memory_is_what_is_resident(no_gc):
     assert device.live == 0
 
 
+def test_a_graph_that_is_dropped_is_freed(no_gc):
+    """Results that their own nodes save (exp) would hold their graph."""
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), Exponential()) for _ in range(3)).requires_grad_(False)
+    with tq.offload.enable(layers, list(layers), FakeDevice()):
+        x = torch.ones(2, 8, requires_grad=True)
+        middle = layers[0](x)
+        y = layers[1](middle)
+        found = [weakref.ref(middle), weakref.ref(y)]
+        del middle, y
+        assert not any(reference() is not None for reference in found)
+
+
+class Exponential(nn.Module):
+    def forward(self, x):
+        return x.exp()
+
+
 class Failure(Exception):
     pass
 

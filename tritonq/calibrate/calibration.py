@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,12 +99,12 @@ class Calibration:
         options = {key: value for key, value in vars(self).items() if key not in ("result", "tokenizer", "report")}
         report = self.result = CalibrationReport(_called(self.method), scheme.name, type(model).__name__, options)
         try:
-            with contextlib.closing(ActivationCache(self._budget(), self.disk, events=report.events)) as cache:
-                run = Run(
-                    model, scheme, targets, structure.find(model, self.blocks), resolve(self), calls, devices, cache,
-                    report, group_size, search, min(self.batch, len(calls)), self.seed, storage or Storage(), progress,
-                )  # fmt: skip
-                run()
+            cache = ActivationCache(self._budget(), self.disk, _room(devices[0]), report.events)
+            run = Run(
+                model, scheme, targets, structure.find(model, self.blocks), resolve(self), calls, devices, cache,
+                report, group_size, search, min(self.batch, len(calls)), self.seed, storage or Storage(), progress,
+            )  # fmt: skip
+            run()
             mark_quantized(model, scheme, group_size, targets.ignored)
             report.complete = True
         finally:
@@ -125,6 +124,11 @@ class Calibration:
         if not several:
             raise ValueError("devices names none; leave it out, or name some")
         return tuple(torch.device(one) for one in several)
+
+
+def _room(device: torch.device) -> dict[torch.device, int]:
+    """Bytes that activations may take of a GPU: a third of what is free, the rest is for the block."""
+    return {device: torch.cuda.mem_get_info(device)[0] // 3} if device.type == "cuda" else {}
 
 
 def _called(method: Methods) -> str:

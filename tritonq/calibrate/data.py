@@ -88,7 +88,8 @@ def samples(
     elif not isinstance(data, Iterable):
         raise ValueError(f"calibration data cannot be {type(data).__name__}; {_KINDS}")
     rows: Iterator[tuple[int, Any]] = enumerate(data)
-    if isinstance(data, Sequence) or (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+    sized = isinstance(data, Sequence) or (hasattr(data, "__len__") and hasattr(data, "__getitem__"))
+    if sized and len(data) > count:
         rows = ((i, data[i]) for i in torch.randperm(len(data), generator=generator).tolist())
     if (first := next(rows, None)) is None:
         raise ValueError(f"there is no calibration data in an empty {type(data).__name__}; {_KINDS}")

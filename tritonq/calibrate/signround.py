@@ -13,9 +13,8 @@ and v, and the codes twice.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from tritonq import learned_ops, ops
 from tritonq.autograd import qdq
 from tritonq.calibrate.task import Layer, Task
-from tritonq.calibrate.trial import Trial, deterministic
+from tritonq.calibrate.trial import Trial, counted_tokens, deterministic
 from tritonq.codecs import scale as scales
 from tritonq.learned_reference import Learned, moved
 from tritonq.nn.quantize import smallest_divisor
@@ -96,8 +95,28 @@ class SignRound:
         """
         if not task.layers or not task.samples:
             return
-        with deterministic(self.deterministic), Trial(task, self.compile) as trial:
-            _Tuning(self, task, trial).run()
+        try:
+            with deterministic(self.deterministic), Trial(task, self.compile) as trial:
+                _Tuning(self, task, trial).run()
+            return
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        raise torch.OutOfMemoryError(self._numbers(task, reason))  # outside, so that no frame of the attempt lives on
+
+    def _numbers(self, task: Task, reason: str) -> str:
+        """What did not fit, and what would help."""
+        weights = [layer.weight for layer in task.layers]
+        dense, elements = sum(w.nbytes for w in weights), sum(w.numel() for w in weights)
+        free = ""
+        if task.device.type == "cuda":
+            left, total = torch.cuda.mem_get_info(task.device)
+            free = f"; {_gib(left)} of {_gib(total)} are free"
+        smaller = "" if self.v_dtype is torch.bfloat16 else ", or SignRound(v_dtype=torch.bfloat16)"
+        return (
+            f"{task.name} cannot be tuned on {task.device}, {task.micro_batch} samples at a time: its weights take "
+            f"{_gib(dense)}, their rounded values and gradients as much each, and offsets "
+            f"{_gib(elements * self.v_dtype.itemsize)}{free}. Shorter samples (seqlen) take less{smaller}. {reason}"
+        )
 
 
 class Offsets:
@@ -205,11 +224,10 @@ class _Tuning:
         self.method, self.task, self.trial = method, task, trial
         self.spilled = False
         divisors = _divisors(task.layers)
-        with self._out_of_memory_said():
-            self.layers = [
-                Offsets(method, task, layer, leaf, divisors.get(id(layer)))
-                for layer, leaf in zip(task.layers, trial.leaves, strict=True)
-            ]
+        self.layers = [
+            Offsets(method, task, layer, leaf, divisors.get(id(layer)))
+            for layer, leaf in zip(task.layers, trial.leaves, strict=True)
+        ]
         self.step = method.rates(task.device)
         self.best = torch.full((), torch.inf, dtype=torch.float64, device=task.device)
         self.best_iteration = torch.full((), -1, dtype=torch.int64, device=task.device)
@@ -305,12 +323,28 @@ class _Tuning:
 
     def _count_tokens(self) -> None:
         """Experts that few tokens are routed to stay rounded to nearest, and are noted."""
+        experts = [one for one in self.layers if one.layer.is_expert]
+        if not experts:
+            return
+        for one in self.layers:
+            with torch.no_grad():
+                one.leaf.detach().copy_(one.weight)
+        self.trial.publish()
+        modules = {id(one.layer.module): one.layer.weight.shape[0] for one in experts}
+        with counted_tokens(self.trial, modules) as found:
+            self._attempt(range(self.task.samples), False, None, found.clear)
+        for one in experts:
+            tokens, rows = found.of(id(one.layer.module))
+            one.layer.notes["tokens"] = tokens
+            one.idle = [e for e, count in enumerate(tokens) if count < FEW_TOKENS * rows]
+            one.layer.notes["fallback"] = one.idle
 
     # -------------------------------------------------------------------------------------------------- out of memory
 
     def _attempt(
-        self, samples: Sequence[int], gradients: bool, following: Sequence[int] | None
-    ) -> tuple[Tensor, Tensor]:
+        self, samples: Sequence[int], gradients: bool, following: Sequence[int] | None,
+        again: Callable[[], object] = lambda: None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`Trial.run`, again with fewer samples a call where memory ran out; sums then start anew."""
         while True:
             try:
@@ -319,31 +353,30 @@ class _Tuning:
                 reason = str(error)
             # Only here do the frames of the failed attempt, and what they held, cease to be.
             self._shrink(reason)
+            again()
 
     def _shrink(self, reason: str) -> None:
+        """Make room, and say how; raises where there is nothing left to do."""
         task = self.task
         self.trial.forget()
         if task.device.type == "cuda":
             torch.cuda.empty_cache()
+        details = {"block": task.name, "during": self.method.name}
         if task.micro_batch > 1:
             task.micro_batch //= 2
-            task.events("out of memory", block=task.name, during=self.method.name, micro_batch=task.micro_batch)
-            return
-        if not self.spilled:
+            task.events("out of memory", **details, micro_batch=task.micro_batch)
+        elif not self.spilled:
             self.spilled = True
             self.trial.look_ahead(False)
             for one in self.layers:
                 one.best = {name: part.cpu() for name, part in one.best.items()}
-            task.events("out of memory", block=task.name, during=self.method.name, micro_batch=1, moved="best to host")
-            return
-        raise torch.OutOfMemoryError(self._numbers(reason))
+            task.events("out of memory", **details, micro_batch=1, moved="codes of the best iteration, to the host")
+        else:
+            raise torch.OutOfMemoryError(reason)
 
-    def _numbers(self, reason: str) -> str:
-        return reason
 
-    @contextlib.contextmanager
-    def _out_of_memory_said(self) -> Iterator[None]:
-        yield
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.3g} GiB"
 
 
 def _orderable(loss: float) -> float:

@@ -377,3 +377,54 @@ def _input_parts(layer: Layer, device: torch.device) -> Parts:
     if layer.input_format is not None and layer.input_format.tensor_scale and "tensor_scale" not in parts:
         parts["tensor_scale"] = torch.ones(1, dtype=torch.float32, device=device)
     return parts
+
+
+class Tokens:
+    """How many tokens went to each expert, by the identity of a task's module of experts."""
+
+    def __init__(self) -> None:
+        self.counts: dict[int, list[Tensor]] = {}
+        self.rows: dict[int, int] = {}
+
+    def clear(self) -> None:
+        self.counts.clear()
+        self.rows.clear()
+
+    def see(self, module: int, experts: int, routed: Tensor) -> None:
+        """`routed`: int [tokens, experts of a token]; a number past the last expert stands for none."""
+        routed = routed.detach().reshape(routed.shape[0], -1)
+        seen = torch.zeros(experts + 1, dtype=torch.int64, device=routed.device)
+        flat = routed.reshape(-1).to(torch.int64).clamp(0, experts)
+        self.counts.setdefault(module, []).append(seen.index_add_(0, flat, torch.ones_like(flat))[:experts])
+        self.rows[module] = self.rows.get(module, 0) + routed.shape[0]
+
+    def of(self, module: int) -> tuple[list[int], int]:
+        """Tokens by expert, and of all."""
+        counts = [one.cpu() for one in self.counts[module]]
+        return torch.stack(counts).sum(0).tolist(), self.rows[module]
+
+
+@contextlib.contextmanager
+def counted_tokens(trial: Trial, modules: dict[int, int]) -> Iterator[Tokens]:
+    """Count while the trial runs; `modules` are those of experts, by their identity, and how many experts they hold.
+    Which expert a token goes to is the first integer tensor that the module is called with."""
+    found = Tokens()
+
+    def hook(key: int) -> Any:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for given in (*args, *kwargs.values()):
+                if isinstance(given, Tensor) and not given.is_floating_point() and given.ndim:
+                    found.see(key, modules[key], given)
+                    return
+
+        return see
+
+    with contextlib.ExitStack() as undo:
+        for replica in trial.replicas:
+            seen = set()
+            for layer, (module, _) in zip(trial.task.layers, replica.places, strict=True):
+                key = id(layer.module)
+                if key in modules and key not in seen:
+                    seen.add(key)
+                    undo.callback(module.register_forward_pre_hook(hook(key), with_kwargs=True).remove)
+        yield found

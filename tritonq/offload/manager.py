@@ -217,10 +217,12 @@ class _Saved:
 
 
 class _Kept:
-    """What else autograd saved, with the version that it had: with hooks, torch does not compare them itself."""
+    """What else autograd saved, with the version that it had: with hooks, torch does not compare them itself. It is no
+    part of the graph, which holds this: a result that its own node saved would never be freed without a backward."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.version = tensor, None if tensor.is_inference() else tensor._version
+        self.tensor = tensor.detach() if tensor.requires_grad else tensor
+        self.version = None if tensor.is_inference() else tensor._version
 
 
 class _Backward:
