@@ -211,7 +211,9 @@ def test_offsets_alone():
 
 
 def test_bytes_do_not_depend_on_the_run_and_follow_the_seed():
-    first, again, other = (codes(run(SignRound(iters=4, lr=0.02, batch=2), block(), seed=seed, search=False)) for seed in (3, 3, 4))
+    first, again, other = (
+        codes(run(SignRound(iters=4, lr=0.02, batch=2), block(), seed=seed, search=False)) for seed in (3, 3, 4)
+    )
     assert same(first, again) and not same(first, other)
 
 
@@ -244,7 +246,9 @@ def test_micro_batches_add_up(ragged):
     masks[0][:, 6:] = 0
     found = []
     for micro in (6, 4, 1):
-        given = run(SignRound(iters=3, lr=0.02, batch=6, evaluation=None), block(), data=data, masks=masks, micro_batch=micro)
+        given = run(
+            SignRound(iters=3, lr=0.02, batch=6, evaluation=None), block(), data=data, masks=masks, micro_batch=micro
+        )
         assert given.told[0][1]["loss_after"] == pytest.approx(loss_of(given), rel=1e-4)
         found.append((given.told[0][1]["loss_before"], given.told[0][1]["loss_after"]))
     for before, after in found[1:]:
