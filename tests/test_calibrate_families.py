@@ -17,7 +17,7 @@ hf = pytest.importorskip("transformers")
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96, "max_position_embeddings": 64}  # fmt: skip
-OPTIONS = {"signround": {"iters": 20}, "gptq": {}, "awq": {}}
+OPTIONS = {"signround": {"iters": 12}, "gptq": {}, "awq": {}}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -265,7 +265,7 @@ def stored(model):
     return found
 
 
-@pytest.mark.parametrize("build", FAMILIES, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [llama, qwen3_moe, qwen3_vl, diffusion], ids=lambda build: build.__name__)
 def test_same_bytes_with_a_seed(build):
     first, second = (stored(calibrated(build, "signround", seed=3, iters=8)[0]) for _ in range(2))
     assert first.keys() == second.keys()
