@@ -121,7 +121,8 @@ def test_a_block_takes_the_first_loss_and_the_last():
     layers = [
         layer("layers.0.q_proj", error=0.25, fallback="its Hessian is singular"),
         layer("layers.0.experts.gate_up_proj", tokens=torch.tensor([5, 0, 7]), fallback=[1]),
-        layer("layers.0.experts.down_proj", tokens=torch.tensor([5, 0, 7]), fallback=[1]),
+        layer("layers.0.experts.down_proj", tokens={2: 7, 0: 5, 1: 0}, fallback=[1]),
+        layer("layers.0.o_proj", tokens=12, fallback=[]),
     ]
     layers[0].inputs["scale"] = torch.tensor([0.125])
     with report.block("layers.0", layers):
@@ -143,6 +144,14 @@ def test_a_block_takes_the_first_loss_and_the_last():
         "layers.0.experts.down_proj": [1],
     }
     assert report.static_scales == {"layers.0.q_proj": {"scale": 0.125}}
+
+
+@pytest.mark.parametrize("tokens", [torch.tensor([5, 0, 7]), (5, 0, 7), {2: 7, 0: 5, 1: 0}, {2: 7, 0: 5}], ids=str)
+def test_tokens_of_experts(tokens):
+    report = new()
+    with report.block("layers.0", [layer("layers.0.experts.down_proj", tokens=tokens)]):
+        pass
+    assert report.tokens_by_expert == {"layers.0.experts": [5, 0, 7]}
 
 
 def test_a_block_that_fails_is_no_row():

@@ -13,7 +13,8 @@
 
 Any text and any details are kept. Memory steps and fallbacks are warnings of the logger `tritonq.calibrate`, all else
 is its info. `CalibrationReport` collects one row a block (losses, seconds, peak memory by device) and what layers note:
-`layer.notes["tokens"]`, a count for each expert, and `layer.notes["fallback"]`, the experts or the reason.
+`layer.notes["tokens"]`, a count for each expert in order or by its number, and `layer.notes["fallback"]`, the experts or
+the reason.
 """
 
 from __future__ import annotations
@@ -167,9 +168,12 @@ class CalibrationReport:
         row.layers[layer.name] = {"format": layer.fmt.name, **notes}
         if layer.inputs:
             self.static_scales[layer.name] = {key: as_json(value) for key, value in layer.inputs.items()}
-        if isinstance(tokens := notes.get("tokens"), list):
+        counts = layer.notes.get("tokens")
+        if isinstance(counts, Mapping):
+            counts = [counts.get(expert, 0) for expert in range(max(counts, default=-1) + 1)]
+        if isinstance(counts := as_json(counts), list):
             # Parameters of the same experts see the same tokens.
-            self.tokens_by_expert[layer.name.rpartition(".")[0] or layer.name] = tokens
+            self.tokens_by_expert[layer.name.rpartition(".")[0] or layer.name] = counts
         if fallback := notes.get("fallback"):
             self.fallbacks[layer.name] = fallback
 
