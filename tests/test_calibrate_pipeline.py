@@ -245,3 +245,49 @@ def test_errors():
     m.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.* has .* non-finite"):
         tq.quantize_(m, "W4A16", group_size=32, calibration=calibration(), progress=False)
+
+
+# --------------------------------------------------------------------------------------------------------------- GPUs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["rtn", "signround", "gptq", "awq", ("smoothquant", "gptq"), "imatrix"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3moe"])
+def test_gpu_computes_for_a_model_in_host_memory(kind, method):
+    """Blocks visit the GPU one after the other; the model ends where it was, about as good as if the CPU had done it."""
+    scheme = "W8A8" if isinstance(method, tuple) else "W4A16"
+    group_size = None if isinstance(method, tuple) else 32
+    m, here = model(kind), model(kind)
+    torch.cuda.reset_peak_memory_stats()
+    own, expected = calibration(method), calibration(method)
+    for one, target, device in ((own, m, "cuda"), (expected, here, None)):
+        tq.quantize_(target, scheme, group_size=group_size, calibration=one, device=device, progress=False)
+    assert {p.device.type for p in m.parameters()} == {"cpu"} and torch.isfinite(m(ids()[0])[0]).all()
+    assert torch.cuda.max_memory_allocated() > 0 and own.result.complete and not own.result.memory_steps
+    for row, other in zip(own.result.blocks, expected.result.blocks, strict=True):
+        assert row.loss_after == pytest.approx(other.loss_after, rel=0.3), (own.result.blocks, expected.result.blocks)
+    del m
+    assert torch.cuda.memory_allocated() < 1 << 20  # nothing stays there
+
+
+@pytest.mark.gpu
+def test_gpu_gives_the_same_bytes_twice():
+    found = []
+    for _ in range(2):
+        m = model().cuda()
+        tq.quantize_(m, "W4A16", group_size=32, calibration=calibration("signround"), progress=False)
+        assert {p.device.type for p in m.parameters()} == {"cuda"}
+        found.append(quantized(m))
+    for name, q in found[0].items():
+        assert torch.equal(q._buf, found[1][name]._buf), name
+
+
+@pytest.mark.gpu
+def test_gpu_that_two_share_gives_the_bytes_of_one():
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.device_count() > 1 else ["cuda"] * 2
+    one, two = model(), model()
+    tq.quantize_(one, "W4A16", group_size=32, calibration=calibration("signround", devices=["cuda"]), progress=False)
+    own = calibration("signround", devices=devices)
+    tq.quantize_(two, "W4A16", group_size=32, calibration=own, progress=False)
+    for name, q in quantized(one).items():
+        assert torch.equal(q._buf, quantized(two)[name]._buf), name
