@@ -80,3 +80,34 @@ def experts_block(hidden=32, inner=16, experts=4, top_k=2, dtype=torch.float32):
         for parameter in block.parameters():
             parameter.copy_(torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
     return block
+
+
+class Attention(nn.Module):
+    """o(softmax(q k^T) v) after an RMS norm, with `repeats` query heads for each of keys and values."""
+
+    def __init__(self, width=16, head=4, repeats=2):
+        super().__init__()
+        self.head, self.repeats = head, repeats
+        self.norm = nn.RMSNorm(width)
+        self.q = nn.Linear(width, width, bias=False)
+        self.k = nn.Linear(width, width // repeats, bias=False)
+        self.v = nn.Linear(width, width // repeats)
+        self.o = nn.Linear(width, width, bias=False)
+
+    def forward(self, x):
+        y = self.norm(x)
+        q, k, v = (layer(y).unflatten(-1, (-1, self.head)).transpose(-2, -3) for layer in (self.q, self.k, self.v))
+        k, v = (t.repeat_interleave(self.repeats, -3) for t in (k, v))
+        z = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.o(z.transpose(-2, -3).flatten(-2))
+
+
+class GemmaNorm(nn.Module):
+    """x / rms(x) * (1 + weight)"""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width) / 8)
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)

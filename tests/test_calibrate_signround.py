@@ -2,7 +2,6 @@
 float64 autograd), the block in float64, signs and rates written out here."""
 
 import copy
-from types import SimpleNamespace
 
 import learned_oracle
 import pytest
@@ -13,7 +12,9 @@ import tritonq as tq
 from tritonq import ops
 from tritonq.calibrate.signround import SignRound
 from tritonq.calibrate.task import Batch, Layer, Task, squared_error
+from tritonq.calibrate.trial import Trial
 from tritonq.formats import get_format
+from tritonq.nn.schemes import get_scheme
 from tritonq.nn.select import sharing_key
 
 HIDDEN, TOKENS = 16, 12
@@ -320,3 +321,335 @@ def test_patience():
     given = run(SignRound(iters=50, lr=1e-7, patience=3, evaluation=1), block(), data=inputs(1))
     ((_, told),) = given.told
     assert told["best_iteration"] == 0 and told["iterations"] == 4
+
+
+# ------------------------------------------------------------------------------------------------------ out of memory
+
+
+class Full(torch.autograd.Function):
+    """Runs out of memory in backward."""
+
+    @staticmethod
+    def forward(ctx, x, check):
+        ctx.check = check
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        ctx.check()
+        return dy, None
+
+
+class Limited(Block):
+    """Takes at most `limit` samples a call, in forward or in backward."""
+
+    def __init__(self, limit=8, where="forward", **arguments):
+        super().__init__(**arguments)
+        self.limit, self.where, self.calls = limit, where, []
+
+    def forward(self, x, scale=1.0):
+        samples = len(x)
+        if torch.is_grad_enabled():
+            self.calls.append(samples)
+
+        def check():
+            if samples > self.limit:
+                raise torch.OutOfMemoryError(f"injected: {samples} samples")
+
+        if self.where == "forward":
+            check()
+        y, *rest = super().forward(x, scale)
+        return (Full.apply(y, check) if y.requires_grad else y), *rest
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_out_of_memory_halves_the_micro_batch(where):
+    """Results have the bytes of a run that began with what fits."""
+    method = SignRound(iters=3, lr=0.02, batch=8, evaluation=None)
+    expected = run(method, block(), search=False, micro_batch=2)
+    module = block(kind=Limited, where=where)
+    given = task(module, search=False, micro_batch=8)
+    module.limit = 3
+    method.run(given)
+    assert same(codes(given), codes(expected)) and given.micro_batch == 2
+    told = [details for what, details in given.told if what == "out of memory"]
+    assert [one["micro_batch"] for one in told] == [4, 2] and told[0]["block"] == "block.0"
+    assert given.told[-1][1]["loss_after"] == expected.told[-1][1]["loss_after"]
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in module.parameters())
+
+
+def test_out_of_memory_in_the_middle_repeats_the_iteration():
+    """Two iterations in pieces of 4 and three in pieces of 2: the same samples, none lost, none twice."""
+    module = block(kind=Limited, where="backward")
+    given = task(module, search=False, micro_batch=4)
+    asked, fetch = [], given.fetch
+
+    def spy(samples, device, targets):
+        if len(module.calls) == 5:
+            module.limit = 2  # from the second call of the third iteration on
+        asked.append(tuple(samples))
+        return fetch(samples, device, targets)
+
+    given.fetch = spy
+    method = SignRound(iters=5, lr=0.02, batch=8, evaluation=None)
+    method.run(given)
+    assert [what for what, _ in given.told] == ["out of memory", "tuned"]
+    assert module.calls.count(4) == 6 and module.calls.count(2) == 12
+    drawn = asked[2:-8]  # between what was judged before and after
+    third = drawn[4:6]
+    assert third[0] + third[1] == sum(drawn[6:10], ()) and sorted(third[0] + third[1]) == list(range(8))
+    reference = run(method, block(), search=False, micro_batch=4)
+    assert given.told[-1][1]["loss_after"] == pytest.approx(reference.told[-1][1]["loss_after"], rel=0.05)
+
+
+def test_out_of_memory_with_one_sample():
+    """First what can go to the host goes there, and says so; then the error has the numbers and what would help."""
+    module = block(kind=Limited)
+    given = task(module, micro_batch=2)
+    module.limit = 0
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    with pytest.raises(torch.OutOfMemoryError, match=r"block\.0 .*GiB.*seqlen.*v_dtype=torch\.bfloat16.*injected: 1"):
+        SignRound(iters=2).run(given)
+    told = [details for _, details in given.told]
+    assert told[0]["micro_batch"] == 1 and "host" in told[1]["moved"]
+    assert all(layer.result is None for layer in given.layers)
+    assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
+
+
+def test_what_was_moved_to_the_host_is_still_the_best():
+    module = block(kind=Limited, where="backward")
+    given = task(module, search=False, micro_batch=1)
+    told, count = given.told, []
+
+    def check(samples, device, targets, fetch=given.fetch):
+        if torch.is_grad_enabled():
+            count.append(1)
+            module.limit = 0 if len(count) == 10 else 8  # once, in the second iteration
+        return fetch(samples, device, targets)
+
+    given.fetch = check
+    method = SignRound(iters=4, lr=0.02, batch=8, evaluation=None)
+    method.run(given)
+    assert told[0][1]["moved"] and same(codes(given), codes(run(method, block(), search=False, micro_batch=1)))
+
+
+# ------------------------------------------------------------------------------------------------------------ devices
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_two_devices_give_the_bytes_of_one(ragged):
+    """Two replicas, on the CPU, of an odd number of pieces."""
+    data = inputs(6)
+    if ragged:
+        data[1], data[4] = data[1][:, :7], data[4][:, :5]
+    method = SignRound(iters=4, lr=0.02, batch=5, evaluation=None)
+    module = block()
+    expected = run(method, module, data=data, search=False, micro_batch=2)
+    found = run(method, module, data=data, search=False, micro_batch=2, devices=(CPU, CPU))
+    assert same(codes(expected), codes(found)) and expected.told[0][1]["kept"] != "nearest"
+    assert found.told[0][1]["loss_after"] == expected.told[0][1]["loss_after"]
+
+
+def test_replicas_share_what_they_can(monkeypatch):
+    """A copy of the block on the same device has no copy of a weight."""
+    given = task(block(), devices=(CPU, CPU))
+    with Trial(given) as trial:
+        first, second = trial.replicas
+        assert second.block is not first.block
+        own = {t.data_ptr() for t in (*first.block.parameters(), *first.leaves)}
+        assert {t.data_ptr() for t in (*second.block.parameters(), *second.leaves)} <= own
+        assert all(one is not other for one, other in zip(first.leaves, second.leaves, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_backward_keeps_rounded_weights_and_inputs_of_layers():
+    """Beside what the dense block would keep: of the size of a weight the leaves, of the size of outputs one
+    difference."""
+    module = block(inner=32)
+    given = task(module, "int4_g16")
+    weights = {layer.weight.numel() for layer in given.layers}
+    kept = []
+
+    def pack(t):
+        kept.append(t)
+        return t
+
+    with Trial(given) as trial:
+        for leaf, layer in zip(trial.leaves, given.layers, strict=True):
+            leaf.detach().copy_(layer.weight)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            trial.run(range(8), True)
+            storages = {t.untyped_storage().data_ptr() for t in kept if t.numel() in weights}
+            assert storages <= {leaf.untyped_storage().data_ptr() for leaf in trial.leaves}
+            ours = len({t.untyped_storage().data_ptr() for t in kept if t.numel() == 8 * TOKENS * HIDDEN})
+        gradients = [leaf.grad for leaf in trial.leaves]
+        assert all(g.dtype is torch.float32 and g.shape == leaf.shape
+                   for g, leaf in zip(gradients, trial.leaves, strict=True))  # fmt: skip
+    kept.clear()
+    dense = copy.deepcopy(module).requires_grad_(False)
+    for layer in given.layers:
+        dense.get_submodule(layer.name).weight.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        dense(torch.cat([given.fetch([i], CPU, False)[0].args[0] for i in range(8)]))
+    plain = len({t.untyped_storage().data_ptr() for t in kept if t.numel() == 8 * TOKENS * HIDDEN})
+    assert ours == plain + 1
+
+
+# ------------------------------------------------------------------------------------------------- inputs of layers
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "MXFP4", "NVFP4", "FP8"])
+def test_inputs_are_rounded_as_at_run_time(scheme):
+    """The loss is that of the model that `quantize_` leaves, with the same weights."""
+    own = get_scheme(scheme)
+    module = block()
+    fmt, to = own.weight_format(torch.float32), own.input_format
+    given = run(SignRound(iters=2, lr=0.02, evaluation=None), module, fmt.name, inputs_to=to.name, search=False)
+    copied = copy.deepcopy(module)
+    tq.quantize_(copied, scheme, search=False, progress=False)
+    total = 0.0
+    for batch in given.fetch(range(8), CPU, True):
+        with torch.no_grad():
+            total += float(squared_error([copied(*batch.args)[0]], batch)) / batch.count
+    assert given.told[0][1]["loss_before"] == pytest.approx(total, rel=1e-3)
+
+
+def test_layers_with_one_input_round_it_once(monkeypatch):
+    count = []
+    monkeypatch.setattr("tritonq.calibrate.trial.qdq", lambda x, *a, **k: count.append(x.shape) or x)
+    with Trial(task(block(), "nvfp4", inputs_to="nvfp4")) as trial:
+        trial.run([0], True)
+    assert [shape[-1] for shape in count] == [HIDDEN, 32]
+
+
+# ------------------------------------------------------------------------------------------------------------ experts
+
+
+class Experts(nn.Module):
+    """Fused weights, picked one by one or multiplied all at once."""
+
+    def __init__(self, picked, experts=4, hidden=HIDDEN, inner=16):
+        super().__init__()
+        self.picked = picked
+        self.up_proj = nn.Parameter(torch.randn(experts, inner, hidden) / hidden**0.5)
+        self.down_proj = nn.Parameter(torch.randn(experts, hidden, inner) / inner**0.5)
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        if self.picked:
+            out = torch.zeros_like(hidden_states)
+            for e in top_k_index.unique():
+                rows, slots = torch.where(top_k_index == e)
+                h = torch.nn.functional.silu(torch.nn.functional.linear(hidden_states[rows], self.up_proj[e]))
+                y = torch.nn.functional.linear(h, self.down_proj[e]) * top_k_weights[rows, slots, None]
+                out = out.index_add(0, rows, y)
+            return out
+        h = torch.nn.functional.silu(torch.einsum("tk,enk->ten", hidden_states, self.up_proj.transpose(1, 2).mT))
+        y = torch.einsum("ten,ekn->tek", h, self.down_proj)
+        gates = torch.zeros(*top_k_index.shape[:1], y.shape[1]).scatter(1, top_k_index, top_k_weights)
+        return (y * gates[..., None]).sum(1)
+
+
+class Mixture(nn.Module):
+    """The expert of a token is the largest of its first three numbers; the fourth expert gets only huge ones."""
+
+    def __init__(self, picked=True):
+        super().__init__()
+        self.experts = Experts(picked)
+
+    def forward(self, x, scale=1.0):
+        flat = x.reshape(-1, x.shape[-1])
+        index = flat[:, :3].argmax(1, keepdim=True)
+        index = torch.where(flat[:, 3:4] > 1e3, 3, index)
+        return (x + self.experts(flat, index, torch.ones(len(flat), 1)).reshape(x.shape),)
+
+
+def mixture(picked=True, **options):
+    module = block(kind=Mixture, picked=picked)
+    made = task(module, data=inputs(8), search=False, **options)
+    made.layers = [Layer(f"experts.{key}", module.experts, key, get_format("int4_g16"))
+                   for key in ("up_proj", "down_proj")]  # fmt: skip
+    return made
+
+
+def test_experts_without_tokens_stay_rounded_to_nearest():
+    given = mixture()
+    SignRound(iters=4, lr=0.02, evaluation=None).run(given)
+    index = torch.cat([x.reshape(-1, HIDDEN)[:, :3].argmax(1) for x in inputs(8)])
+    expected = [*torch.bincount(index, minlength=3).tolist(), 0]
+    assert given.told[0][1]["kept"] != "nearest"
+    for layer in given.layers:
+        assert layer.notes["tokens"] == expected and layer.notes["fallback"] == [3]
+        nearest = ops.quantize(layer.weight, layer.fmt)
+        changed = [not torch.equal(layer.result["qdata"][e], nearest["qdata"][e]) for e in range(4)]
+        assert changed == [True, True, True, False]
+        assert torch.equal(layer.result["scale"][3], nearest["scale"][3])
+
+
+def test_experts_picked_one_by_one_and_all_at_once():
+    """Gradients by `weight[e]` are those of one product; what autograd keeps of the size of all experts is one leaf
+    each."""
+    found = []
+    for picked in (True, False):
+        given = mixture(picked)
+        with Trial(given) as trial:
+            for leaf, layer in zip(trial.leaves, given.layers, strict=True):
+                leaf.detach().copy_(layer.weight * 1.01)
+            trial.run(range(8), True)
+            found.append([leaf.grad.clone() for leaf in trial.leaves])
+    for one, other in zip(*found, strict=True):
+        assert float(one[:3].abs().sum()) > 0 and not one[3].any()
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_on_two_devices():
+    one, two = mixture(), mixture(devices=(CPU, CPU))
+    for given in (one, two):
+        given.micro_batch = 2
+        SignRound(iters=3, lr=0.02, batch=6).run(given)
+    assert same(codes(one), codes(two)) and two.layers[0].notes == one.layers[0].notes
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"iters": 0}, "iters"), ({"batch": 0}, "batch"), ({"patience": 0}, "patience"), ({"evaluation": 0}, "evaluation"),
+     ({"v_dtype": torch.float16}, "float16"), ({"start": "middle"}, "middle"), ({"lr": -1.0}, "-1.0")],
+)  # fmt: skip
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        SignRound(**options)
+
+
+def test_nothing_to_tune():
+    given = task(block())
+    given.layers = []
+    SignRound().run(given)
+    assert given.told == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", ["int4_g32", "mxfp4", "nvfp4"])
+def test_on_a_gpu(fmt):
+    """bf16, inputs in pinned memory, two replicas on one GPU: the same bytes in every run, on one and on two."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    results = []
+    for devices in ((device,), (device,), (device, device)):
+        module = block(dtype=torch.bfloat16, hidden=64, inner=128).to(device)
+        data = [x.pin_memory() for x in inputs(16, dtype=torch.bfloat16, hidden=64)]
+        with torch.no_grad():
+            targets = [module(x.to(device))[0].cpu().pin_memory() for x in data]
+
+        def fetch(samples, device, wanted, data=data, targets=targets):
+            x, t = (torch.cat([all_of[i].to(device, non_blocking=True) for i in samples]) for all_of in (data, targets))
+            return [Batch(tuple(samples), (x,), {"scale": 1.0}, [t], [None])]
+
+        given = Task(
+            "b", module, layers(module, fmt), 16, fetch, device, lambda what, **d: None, devices, micro_batch=2
+        )
+        SignRound(iters=20, batch=8).run(given)
+        results.append([{name: part.cpu() for name, part in parts.items()} for parts in codes(given)])
+    assert same(results[0], results[1]) and same(results[0], results[2])

@@ -19,7 +19,7 @@ U comes from one Cholesky decomposition: of H with rows and columns reversed, J 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,15 +41,17 @@ DAMPINGS = 5  # how often damping is multiplied by ten before a matrix counts as
 # ------------------------------------------------------------------------------------------------------------- scales
 
 
-def divisors(layers: Sequence[Layer]) -> dict[Layer, Tensor]:
-    """Tensor-wide divisors, fp32 [1], of layers whose format has them; those that share one get the smallest."""
+def divisors(layers: Sequence[Layer], weights: Mapping[Layer, Tensor] | None = None) -> dict[Layer, Tensor]:
+    """Tensor-wide divisors, fp32 [1], of layers whose format has them; those that share one get the smallest. Of
+    `weights` in place of those that the layers have."""
     sets: dict[str, list[Layer]] = {}
     for layer in layers:
         if layer.fmt.tensor_scale:
             sets.setdefault(layer.shared if layer.shared is not None else f"{id(layer)}", []).append(layer)
     found = {}
     for members in sets.values():
-        smallest = smallest_divisor([layer.weight for layer in members], members[0].fmt)
+        own = [layer.weight if weights is None else weights[layer] for layer in members]
+        smallest = smallest_divisor(own, members[0].fmt)
         found.update({layer: smallest.to(layer.weight.device) for layer in members})
     return found
 

@@ -143,7 +143,7 @@ class Run:
                 self._decide(replay, index, layers, device)
                 self.storage.keep(index, name, block, layers)
             if layers:
-                install(block, layers, [self._packed(layer) for layer in layers])
+                install(block, layers, [self._packed(layer, layer.result or {}) for layer in layers])
             replay.advance(index, device)
         self.storage.leave(index, name, block, layers)
         return {id(layer.module) for layer in layers}
@@ -184,8 +184,8 @@ class Run:
             for layer in layers
         ]
 
-    def _packed(self, layer: Layer) -> nn.Parameter:
-        return self._with_room(layer, functools.partial(packed, layer, layer.result or {}))
+    def _packed(self, layer: Layer, parts: Parts) -> nn.Parameter:
+        return self._with_room(layer, functools.partial(packed, layer, parts))
 
     def _with_room(self, layer: Layer, quantize: Callable[[], Result]) -> Result:
         """What a weight is quantized to: where memory runs out, on the host, after what nobody needs is freed."""
@@ -208,7 +208,8 @@ class Run:
 
     def _loss(self, task: Task, samples: Sequence[int], parts: Sequence[Parts]) -> float:
         """Of the block with these weights, over some samples."""
-        undo = install(task.block, task.layers, list(map(packed, task.layers, parts)))
+        weights = [self._packed(layer, own) for layer, own in zip(task.layers, parts, strict=True)]
+        undo = install(task.block, task.layers, weights)
         try:
             return mean_squared_error(task, samples)
         finally:

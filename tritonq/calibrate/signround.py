@@ -5,10 +5,10 @@
     loss = mean of (block(x; W^) - target)^2 over a batch of samples
 
 Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent" (arXiv 2309.05516). A weight is quantized once
-an iteration; its codes are what is kept when the loss was the best so far, and what they dequantize to is what the block
-computes with. Gradients of W^ are added up over micro-batches, after which one launch a weight works out the gradients
-of v and of the ratios and moves them: those gradients never exist. What remains full-size beside W are W^, its gradient
-and v, and the codes twice.
+an iteration; its codes are what is kept when the loss was the best so far, and the block computes with what they
+dequantize to. Gradients of W^ are added up over micro-batches, after which one launch a weight works out the gradients
+of v and of the ratios and moves them: those gradients never exist. What is full-size beside W are W^, its gradient and
+v; the codes are there twice.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class SignRound:
         patience: iterations without a better loss after which tuning ends; the host then waits for every loss.
         evaluation: how many samples, spread over all, decide between the results there are (None: all): the best
             iteration by the loss of its own batch, the last one, and rounding to nearest with `task.search`.
-        start: "rule": ratios begin at 1; "search": at what gives the scales that `task.search` finds.
+        start: "search": ratios begin where the rule gives the scales that `task.search` finds, at most 1; "rule": at 1.
         deterministic: kernels that give the same bits in every run, where torch has them.
         compile: run the block through torch.compile, which takes its time once for blocks of one kind.
 
@@ -66,7 +66,7 @@ class SignRound:
     fused: bool = True
     patience: int | None = None
     evaluation: int | None = 32
-    start: str = "rule"
+    start: str = "search"
     deterministic: bool = True
     compile: bool = False
     name: str = "signround"
@@ -82,6 +82,7 @@ class SignRound:
             raise ValueError(f"v_dtype is torch.float32 or torch.bfloat16, got {self.v_dtype}")
         if self.start not in STARTS:
             raise ValueError(f"start is 'rule' or 'search', got {self.start!r}")
+        self.rates(torch.device("cpu"))  # raises where they make no sense
 
     def rates(self, device: torch.device) -> SignStep:
         lr = 1.0 / self.iters if self.lr is None else self.lr
@@ -258,7 +259,7 @@ class _Tuning:
     def _draws(self) -> list[list[int]]:
         """Samples of every iteration: permutations of all, in pieces of a batch; a rest is left out."""
         generator = torch.Generator().manual_seed(self.task.seed)
-        batch, found = min(self.method.batch, self.task.samples), []
+        batch, found = min(self.method.batch, self.task.samples), list[list[int]]()
         while len(found) < self.method.iters:
             order = torch.randperm(self.task.samples, generator=generator).tolist()
             found += [order[i : i + batch] for i in range(0, len(order) - batch + 1, batch)]
@@ -305,10 +306,9 @@ class _Tuning:
     def _choose(self, searched: float) -> tuple[float, str]:
         """Set results to the best of what there is: its loss, and what it is."""
         found = {"nearest": searched}
+        self._values()
+        found["last"] = self._evaluate()
         with torch.no_grad():
-            for one in self.layers:
-                one.refresh()
-            found["last"] = self._evaluate()
             for one in self.layers:
                 one.hold(one.best)
         found["best"] = self._evaluate()

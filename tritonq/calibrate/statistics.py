@@ -5,7 +5,7 @@ weights [E, N, K] alone:
 
     Hessian   H = sum of x x^T, fp32 [E, K, K]                       GPTQ, AWQ
     Columns   sum of x, |x| and x^2 by column, fp32 [E, K]           AWQ, SmoothQuant, imatrix, bias correction
-    Range     smallest, largest, and how many magnitudes lie in each of 2048 bins      static scales of inputs
+    Range     smallest, largest, a histogram and some rows           static scales of inputs
 
 A linear layer counts as one expert. Rows are seen where torch multiplies: every `F.linear` or matrix product with an
 operand that lies in the memory of a layer's weight, whichever module calls it; the expert follows from the address.
@@ -19,6 +19,7 @@ import bisect
 import collections
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -98,43 +99,69 @@ class Columns:
 
 
 class Range:
-    """Smallest and largest input, and a histogram of the finite magnitudes.
+    """Smallest and largest finite input, a histogram, and some rows.
 
-    Bins are `width` wide, from 0; the width doubles, and neighbours join, until the largest magnitude fits. So counts
-    never move within a bin, and do not depend on the order of the rows but through the first width, a power of two.
+    Bins are `width` wide, from 0 up and from 0 down; the width doubles, and neighbours join, until the largest
+    magnitude fits: a count never moves but with all of its bin, and the first width is a power of two.
+
+    Args:
+        rows: how many to keep, drawn at random with `seed`, each with the same chance.
     """
 
-    BINS = 2048
+    BINS = 4096  # of either sign
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: Layer, rows: int = 0, seed: int = 0) -> None:
         device = layer.weight.device
-        self.low = torch.full((), torch.inf, device=device)
-        self.high = torch.full((), -torch.inf, device=device)
-        self.counts = torch.zeros(self.BINS, dtype=torch.float64, device=device)
-        self.width = 0.0  # of a bin; 0 before the first number that is not zero
+        self.low = torch.zeros((), device=device)  # a range of inputs includes 0
+        self.high = torch.zeros((), device=device)
+        self.counts = torch.zeros(2, self.BINS, dtype=torch.float64, device=device)
+        self.width = 2.0**-126
+        self.total = 0
+        self.rows = torch.empty(0, layer.weight.shape[-1], device=device)
+        self._most, self._keys = rows, torch.empty(0)
+        self._generator = torch.Generator().manual_seed(seed)
 
     def add(self, rows: Tensor, expert: int) -> None:
-        values = rows.float().flatten()
-        values = values[values.isfinite()]
-        if not values.numel():
+        rows = rows.float()
+        rows = rows[rows.isfinite().all(-1)]
+        if not rows.numel():
             return
+        values = rows.flatten()
         low, high = torch.aminmax(values)
-        magnitudes = values.abs()
-        top = max(abs(float(low)), abs(float(high)))
-        width, counts = self.width or 2.0**-126, self.counts
-        if not self.width and top > 0:
-            width = 2.0 ** max(-126, torch.frexp(torch.tensor(top)).exponent.item() - 11)
+        top, width, counts = max(self.top, -float(low), float(high)), self.width, self.counts
+        if not self.top and top > 0:  # nothing but zeros so far, in the first bin
+            width = 2.0 ** max(-126, math.frexp(top)[1] - int(math.log2(self.BINS)))
         while top >= width * self.BINS:
-            width, counts = 2 * width, torch.cat([counts.view(-1, 2).sum(1), torch.zeros_like(counts[::2])])
-        bins = (magnitudes / width).to(torch.int64).clamp_(max=self.BINS - 1)
-        counts = counts + torch.bincount(bins, minlength=self.BINS)
+            width, counts = (
+                2 * width,
+                torch.cat([counts.unflatten(1, (-1, 2)).sum(2), torch.zeros_like(counts)[:, ::2]], 1),
+            )
+        bins = (values.abs() / width).to(torch.int64).clamp_(max=self.BINS - 1)
+        bins += (values < 0).to(torch.int64) * self.BINS
+        found = torch.bincount(bins, minlength=2 * self.BINS).view(2, -1)
+        keys = torch.cat([self._keys, torch.rand(len(rows), generator=self._generator)])
+        kept = keys.topk(min(self._most, len(keys))).indices
+        sample = torch.cat([self.rows, rows])[kept.to(rows.device)]
+        self.counts, self.width = counts + found, width
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
-        self.width, self.counts = (width if top > 0 or self.width else 0.0), counts
+        self.rows, self._keys = sample, keys[kept]
+        self.total += values.numel()
+
+    @property
+    def top(self) -> float:
+        """Largest magnitude."""
+        return max(-float(self.low), float(self.high))
 
     @property
     def centers(self) -> Tensor:
-        """Magnitude that a bin stands for, fp64."""
-        return (torch.arange(self.BINS, dtype=torch.float64, device=self.counts.device) + 0.5) * self.width
+        """The number that each bin stands for, fp32 [2 * BINS], in the order of `counts`."""
+        up = (torch.arange(self.BINS, device=self.counts.device) + 0.5) * self.width
+        return torch.cat([up, -up])
+
+    def quantile(self, share: float) -> float:
+        """The smallest end of a bin that `share` of the magnitudes do not exceed."""
+        below = self.counts.sum(0).cumsum(0)
+        return (int((below < share * below[-1]).sum()) + 1) * self.width
 
 
 def rounded(rows: Tensor, layer: Layer) -> Tensor:

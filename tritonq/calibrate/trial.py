@@ -135,7 +135,7 @@ class InputRounding:
         if self.last is not None and self.last[0]() is x and self.last[1] == key:
             found: Tensor = self.last[2]
             return found
-        y = qdq(x, fmt, **parts)
+        y = qdq(x, fmt, **parts)  # type: ignore[arg-type]  # parts of a Format are tensors
         self.last = weakref.ref(x), key, y
         return y
 
@@ -331,10 +331,13 @@ class Trial:
             replica, later = self.replicas[own], [*chunks[own :: len(self.replicas)], *after[own : own + 1]]
             upcoming = next(iter(later[position // len(self.replicas) + 1 :]), None)
             for batch in self.ahead[own].take(chunk, upcoming):
-                if group and (replica is self.replicas[0] or any(replica is other for other, _ in group)):
+                if group and (own == 0 or any(replica is other for other, _ in group)):
                     total, count = self._together(group, gradients, total, count)
                     group = []
                 group.append((replica, batch))
+                if own == len(self.replicas) - 1:  # nobody is left to wait for
+                    total, count = self._together(group, gradients, total, count)
+                    group = []
         if group:
             total, count = self._together(group, gradients, total, count)
         return total, count
@@ -344,7 +347,7 @@ class Trial:
         return [tuple(samples[i : i + size]) for i in range(0, len(samples), size)]
 
     def _together(self, group: list[Call], gradients: bool, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Calls on different devices, of which the first device's comes first."""
+        """Calls on different devices; that of the first, whose leaves gather all gradients, comes first."""
         with contextlib.ExitStack() as stack:
             for replica, _ in group:
                 stack.enter_context(replica.swapped())  # backward of a checkpointed block runs forward again

@@ -211,7 +211,7 @@ def quantize_(
         group_size: another group size than the scheme's, for schemes with groups of integers or of a table.
         search: scale search of the weights, as in `tritonq.quantize`; None is "mse" for codes of 4 bits and less, False
             the scale rule of the format.
-        calibration: a `tritonq.Calibration`: sample data, and an algorithm that decides with it how weights are rounded.
+        calibration: a `tritonq.Calibration`: sample data, and an algorithm that decides with it how weights round.
         device: where to quantize, such as "cuda" or a list of devices, through which weights stream that lie elsewhere;
             the result stays where the weight was.
         progress: show a progress bar on a terminal.
