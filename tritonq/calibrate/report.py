@@ -87,9 +87,6 @@ class Events:
             self._happened.append(event)
         logger.log(logging.WARNING if event.is_memory_step or event.is_fallback else logging.INFO, "%s", event)
 
-    def __len__(self) -> int:
-        return len(self._happened)
-
     def __iter__(self) -> Iterator[Event]:
         with self._lock:
             return iter(list(self._happened))
@@ -150,7 +147,7 @@ class CalibrationReport:
 
         Peak memory of GPUs is that of torch's allocator within, whose statistics are reset at the start.
         """
-        first = len(self.events)
+        first = len(list(self.events))
         with self._measured(name, devices) as row:
             yield row
         told = [event for event in list(self.events)[first:] if event.details.get("block") == name]
