@@ -245,6 +245,7 @@ def test_errors():
     m.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.* has .* non-finite"):
         tq.quantize_(m, "W4A16", group_size=32, calibration=calibration(), progress=False)
+    assert not quantized(m)
 
 
 # --------------------------------------------------------------------------------------------------------------- GPUs
@@ -254,7 +255,7 @@ def test_errors():
 @pytest.mark.parametrize("method", ["rtn", "signround", "gptq", "awq", ("smoothquant", "gptq"), "imatrix"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3moe"])
 def test_gpu_computes_for_a_model_in_host_memory(kind, method):
-    """Blocks visit the GPU one after the other; the model ends where it was, about as good as if the CPU had done it."""
+    """Blocks visit the GPU one after the other; the model ends where it was, as good as if the CPU had done it."""
     scheme = "W8A8" if isinstance(method, tuple) else "W4A16"
     group_size = None if isinstance(method, tuple) else 32
     m, here = model(kind), model(kind)

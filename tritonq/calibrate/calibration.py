@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tritonq import memory, scheduler
+from tritonq import memory, scheduler, streams
 from tritonq.calibrate import blocks as structure
 from tritonq.calibrate import data as samples
 from tritonq.calibrate.cache import ActivationCache
@@ -18,7 +18,7 @@ from tritonq.calibrate.methods import resolve
 from tritonq.calibrate.pipeline import Run, Storage
 from tritonq.calibrate.report import CalibrationReport
 from tritonq.calibrate.task import Method
-from tritonq.nn.quantize import find_targets, mark_quantized
+from tritonq.nn.quantize import check_values, find_targets, mark_quantized
 from tritonq.nn.schemes import Scheme
 
 Methods = str | Method | Sequence[str | Method]
@@ -92,6 +92,8 @@ class Calibration:
         """Called by `tritonq.quantize_`, whose arguments these are. Layers outside of blocks are rounded to
         nearest."""
         targets = find_targets(model, ignore, values=storage is None)
+        if storage is None:
+            check_values(targets.weights)  # before anything is changed
         devices = self._devices(model, device)
         calls = samples.samples(
             self.data, model, tokenizer=self.tokenizer, count=self.samples, seqlen=self.seqlen, seed=self.seed
@@ -123,7 +125,7 @@ class Calibration:
         several = [chosen] if isinstance(chosen, str | torch.device) else list(chosen)
         if not several:
             raise ValueError("devices names none; leave it out, or name some")
-        return tuple(torch.device(one) for one in several)
+        return tuple(streams.backend(one).device for one in several)  # with their numbers
 
 
 def _room(device: torch.device) -> dict[torch.device, int]:

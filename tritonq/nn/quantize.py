@@ -44,11 +44,22 @@ def check_finite(q: QTensor, dense: Tensor, name: str) -> None:
     """ValueError that names the parameter and counts its non-finite elements; a group that holds one has a NaN
     scale."""
     if not bool(torch.isfinite(scales.load(q.scale, q.format)).all()):
-        count = sum(int((~torch.isfinite(row)).sum()) for row in dense.reshape(-1, dense.shape[-1]).split(1024))
-        raise ValueError(
-            f"{name} of shape {tuple(dense.shape)} has {count} non-finite element{'s' if count != 1 else ''} "
-            "(NaN or infinity); repair the weights, or leave the layer out with ignore"
-        )
+        raise _not_finite(dense, name)
+
+
+def check_values(weights: Iterable[tuple[str, Tensor]]) -> None:
+    """The same for weights that nobody has quantized yet."""
+    for name, weight in weights:
+        if weight.numel() and not bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all()):
+            raise _not_finite(weight.detach(), name)
+
+
+def _not_finite(dense: Tensor, name: str) -> ValueError:
+    count = sum(int((~torch.isfinite(row)).sum()) for row in dense.reshape(-1, dense.shape[-1]).split(1024))
+    return ValueError(
+        f"{name} of shape {tuple(dense.shape)} has {count} non-finite element{'s' if count != 1 else ''} "
+        "(NaN or infinity); repair the weights, or leave the layer out with ignore"
+    )
 
 
 Weight = tuple[str, Tensor, Format]  # name, the dense weight, what it is quantized to
