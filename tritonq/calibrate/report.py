@@ -150,8 +150,8 @@ class CalibrationReport:
         first = len(list(self.events))
         with self._measured(name, devices) as row:
             yield row
-        told = [event for event in list(self.events)[first:] if event.details.get("block") == name]
-        told = [event.details for event in [one for one in told if one.what == "quantized"] or told]
+        events = [event for event in list(self.events)[first:] if event.details.get("block") == name]
+        told = [event.details for event in [one for one in events if one.what == "quantized"] or events]
         before = [details["loss_before"] for details in told if "loss_before" in details]
         after = [details["loss_after"] for details in told if "loss_after" in details]
         row.loss_before = before[0] if row.loss_before is None and before else as_json(row.loss_before)
