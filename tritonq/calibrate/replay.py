@@ -15,7 +15,7 @@ import contextlib
 import functools
 import inspect
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tritonq.calibrate import dependencies, merge
 from tritonq.calibrate.cache import ActivationCache, Key
 from tritonq.calibrate.capture import Arguments, Capture, Ready, Scan, Use
-from tritonq.calibrate.held import Held
+from tritonq.calibrate.held import Held, fingerprint
 from tritonq.calibrate.merge import Rule
 from tritonq.calibrate.outputs import Outputs
 from tritonq.calibrate.task import Batch
@@ -93,10 +93,12 @@ class Replay:
         self._capture = Capture(model, blocks, device, ready or (lambda module: contextlib.nullcontext()))
         self._outputs: dict[Key, Outputs] = {}  # by block, sample
         self._beside: dict[tuple[int, int], list[Outputs]] = {}  # by tower, sample; one a call
-        self._rules: dict[Any, Rule | None] = {}  # by class and structure of the arguments
-        self._rule_of: dict[int, Rule | None] = {}  # of blocks that were worked on
-        self._held = Held(lambda: sum(self.cache.nbytes.values()) / 16)
+        self._dims: dict[Any, merge.Dims] = {}  # of arguments, by class of the block and their types
+        self._rules: dict[Any, Rule | None] = {}  # by block and types of its arguments
+        self._splits: dict[int, merge.Dims] = {}  # of what blocks put out
+        self._held = Held(len(calls))
         self._index = -1  # of the block that is worked on
+        self._common: dict[Any, int] = {}  # samples whose outputs others have in common with them
         self._described: dict[int, list[Any]] = {}  # arguments of the block by sample, see `merge.describe`
         self._moved: dict[nn.Module, torch.device] = {}
         self._kinds = [dependencies.kind(call.args, call.kwargs) for call in calls]
@@ -166,6 +168,7 @@ class Replay:
         what they do not need any more."""
         with self._capture.quiet(), torch.no_grad():
             device = self.device if device is None else device
+            self._common = {}
             for group, rule in self._groups(index, range(len(self.calls))):
                 self._in_rows(group, functools.partial(self._advance, index, rule, device))
             for sample in range(len(self.calls)):
@@ -178,13 +181,14 @@ class Replay:
         for number, sample in enumerate(samples):
             dims = rule.outputs if rule else [None] * len(tensors)
             parts = [merge.part(t, dim, number, len(samples)) for t, dim in zip(tensors, dims, strict=True)]
-            self._keep(index, sample, structure.of(parts), parts)
+            self._keep(index, sample, structure.of(parts), parts, {n for n, dim in enumerate(dims) if dim is None})
 
     def _run(self, index: int, batch: Batch) -> tuple[Any, Outputs, list[Tensor]]:
         name, module = self.blocks[index]
         return self._capture.run(name, module, batch.args, batch.kwargs)
 
-    def _keep(self, index: int, sample: int, structure: Outputs, tensors: Sequence[Tensor]) -> None:
+    def _keep(self, index: int, sample: int, structure: Outputs, tensors: Sequence[Tensor], common: set[int]) -> None:
+        """Args: common: tensors that may be the same for other samples."""
         scan = self.scan(sample)
         position = scan.order.index(index)
         for earlier in scan.order[:position]:
@@ -194,7 +198,16 @@ class Replay:
         self.cache.drop((TARGETS, sample))
         self._outputs[index, sample] = structure
         live = {n: tensor for n, tensor in enumerate(tensors) if scan.last_use((index, n)) > position}
-        self.cache.replace((index, sample), live)
+        self.cache.drop((index, sample))
+        for n in common & live.keys() if len(live) > 1 else ():  # a block's only output is a sample's own
+            mark = (n, live[n].shape, live[n].dtype, fingerprint(live[n]))
+            other = self._common.setdefault(mark, sample)
+            if n in self.cache.numbers((index, other)) and other != sample:
+                self.cache.share((index, sample), (index, other), n)
+                del live[n]
+            else:
+                self._common[mark] = sample
+        self.cache.put((index, sample), live)
 
     # Arguments of a sample
 
@@ -223,21 +236,23 @@ class Replay:
         source = _Sample(self, sample)
         uses = scan.uses[index]
         leaves, tree = flatten(self._capture.arguments(index, source, scan.order, uses, scan.towers[index]))
-        leaves, new = self._held.take(leaves, tree, source.loaded)
-        if sample not in self._described:
-            self._described[sample] = merge.describe(leaves, self._held.marks(leaves))
+        leaves, marks, new, over = self._held.take(sample, leaves, tree, source.loaded)
+        for other, made in over:
+            self.cache.drop((MADE, other), self.cache.numbers((MADE, other)) - {made})
+        self._described[sample] = merge.describe(leaves, marks)
         if new is None:
             return leaves, tree
+        # Outputs that only this block needs, and not as they are, make room for what was made of them.
         passed = {source.loaded[id(leaf)] for leaf in leaves if id(leaf) in source.loaded}
         position = scan.order.index(index)
-        over = {use for use in uses - passed if scan.last_use(use) == position}
-        room = sum(source.sizes[use] for use in over)
+        gone = {use for use in uses - passed if scan.last_use(use) == position}
+        room = sum(source.sizes[use] for use in gone)
         nbytes = sum(leaves[p].nbytes for p in new)
         if not new or not uses or nbytes <= room or self.cache.spare(self.device) >= nbytes:
             if new:
-                for block in {block for block, _ in over}:
-                    gone = {n for b, n in over if b == block}
-                    self.cache.drop((block, sample), self.cache.numbers((block, sample)) - gone)
+                for block in {block for block, _ in gone}:
+                    numbers = self.cache.numbers((block, sample))
+                    self.cache.drop((block, sample), {n for n in numbers if (block, n) not in gone})
                 self.cache.replace((MADE, sample), {p: leaves[p] for p in new})
             self._held.keep(sample)
         return leaves, tree
@@ -276,42 +291,52 @@ class Replay:
     def _rule(self, index: int, one: int, other: int, described: list[Any]) -> Rule | None:
         """How calls of a block are put together, which is found out with two samples; None: they are not."""
         leaves = tuple((len(entry[0]), str(entry[1])) if len(entry) == 3 else type(entry[0]) for entry in described)
-        key = (type(self.blocks[index][1]).__qualname__, leaves)
-        if key not in self._rules:
+        if (index, leaves) not in self._rules:
             (a, tree), (b, _) = self._leaves(index, one), self._leaves(index, other)
-            find = functools.partial(self._find_rule, index, (one, a), (other, b), tree)
-            self._rules[key] = self._reacting(find)
-        self._rule_of[index] = self._rules[key]
-        return self._rules[key]
+            find = functools.partial(self._find_rule, index, (one, a), (other, b), tree, leaves)
+            rule = self._rules[index, leaves] = self._reacting(find)
+            if rule is None:
+                self._events("samples are not put together", block=self.blocks[index][0])
+            else:
+                self._splits[index] = rule.outputs
+        return self._rules[index, leaves]
 
     def _find_rule(
-        self, index: int, one: tuple[int, list[Any]], other: tuple[int, list[Any]], tree: Tree
+        self, index: int, one: tuple[int, list[Any]], other: tuple[int, list[Any]], tree: Tree, leaves: Any
     ) -> Rule | None:
-        scan = self.scan(one[0])
+        """The dimensions are those of blocks of the same class with such arguments, else of a call of the model with
+        both samples, else the first; if this block bears them out."""
         tried: list[merge.Dims] = []
-        real = self._capture.real
+        key = (type(self.blocks[index][1]).__qualname__, leaves)
+        for dims in self._candidates(index, one, other, key):
+            if dims not in tried and any(dim is not None for dim in dims):
+                tried.append(dims)
+                rule = self._checked(index, one, other, dims, tree)
+                if rule is not None:
+                    self._dims[key] = dims
+                    return rule
+        return None
+
+    def _candidates(
+        self, index: int, one: tuple[int, list[Any]], other: tuple[int, list[Any]], key: Any
+    ) -> Iterator[merge.Dims]:
+        if key in self._dims:
+            yield self._dims[key]
+        scan, real = self.scan(one[0]), self._capture.real
         for call in merge.joined_calls(self.calls[one[0]], self.calls[other[0]]):
             source = _Pair(self, one[0], other[0], call)
             try:
-                both, _ = flatten(
-                    self._capture.arguments(index, source, scan.order, scan.uses[index], scan.towers[index])
-                )
+                found = self._capture.arguments(index, source, scan.order, scan.uses[index], scan.towers[index])
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # the model does not take two such samples at a time
                 self._capture.real = real
                 continue
-            dims = merge.dims_of(one[1], other[1], both)
-            if dims is not None and dims not in tried:
-                tried.append(dims)
-        guess = merge.guessed(one[1], other[1])
-        for dims in [*tried, *([] if guess in tried else [guess])]:
-            if any(dim is not None for dim in dims):
-                rule = self._checked(index, one, other, dims, tree)
-                if rule is not None:
-                    return rule
-        self._events("samples are not put together", block=self.blocks[index][0])
-        return None
+            both = flatten(found)[0]
+            dims = merge.dims_of(one[1], other[1], both, None if source.complete else [False] * len(both))
+            if dims is not None:
+                yield dims
+        yield merge.guessed(one[1], other[1])
 
     def _checked(
         self, index: int, one: tuple[int, list[Any]], other: tuple[int, list[Any]], dims: merge.Dims, tree: Tree
@@ -362,9 +387,8 @@ class Replay:
     def _targets(self, index: int, batch: Batch, rule: Rule | None) -> list[Tensor]:
         dims = rule.targets if rule else []
         missing = [sample for sample in batch.samples if (TARGETS, sample) not in self.cache]
-        device = next(leaf.device for leaf in flatten((batch.args, batch.kwargs))[0] if isinstance(leaf, Tensor))
-        if len(batch.samples) > 1 and any(dim is None for dim in dims):
-            return floating(self._run(index, batch)[0])
+        leaves, _ = flatten((batch.args, batch.kwargs))
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), self.device)
         found: dict[int, list[Tensor]] = {}
 
         def run(rows: Sequence[int]) -> None:
@@ -501,8 +525,7 @@ class Replay:
             "scans": self._scans,
             "outputs": self._outputs,
             "beside": self._beside,
-            "rules": self._rules,
-            "rule_of": self._rule_of,
+            "rules": (self._dims, self._rules, self._splits),
             "flags": (self._capture.real, self._capture.writes, self.rows),
         }
         self.cache.save(folder, {STATE: pickle.dumps(state)})
@@ -518,7 +541,7 @@ class Replay:
         unknown = set(self._kinds) - self._scans.keys()
         if unknown:
             raise ValueError(f"{folder} was written for other samples; resume with the same data")
-        self._rules, self._rule_of = state["rules"], state["rule_of"]
+        self._dims, self._rules, self._splits = state["rules"]
         self._capture.real, self._capture.writes, self.rows = state["flags"]
         self.cache.load(folder)
 
@@ -565,6 +588,7 @@ class _Pair:
 
     def __init__(self, replay: Replay, one: int, other: int, call: Arguments) -> None:
         self._replay, self._samples, self._call = replay, (one, other), call
+        self.complete = True  # outputs were there; else only shapes come out right
 
     def call(self) -> Arguments:
         return self._call
@@ -574,14 +598,14 @@ class _Pair:
         return one.doubled(self._dims(block))
 
     def _dims(self, block: int) -> merge.Dims:
-        rule = self._replay._rule_of.get(block)
-        if rule is None:
-            raise ValueError("what this block puts out for two samples is not known")
-        return rule.outputs
+        return self._replay._splits[block]
 
     def load(self, block: int, numbers: Iterable[int]) -> dict[int, Tensor]:
         numbers, dims = list(numbers), self._dims(block)
         cache, device = self._replay.cache, self._replay.device
+        if any(set(numbers) - cache.numbers((block, sample)) for sample in self._samples):
+            self.complete = False
+            return {}
         one, other = (cache.get((block, sample), device, numbers) for sample in self._samples)
         pairs = [[one[n] for n in numbers], [other[n] for n in numbers]]
         return dict(zip(numbers, merge.join(pairs, [dims[n] for n in numbers]), strict=True))
