@@ -81,7 +81,7 @@ def t5(hf):
     return hf.T5ForConditionalGeneration(config), calls
 
 
-def qwen3_vl(hf, image: bool = True):
+def qwen3_vl(hf):
     """Features of an image are added between the first language layers."""
     vision = {
         "depth": 3,
@@ -98,21 +98,20 @@ def qwen3_vl(hf, image: bool = True):
     tokens = {"image_token_id": 61, "video_token_id": 62, "vision_start_token_id": 60, "vision_end_token_id": 63}
     language = {**SHAPE, "num_hidden_layers": 4, "rope_scaling": {"rope_type": "default", "mrope_section": [4, 2, 2]}}
     model = hf.Qwen3VLForConditionalGeneration(hf.Qwen3VLConfig(text_config=language, vision_config=vision, **tokens))
-    calls = []
-    for seed, (height, width) in enumerate(((4, 4), (4, 4), (4, 6))):
-        patches = height * width
-        picture = torch.tensor([[60] + [61] * (patches // 4) + [63]])
-        tokens = torch.cat([ids(3, seed), picture, ids(4, seed + 7)], 1)
-        calls.append(
-            call(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                mm_token_type_ids=(tokens == 61).long(),
-                pixel_values=noise(patches, 24, seed=seed),
-                image_grid_thw=torch.tensor([[1, height, width]]),
-            )
-        )
-    return model, [*calls, padded(3, 9)]
+    return model, [picture(0, 4, 4), picture(1, 4, 4), picture(2, 4, 6), padded(3, 9)]
+
+
+def picture(seed: int, height: int, width: int):
+    """An image of so many patches of 2 x 2 pixels, four of which are a token, between seven tokens of text."""
+    image = torch.tensor([[60] + [61] * (height * width // 4) + [63]])
+    tokens = torch.cat([ids(3, seed), image, ids(4, seed + 7)], 1)
+    return call(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        mm_token_type_ids=(tokens == 61).long(),
+        pixel_values=noise(height * width, 24, seed=seed),
+        image_grid_thw=torch.tensor([[1, height, width]]),
+    )
 
 
 class Joint(nn.Module):

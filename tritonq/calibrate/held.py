@@ -124,5 +124,10 @@ class Held:
         found = self._samples.get(sample)
         if found is None:
             return None
-        look = {"use": use, "made": made, "shared": self._shared.__getitem__, "value": lambda entry: entry}
+        look: dict[str, Callable[[Any], Any]] = {
+            "use": use,
+            "made": made,
+            "shared": self._shared.__getitem__,
+            "value": lambda entry: entry,
+        }
         return [look[kind](entry) for kind, entry in found[0]], found[1]

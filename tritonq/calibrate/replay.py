@@ -89,7 +89,7 @@ class Replay:
             raise ValueError("calibration takes at least one sample, got none")
         self.model, self.calls, self.rows, self.keep_targets = model, calls, rows, keep_targets
         self.cache = ActivationCache(events=events) if cache is None else cache
-        self._events = events or (lambda what, **details: None)
+        self._events = events if events is not None else lambda what, **details: None
         self._capture = Capture(model, blocks, device, ready or (lambda module: contextlib.nullcontext()))
         self._outputs: dict[Key, Outputs] = {}  # by block, sample
         self._beside: dict[tuple[int, int], list[Outputs]] = {}  # by tower, sample; one a call
