@@ -21,6 +21,19 @@ FAMILIES = block_models.TRANSFORMERS + block_models.WRITTEN
 family = pytest.mark.parametrize("make", FAMILIES, ids=lambda make: make.__name__)
 
 
+@contextlib.contextmanager
+def without_keys(model):
+    """transformers keeps keys and values by default, which blocks would be called with."""
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if config is not None else None
+    before = getattr(config, "use_cache", None)
+    if before:
+        config.use_cache = False
+    yield
+    if before:
+        config.use_cache = True
+
+
 def own(model, found, calls):
     """Arguments and outputs of blocks in the model's own forward: {(name, sample): (leaves, output)}."""
     seen, order = {}, []
@@ -38,11 +51,8 @@ def own(model, found, calls):
         for name, module in found:
             hooks.append(module.register_forward_pre_hook(functools.partial(before, name, sample), with_kwargs=True))
             hooks.append(module.register_forward_hook(functools.partial(after, name, sample)))
-        extra = (
-            {"use_cache": False} if "input_ids" in call.kwargs and "bert" not in type(model).__name__.lower() else {}
-        )
-        with torch.no_grad():
-            model(*call.args, **call.kwargs, **extra)
+        with without_keys(model), torch.no_grad():
+            model(*call.args, **call.kwargs)
         for hook in hooks:
             hook.remove()
     return seen, list(dict.fromkeys(order))
