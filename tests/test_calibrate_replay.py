@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tritonq.calibrate import blocks
+from tritonq.calibrate import blocks, dependencies
 from tritonq.calibrate.cache import ActivationCache
 from tritonq.calibrate.replay import Replay
 from tritonq.calibrate.trees import flatten, tree_map
@@ -154,6 +154,27 @@ def test_dependencies_without_gradients_are_found():
     model, calls = block_models.build(block_models.turned)
     replay = Replay(model, blocks.find(model), calls)
     assert replay.scan(0).uses == {0: set(), 1: {(0, 0)}, 2: {(0, 0), (1, 0)}, 3: {(2, 0)}}
+
+
+def test_digests_tell_values_apart():
+    """Factors are those that splitmix64 is known to give for seed 0; values that were put in another order differ."""
+    known = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [f % (1 << 64) for f in dependencies._factors(0, 3, torch.device("cpu")).tolist()] == known
+    for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64):
+        plain = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+        one = plain.to(dtype)
+        assert dependencies.same(dependencies.digests([one, 1, None]), dependencies.digests([one.clone(), 1, None]))
+        for other in (plain.roll(1), plain[:7], plain[None], plain.flip(0)):
+            assert not dependencies.same(dependencies.digests(one), dependencies.digests(other.to(dtype)))
+    words = torch.arange(10)
+    whole = sum(int(f * w) for (_, f), w in zip(dependencies._chunks(words, 1), words, strict=True))
+    assert whole % (1 << 64) == dependencies.fingerprint(words) % (1 << 64), "chunks go on with the factors"
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    near, far = values * (1 + 1e-7), values + 1e-3
+    assert dependencies.fingerprint(values) != dependencies.fingerprint(near)
+    assert dependencies.same(dependencies.digests(values), dependencies.digests(near))
+    assert not dependencies.same(dependencies.digests(values), dependencies.digests(far))
+    assert not dependencies.same(dependencies.digests([1]), dependencies.digests([2]))
 
 
 class Sees(nn.Module):

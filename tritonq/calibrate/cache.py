@@ -120,6 +120,17 @@ class ActivationCache:
         """Of the tensors of an entry that are kept."""
         return {number for _, views in self._entries.get(key, ()) for number in views}
 
+    def place(self, key: Key, number: int) -> tuple[int, int]:
+        """Where a tensor lies: the same for those that share their memory.
+
+        Raises:
+            KeyError: it is not there.
+        """
+        for piece, views in self._entries.get(key, ()):
+            if number in views:
+                return id(piece), views[number].start
+        raise KeyError(f"block {key[0]}, sample {key[1]}: tensor {number} is not kept")
+
     # In and out
 
     def put(self, key: Key, tensors: Mapping[int, Tensor]) -> None:
@@ -136,12 +147,11 @@ class ActivationCache:
         Raises:
             KeyError: the other one does not have it.
         """
-        for piece, views in self._entries.get(other, ()):
-            if number in views:
+        place, _ = self.place(other, number)
+        for piece, views in self._entries[other]:
+            if id(piece) == place:
                 piece.entries += 1
                 self._entries.setdefault(key, []).append((piece, {number: views[number]}))
-                return
-        raise KeyError(f"block {other[0]}, sample {other[1]}: tensor {number} is not kept")
 
     def get(self, key: Key, device: torch.device | str, numbers: Iterable[int] | None = None) -> dict[int, Tensor]:
         """Tensors of an entry by number, on a device; not to be written to.

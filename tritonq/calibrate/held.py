@@ -13,22 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonq.calibrate.dependencies import fingerprint
 from tritonq.calibrate.trees import Tree
 
 Use = tuple[int, int]
-Mark = tuple[Any, ...]  # shape, type, device, fingerprint
+Mark = tuple[Any, ...]  # equal for tensors of the same values
 _CONSTANTS = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size)
-
-
-def fingerprint(tensor: Tensor) -> int:
-    """A number of the bytes of a tensor: their sum with pseudo-random factors, modulo 2^64."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(plain.element_size(), torch.int64)
-    codes = plain.view(width).to(torch.int64)
-    factors = torch.arange(1, codes.numel() + 1, device=codes.device) * -7046029254386353131  # splitmix64's steps
-    factors = (factors ^ (factors >> 30)) * -4658895280553007687
-    factors = (factors ^ (factors >> 27)) * -7723592293110705685
-    return int((codes * factors).sum())
 
 
 class Held:
@@ -63,14 +53,14 @@ class Held:
         return freed
 
     def take(
-        self, sample: int, leaves: Sequence[Any], tree: Tree, loaded: Mapping[int, Use]
+        self, sample: int, leaves: Sequence[Any], tree: Tree, loaded: Mapping[int, tuple[Use, Mark]]
     ) -> tuple[list[Any], list[Mark | None], list[int] | None, list[tuple[int, int]]]:
         """Look at the leaves of a sample. Returns them, with tensors that are held in place of equal ones; by what
         tensors of one shape are told apart; positions of those that need a place before `keep` is called, None where
         there cannot be any; and (sample, position) of such that need none any more.
 
         Args:
-            loaded: what came out of the cache, by `id`.
+            loaded: what came out of the cache, by `id`, and where it lies there.
         """
         entries: list[tuple[str, Any]] = []
         result: list[Any] = []
@@ -83,10 +73,11 @@ class Held:
                 known &= isinstance(leaf, _CONSTANTS) or callable(leaf)
                 entries.append(("value", leaf))
             else:
-                mark = (tuple(leaf.shape), leaf.dtype, leaf.device, fingerprint(leaf))
                 if id(leaf) in loaded:
-                    entries.append(("use", loaded[id(leaf)]))
+                    use, mark = loaded[id(leaf)]
+                    entries.append(("use", use))
                 else:
+                    mark = (tuple(leaf.shape), leaf.dtype, leaf.device, fingerprint(leaf))
                     over += self._share(sample, position, mark, leaf)
                     entries.append(("shared", mark) if mark in self._shared else ("made", position))
                     leaf = self._shared.get(mark, leaf)

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import inspect
 import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from tritonq.calibrate import dependencies, merge
 from tritonq.calibrate.cache import ActivationCache, Key
 from tritonq.calibrate.capture import Arguments, Capture, Ready, Scan, Use
-from tritonq.calibrate.held import Held, fingerprint
+from tritonq.calibrate.held import Held
 from tritonq.calibrate.merge import Rule
 from tritonq.calibrate.outputs import Outputs
 from tritonq.calibrate.task import Batch
@@ -149,7 +150,7 @@ class Replay:
             targets: with what the block puts out for them. That is found the first time that it is asked for, when the
                 block has to be dense, and kept until the next block if `keep_targets`.
         """
-        with self._capture.quiet(), torch.no_grad():
+        with torch.no_grad():
             found = []
             for group, rule in self._groups(index, samples):
                 batch = self._batch(index, group, rule, device)
@@ -170,7 +171,7 @@ class Replay:
             device = self.device if device is None else device
             self._common = {}
             for group, rule in self._groups(index, range(len(self.calls))):
-                self._in_rows(group, functools.partial(self._advance, index, rule, device))
+                self._in_rows(group, functools.partial(self._advance, index, rule, device), index)
             for sample in range(len(self.calls)):
                 self.cache.drop((TARGETS, sample))
                 self.cache.drop((MADE, sample))
@@ -185,7 +186,8 @@ class Replay:
 
     def _run(self, index: int, batch: Batch) -> tuple[Any, Outputs, list[Tensor]]:
         name, module = self.blocks[index]
-        return self._capture.run(name, module, batch.args, batch.kwargs)
+        with self._capture.quiet():
+            return self._capture.run(name, module, batch.args, batch.kwargs)
 
     def _keep(self, index: int, sample: int, structure: Outputs, tensors: Sequence[Tensor], common: set[int]) -> None:
         """Args: common: tensors that may be the same for other samples."""
@@ -200,7 +202,7 @@ class Replay:
         live = {n: tensor for n, tensor in enumerate(tensors) if scan.last_use((index, n)) > position}
         self.cache.drop((index, sample))
         for n in common & live.keys() if len(live) > 1 else ():  # a block's only output is a sample's own
-            mark = (n, live[n].shape, live[n].dtype, fingerprint(live[n]))
+            mark = (n, live[n].shape, live[n].dtype, dependencies.fingerprint(live[n]))
             other = self._common.setdefault(mark, sample)
             if n in self.cache.numbers((index, other)) and other != sample:
                 self.cache.share((index, sample), (index, other), n)
@@ -243,7 +245,7 @@ class Replay:
         if new is None:
             return leaves, tree
         # Outputs that only this block needs, and not as they are, make room for what was made of them.
-        passed = {source.loaded[id(leaf)] for leaf in leaves if id(leaf) in source.loaded}
+        passed = {source.loaded[id(leaf)][0] for leaf in leaves if id(leaf) in source.loaded}
         position = scan.order.index(index)
         gone = {use for use in uses - passed if scan.last_use(use) == position}
         room = sum(source.sizes[use] for use in gone)
@@ -349,7 +351,8 @@ class Replay:
         for leaves in (one[1], other[1], merge.join([one[1], other[1]], dims)):
             args, kwargs = self._capture.to(unflatten(leaves, tree), device)
             try:
-                results.append(self._capture.run(name, module, args, kwargs))
+                with self._capture.quiet(), torch.no_grad():
+                    results.append(self._capture.run(name, module, args, kwargs))
             except Exception as error:
                 if len(results) < 2:
                     raise
@@ -366,12 +369,16 @@ class Replay:
             return None
         return Rule(dims, found, targets)
 
-    def _in_rows(self, samples: Sequence[int], function: Callable[[Sequence[int]], None]) -> None:
-        """Call it with some samples at a time, fewer where memory runs out."""
+    def _in_rows(self, samples: Sequence[int], function: Callable[[Sequence[int]], None], index: int) -> None:
+        """Call it with some samples at a time, fewer where memory runs out; inputs of the block for the next ones are
+        copied meanwhile."""
         done = 0
         while done < len(samples):
             rows = samples[done : done + self.rows]
             try:
+                following = samples[done + len(rows) : done + 2 * len(rows)]
+                used = {block for sample in following for block, _ in self.scan(sample).uses[index]} | {MADE}
+                self.cache.prefetch([(block, sample) for sample in following for block in used], self.device)
                 function(rows)
             except torch.OutOfMemoryError as error:
                 if len(rows) > 1:
@@ -403,7 +410,7 @@ class Replay:
                 else:
                     found[sample] = parts
 
-        self._in_rows(missing, run)
+        self._in_rows(missing, run, index)
         for sample in batch.samples:
             if sample not in found:
                 kept = self._reacting(functools.partial(self.cache.get, (TARGETS, sample), device))
@@ -425,8 +432,9 @@ class Replay:
         """The mask of tokens in a sample's call that has the first two dimensions of its part of a target."""
         call = self.calls[sample]
         names: dict[str, Any] = dict(call.kwargs)
-        with contextlib.suppress(TypeError, ValueError):
-            names = {**inspect.signature(self.model.forward).bind_partial(*call.args).arguments, **names}
+        if call.args:
+            with contextlib.suppress(TypeError, ValueError):
+                names = {**inspect.signature(self.model.forward).bind_partial(*call.args).arguments, **names}
         found = [name for name in names if name.endswith(("attention_mask", "hidden_states_mask"))]
         decoder = "decoder" in self.blocks[index][0]
         found.sort(key=lambda name: name.startswith("decoder") != decoder)
@@ -531,7 +539,9 @@ class Replay:
         self.cache.save(folder, {STATE: pickle.dumps(state)})
 
     def _load(self, folder: Path) -> None:
-        state = pickle.loads((folder / STATE).read_bytes())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # pytree's specs meet one of their own
+            state = pickle.loads((folder / STATE).read_bytes())
         given = dict(self._capture.given)
         missing = [name for name in state["blocks"] if name not in given]
         if missing:
@@ -550,12 +560,12 @@ class _Sample:
     """A sample as the source of a forward.
 
     Attributes:
-        loaded: what came out of the cache, by `id`; sizes: its bytes.
+        loaded: what came out of the cache, by `id`, and where it lies there. sizes: its bytes.
     """
 
     def __init__(self, replay: Replay, sample: int) -> None:
         self._replay, self._sample = replay, sample
-        self.loaded: dict[int, Use] = {}
+        self.loaded: dict[int, tuple[Use, tuple[int, int]]] = {}
         self.sizes: dict[Use, int] = {}
         self._alive: list[Tensor] = []
 
@@ -572,7 +582,8 @@ class _Sample:
         self.sizes.update({(block, n): tensor.nbytes for n, tensor in found.items()})
         if replay._capture.writes:
             return {n: tensor.clone() for n, tensor in found.items()}
-        self.loaded.update({id(tensor): (block, n) for n, tensor in found.items()})
+        for n, tensor in found.items():
+            self.loaded[id(tensor)] = (block, n), replay.cache.place((block, self._sample), n)
         self._alive += found.values()
         return found
 
