@@ -51,7 +51,9 @@ def llama_padded(hf):
 
 def qwen3_moe(hf):
     config = hf.Qwen3MoeConfig(**SHAPE, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
-    return hf.Qwen3MoeForCausalLM(config), [text(0), text(1)]
+    model = hf.Qwen3MoeForCausalLM(config)
+    model.config._experts_implementation = "eager"
+    return model, [text(0), text(1)]
 
 
 def gemma3n(hf):

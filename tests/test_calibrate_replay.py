@@ -577,14 +577,17 @@ def test_arguments_on_a_gpu(make):
     """Outputs in pinned memory and on the device, blocks and what is beside them on the GPU."""
     model, calls = block_models.build(make)
     model = model.cuda()
-    found = blocks.find(model)
+    parts = blocks.find(model)
     there = [block_models.call(*_cuda(call.args), **_cuda(call.kwargs)) for call in calls]
-    wanted, _ = own(model, found, there)
+    wanted, _ = own(model, parts, there)
     for room in ({}, {torch.device("cuda", 0): 1 << 30}):
-        replay = Replay(model, found, calls, cache=ActivationCache(room=room), rows=1)
+        replay = Replay(model, parts, calls, cache=ActivationCache(room=room), rows=1)
         for index, (name, _) in enumerate(replay.blocks):
             for sample in range(len(calls)):
-                check_equal(flatten(replay.arguments(index, sample))[0], wanted[name, sample][0])
+                found = flatten(replay.arguments(index, sample))[0]
+                for one, other in zip(found, wanted[name, sample][0], strict=True):
+                    if isinstance(other, torch.Tensor):  # experts may add up in any order
+                        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
             replay.fetch(index, range(len(calls)), "cuda", True)
             replay.advance(index)
         replay.close()

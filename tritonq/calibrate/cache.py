@@ -90,10 +90,10 @@ class ActivationCache:
         self,
         host: int | None = None,
         folder: str | Path | None = None,
-        room: Mapping[torch.device, int] | None = None,
+        room: Mapping[torch.device | str, int] | None = None,
         events: Callable[..., None] | None = None,
     ) -> None:
-        self.host, self.room = host, {torch.device(device): size for device, size in (room or {}).items()}
+        self.host, self.room = host, {_indexed(torch.device(device)): size for device, size in (room or {}).items()}
         self._given = None if folder is None else Path(folder)
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._entries: dict[Key, list[Part]] = {}
@@ -119,6 +119,10 @@ class ActivationCache:
     def numbers(self, key: Key) -> set[int]:
         """Of the tensors of an entry that are kept."""
         return {number for _, views in self._entries.get(key, ()) for number in views}
+
+    def allow(self, device: torch.device | str, nbytes: int) -> None:
+        """Let entries that come from now on take so many bytes on a device."""
+        self.room[_indexed(torch.device(device))] = nbytes
 
     def place(self, key: Key, number: int) -> tuple[int, int]:
         """Where a tensor lies: the same for those that share their memory.

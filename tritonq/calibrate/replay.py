@@ -345,8 +345,7 @@ class Replay:
     ) -> Rule | None:
         """Whether a call with both gives what single ones give, and along which dimensions."""
         name, module = self.blocks[index]
-        device = next((p.device for p in module.parameters()), self.device)
-        device = self.device if device.type == "meta" else device
+        device = self._device_of(index, self.device)
         results = []
         for leaves in (one[1], other[1], merge.join([one[1], other[1]], dims)):
             args, kwargs = self._capture.to(unflatten(leaves, tree), device)
@@ -368,6 +367,11 @@ class Replay:
         if found is None or targets is None:
             return None
         return Rule(dims, found, targets)
+
+    def _device_of(self, index: int, default: torch.device) -> torch.device:
+        """Where a block runs: `default` where it has no weights, or none in place."""
+        device = next((p.device for p in self.blocks[index][1].parameters()), default)
+        return default if device.type == "meta" else device
 
     def _in_rows(self, samples: Sequence[int], function: Callable[[Sequence[int]], None], index: int) -> None:
         """Call it with some samples at a time, fewer where memory runs out; inputs of the block for the next ones are
@@ -396,10 +400,12 @@ class Replay:
         missing = [sample for sample in batch.samples if (TARGETS, sample) not in self.cache]
         leaves, _ = flatten((batch.args, batch.kwargs))
         device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), self.device)
+        home = self._device_of(index, device)
         found: dict[int, list[Tensor]] = {}
 
         def run(rows: Sequence[int]) -> None:
-            part = batch if tuple(rows) == batch.samples else self._batch(index, rows, rule, device)
+            whole = tuple(rows) == batch.samples and device == home
+            part = batch if whole else self._batch(index, rows, rule, home)
             tensors = floating(self._run(index, part)[0])
             for number, sample in enumerate(rows):
                 parts = [
@@ -408,7 +414,7 @@ class Replay:
                 if self.keep_targets:
                     self.cache.replace((TARGETS, sample), dict(enumerate(parts)))
                 else:
-                    found[sample] = parts
+                    found[sample] = [part.to(device) for part in parts]
 
         self._in_rows(missing, run, index)
         for sample in batch.samples:
