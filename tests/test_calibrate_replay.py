@@ -228,6 +228,35 @@ def test_towers_run_where_they_are_needed(deep):
     assert replay.nbytes == 0
 
 
+def test_blocks_are_gone_through_in_order():
+    """What was made of outputs takes their place in memory while a block is worked on."""
+    model, calls = Sees(True).eval(), seen()
+    replay = Replay(model, blocks.find(model), calls)
+    replay.advance(0)
+    before = replay.nbytes
+    replay.fetch(1, range(3), "cpu")
+    assert replay.nbytes == before, "features before the second block are added to what the first has put out"
+    replay.arguments(0, 0)
+    with pytest.raises(ValueError, match=r"'layers\.0' has put out for sample 0 is not kept any more.*in order"):
+        replay.arguments(1, 0)
+
+
+def test_watched_outputs_beside_targets():
+    model, calls = block_models.build(block_models.llama_padded)
+    replay = Replay(model, blocks.find(model), calls, rows=1)
+    wanted = {s: replay.fetch(0, [s], "cpu", True)[0] for s in range(4)}
+    with torch.no_grad():
+        replay.blocks[0][1].mlp.down_proj.weight.zero_()
+    watched = {}
+    replay.advance(0, "cpu", lambda batch, outputs: watched.update({batch.samples: (batch, outputs)}))
+    assert sorted(watched) == [(0,), (1,), (2,), (3,)]
+    for (sample,), (batch, outputs) in watched.items():
+        assert torch.equal(batch.targets[0], wanted[sample].targets[0]) and len(batch.masks) == 1
+        assert not torch.equal(outputs[0], batch.targets[0])
+        (following,) = replay.fetch(1, [sample], "cpu")
+        assert torch.equal(following.args[0], outputs[0])
+
+
 def test_memory_is_that_of_the_hidden_states():
     """Features between layers and arguments by layer are made again; with 24 samples of different lengths."""
     model, _ = block_models.build(block_models.qwen3_vl)

@@ -46,11 +46,9 @@ class Held:
             self._shared = {mark: tensor for mark, tensor in self._shared.items() if mark in self._used}
             self._block, self._used, self._first, self._samples = block, set(), {}, {}
 
-    def clear(self) -> int:
-        """Let go of everything. Returns bytes."""
-        freed = self.nbytes
-        self._shared, self._used, self._first, self._samples = {}, set(), {}, {}
-        return freed
+    def to(self, device: torch.device) -> None:
+        """Move what is held."""
+        self._shared = {mark: tensor.to(device) for mark, tensor in self._shared.items()}
 
     def take(
         self, sample: int, leaves: Sequence[Any], tree: Tree, loaded: Mapping[int, tuple[Use, Mark]]
@@ -77,7 +75,7 @@ class Held:
                     use, mark = loaded[id(leaf)]
                     entries.append(("use", use))
                 else:
-                    mark = (tuple(leaf.shape), leaf.dtype, leaf.device, fingerprint(leaf))
+                    mark = (tuple(leaf.shape), leaf.dtype, fingerprint(leaf))
                     over += self._share(sample, position, mark, leaf)
                     entries.append(("shared", mark) if mark in self._shared else ("made", position))
                     leaf = self._shared.get(mark, leaf)

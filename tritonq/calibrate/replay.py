@@ -155,30 +155,46 @@ class Replay:
             for group, rule in self._groups(index, samples):
                 batch = self._batch(index, group, rule, device)
                 if targets:
-                    batch.targets = self._targets(index, batch, rule)
-                    dims = rule.targets if rule else [0] * len(batch.targets)
-                    batch.masks = [
-                        self._mask(index, batch.samples, target, dim)
-                        for target, dim in zip(batch.targets, dims, strict=True)
-                    ]
+                    self._add_targets(index, batch, rule)
                 found.append(batch)
             return found
 
-    def advance(self, index: int, device: torch.device | str | None = None) -> None:
+    def advance(
+        self,
+        index: int,
+        device: torch.device | str | None = None,
+        watch: Callable[[Batch, list[Tensor]], None] | None = None,
+    ) -> None:
         """Run a block, as it is now, on all samples, and keep what later blocks need of what it puts out, in place of
-        what they do not need any more."""
+        what they do not need any more.
+
+        Args:
+            device: of the block. watch: is given each batch, with its targets where all of them are kept, and the
+                floating outputs.
+        """
         with self._capture.quiet(), torch.no_grad():
             device = self.device if device is None else device
             self._common = {}
             for group, rule in self._groups(index, range(len(self.calls))):
-                self._in_rows(group, functools.partial(self._advance, index, rule, device), index)
+                self._in_rows(group, functools.partial(self._advance, index, rule, device, watch), index)
             for sample in range(len(self.calls)):
                 self.cache.drop((TARGETS, sample))
                 self.cache.drop((MADE, sample))
 
-    def _advance(self, index: int, rule: Rule | None, device: torch.device | str, samples: Sequence[int]) -> None:
+    def _advance(
+        self,
+        index: int,
+        rule: Rule | None,
+        device: torch.device | str,
+        watch: Callable[[Batch, list[Tensor]], None] | None,
+        samples: Sequence[int],
+    ) -> None:
         batch = self._batch(index, samples, rule, device)
-        _, structure, tensors = self._run(index, batch)
+        returned, structure, tensors = self._run(index, batch)
+        if watch is not None:
+            if all((TARGETS, sample) in self.cache for sample in samples):
+                self._add_targets(index, batch, rule)
+            watch(batch, floating(returned))
         for number, sample in enumerate(samples):
             dims = rule.outputs if rule else [None] * len(tensors)
             parts = [merge.part(t, dim, number, len(samples)) for t, dim in zip(tensors, dims, strict=True)]
@@ -395,6 +411,13 @@ class Replay:
 
     # Targets
 
+    def _add_targets(self, index: int, batch: Batch, rule: Rule | None) -> None:
+        batch.targets = self._targets(index, batch, rule)
+        dims = rule.targets if rule else [0] * len(batch.targets)
+        batch.masks = [
+            self._mask(index, batch.samples, target, dim) for target, dim in zip(batch.targets, dims, strict=True)
+        ]
+
     def _targets(self, index: int, batch: Batch, rule: Rule | None) -> list[Tensor]:
         dims = rule.targets if rule else []
         missing = [sample for sample in batch.samples if (TARGETS, sample) not in self.cache]
@@ -466,8 +489,6 @@ class Replay:
         moved = self.cache.to_host()
         if moved:
             self._events("out of memory", where="activations", reaction="moved to the host", bytes=moved)
-        elif self._held.clear():
-            self._events("out of memory", where="activations", reaction="arguments are not held")
         elif self.device.type != "cpu" and self._to_cpu():
             self._events("out of memory", where="beside the blocks", reaction="moved to the CPU")
         else:
@@ -489,12 +510,13 @@ class Replay:
                 self._moved[module] = tensor.device
                 module._apply(lambda t: t.to("cpu"), recurse=False)
         self._capture.device = torch.device("cpu")
+        self._held.to(self.device)
         return True
 
     def close(self) -> None:
         """Free the activations, and put back on its device what had to leave it."""
         self.cache.close()
-        self._held.clear()
+        self._held.at(-1)
         for module, device in self._moved.items():
             module._apply(lambda t, device=device: t.to(device), recurse=False)
         self._moved = {}
@@ -583,7 +605,12 @@ class _Sample:
         return self._replay._outputs.get((block, self._sample))
 
     def load(self, block: int, numbers: Iterable[int]) -> dict[int, Tensor]:
-        replay = self._replay
+        replay, numbers = self._replay, set(numbers)
+        if numbers - replay.cache.numbers((block, self._sample)):
+            raise ValueError(
+                f"what {replay.blocks[block][0]!r} has put out for sample {self._sample} is not kept any more: blocks "
+                "are gone through in order, and each is left for good by `advance`"
+            )
         found = replay.cache.get((block, self._sample), replay.device, numbers)
         self.sizes.update({(block, n): tensor.nbytes for n, tensor in found.items()})
         if replay._capture.writes:
