@@ -230,16 +230,16 @@ def deterministic(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.get_deterministic_debug_mode()
     filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*deterministic.*")
         try:
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             yield
         finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.set_deterministic_debug_mode(before)
             torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
@@ -363,7 +363,7 @@ class Trial:
         return total, count
 
     def _forward(self, replica: Replica, batch: Batch) -> list[Tensor]:
-        return self.task.forward(batch, replica.compiled or replica.block)
+        return self.task.forward(batch, replica.block if replica.compiled is None else replica.compiled)
 
     def _collect(self, replica: Replica) -> None:
         """Add a replica's gradients to those of the first."""
