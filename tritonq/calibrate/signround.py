@@ -13,6 +13,7 @@ v; the codes are there twice.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class SignRound:
     tune_ratios: bool = True
     fused: bool = True
     patience: int | None = None
-    evaluation: int | None = 32
+    evaluation: int | None = 16
     start: str = "search"
     deterministic: bool = True
     compile: bool = False
@@ -359,6 +360,7 @@ class _Tuning:
         """Make room, and say how; raises where there is nothing left to do."""
         task = self.task
         self.trial.forget()
+        gc.collect()  # frames of the failed attempt may be part of a cycle
         if task.device.type == "cuda":
             torch.cuda.empty_cache()
         details = {"block": task.name, "during": self.method.name}

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils import deterministic as uninitialized
 
 from tritonq.autograd import qdq
 from tritonq.calibrate.task import Batch, Layer, Task
@@ -231,16 +232,16 @@ def deterministic(enabled: bool) -> Iterator[None]:
         yield
         return
     before = torch.get_deterministic_debug_mode()
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    filled = uninitialized.fill_uninitialized_memory  # type: ignore[attr-defined]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*deterministic.*")
         try:
             torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            uninitialized.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             yield
         finally:
             torch.set_deterministic_debug_mode(before)
-            torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+            uninitialized.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 Call = tuple[Replica, Batch]
@@ -335,6 +336,7 @@ class Trial:
                     total, count = self._together(group, gradients, total, count)
                     group = []
                 group.append((replica, batch))
+                del batch  # or it would live on beside the next one, and the one after that
                 if own == len(self.replicas) - 1:  # nobody is left to wait for
                     total, count = self._together(group, gradients, total, count)
                     group = []
