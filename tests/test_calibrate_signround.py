@@ -640,6 +640,40 @@ def test_nothing_to_tune():
     assert given.told == []
 
 
+def test_half_precision():
+    """The gradient of a mean would be below what fp16 can hold."""
+    module, data = block(dtype=torch.float16), [x * 1e-3 for x in inputs(dtype=torch.float16)]
+    module.down_proj.weight.data *= 2e-3
+    given = run(SignRound(iters=8, lr=0.02, evaluation=None), module, "int3_g16", data, search=False)
+    ((_, told),) = given.told
+    assert 2 * told["loss_before"] ** 0.5 / (8 * TOKENS * HIDDEN) < 2.0**-25
+    assert told["loss_after"] < 0.97 * told["loss_before"]
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu():
+    """Beside the weight: rounded values, their gradient, offsets of four bytes, codes twice and once more while they
+    are chosen."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    weight = 2 * 8192 * 8192
+    module = nn.Linear(8192, 8192, bias=False, dtype=torch.bfloat16, device=device)
+    x = torch.randn(4, 8192, dtype=torch.bfloat16, device=device)
+    with torch.no_grad():
+        target = module(x)
+    batch = Batch((0,), (x,), {}, [target], [None])
+    layer = Layer("", module, "weight", get_format("int4_g128"))
+    for iters in (2, 3):  # the first compiles, and has cuBLAS take its workspace
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        given = Task("b", module, [layer], 1, lambda *_: [batch], device, lambda what, **d: None, search=False)
+        SignRound(iters=iters).run(given)
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before
+        layer.result = None
+    assert extra <= 5.1 * weight
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("fmt", ["int4_g32", "mxfp4", "nvfp4"])
 def test_on_a_gpu(fmt):
