@@ -459,7 +459,15 @@ def test_two_devices_give_the_bytes_of_one(ragged):
     assert found.told[0][1]["loss_after"] == expected.told[0][1]["loss_after"]
 
 
-def test_replicas_share_what_they_can(monkeypatch):
+def test_every_device_has_a_share():
+    """Calls are no larger than a device's share of a batch, nor than the batch."""
+    for devices, expected in (((), 4), ((CPU, CPU), 2), ((CPU,) * 3, 2)):
+        module = block(kind=Limited)
+        run(SignRound(iters=2, batch=4, evaluation=1), module, micro_batch=8, devices=devices)
+        assert max(module.calls) == expected
+
+
+def test_replicas_share_what_they_can():
     """A copy of the block on the same device has no copy of a weight."""
     given = task(block(), devices=(CPU, CPU))
     with Trial(given) as trial:

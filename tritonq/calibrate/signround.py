@@ -40,6 +40,9 @@ STARTS = ("rule", "search")
 class SignRound:
     """Signed gradient descent on the rounding of every layer of a block, experts included.
 
+    Samples of an iteration are spread over `task.devices`, at most `task.micro_batch` of them a call. How they are cut
+    decides the order of sums: devices change no bit as long as `micro_batch` is no more than their share of a batch.
+
     Attributes:
         iters: iterations. lr: rate of v in the first one, 1 / iters unless it is given, from where it falls linearly to
             0. min_scale_lr: the same for the ratios, lr unless it is given.
@@ -98,7 +101,8 @@ class SignRound:
         if not task.layers or not task.samples:
             return
         try:
-            with deterministic(self.deterministic), Trial(task, self.compile) as trial:
+            share = -(-self.batch // max(1, len(task.devices)))
+            with deterministic(self.deterministic), Trial(task, share, self.compile) as trial:
                 _Tuning(self, task, trial).run()
             return
         except torch.OutOfMemoryError as error:
@@ -364,8 +368,8 @@ class _Tuning:
         if task.device.type == "cuda":
             torch.cuda.empty_cache()
         details = {"block": task.name, "during": self.method.name}
-        if task.micro_batch > 1:
-            task.micro_batch //= 2
+        if self.trial.size > 1:
+            task.micro_batch = self.trial.size // 2
             task.events("out of memory", **details, micro_batch=task.micro_batch)
         elif not self.spilled:
             self.spilled = True

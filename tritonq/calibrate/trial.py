@@ -248,16 +248,15 @@ Call = tuple[Replica, Batch]
 
 
 class Trial:
-    """See above.
+    """See above. A call takes `micro_batch` samples of the task, and `most` at most.
 
     Attributes:
         leaves: one for each layer of the task, of the shape and dtype of its weight, on the first device.
         replicas: of the block, the first of them the block itself.
     """
 
-    def __init__(self, task: Task, compile: bool = False) -> None:
-        self.task = task
-        self.compile = compile
+    def __init__(self, task: Task, most: int | None = None, compile: bool = False) -> None:
+        self.task, self.most, self.compile = task, most, compile
         self.replicas: list[Replica] = []
         self._undo = contextlib.ExitStack()
         self.ahead: dict[int, Ahead] = {}
@@ -320,7 +319,7 @@ class Trial:
     def run(
         self, samples: Sequence[int], gradients: bool, following: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(sum of (y - t)^2, number of elements) over `samples`, fp32 and fp64 [] on the first device, `micro_batch`
+        """(sum of (y - t)^2, number of elements) over `samples`, fp32 and fp64 [] on the first device, `size`
         samples at a time; with `gradients`, those of half the sum are added to the leaves'. `following` come next."""
         chunks = self._chunks(samples)
         after = self._chunks(following or ())
@@ -344,8 +343,13 @@ class Trial:
             total, count = self._together(group, gradients, total, count)
         return total, count
 
+    @property
+    def size(self) -> int:
+        """Samples in a call."""
+        return self.task.micro_batch if self.most is None else min(self.task.micro_batch, self.most)
+
     def _chunks(self, samples: Sequence[int]) -> list[tuple[int, ...]]:
-        size = self.task.micro_batch
+        size = self.size
         return [tuple(samples[i : i + size]) for i in range(0, len(samples), size)]
 
     def _together(self, group: list[Call], gradients: bool, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
