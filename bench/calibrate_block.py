@@ -277,10 +277,9 @@ def main() -> int:
     todo: list[tuple[str, Callable[[], Row]]] = [
         (f"tritonq {row.name}", functools.partial(ours, samples, row, arguments.iters)) for row in chosen
     ]
-    for kind, place in (("eager", 1), ("compiled", len(todo) + 1)):  # compiling takes longest
-        if kind in arguments.peers:
-            call = functools.partial(auto_round, samples, kind == "compiled", arguments.iters)
-            todo.insert(place, (f"auto-round {kind}", call))
+    for kind in arguments.peers:  # last: what it changes in torch and transformers cannot slow down ours
+        call = functools.partial(auto_round, samples, kind == "compiled", arguments.iters)
+        todo.append((f"auto-round {kind}", call))
     print(f"inputs and targets after {time.perf_counter() - began:.0f} s", flush=True)
     for name, call in todo:
         if time.perf_counter() - began > arguments.budget:

@@ -2,6 +2,7 @@
 float64 autograd), the block in float64, signs and rates written out here."""
 
 import copy
+import json
 
 import learned_oracle
 import pytest
@@ -656,6 +657,20 @@ def test_half_precision():
     ((_, told),) = given.told
     assert 2 * told["loss_before"] ** 0.5 / (8 * TOKENS * HIDDEN) < 2.0**-25
     assert told["loss_after"] < 0.97 * told["loss_before"]
+
+
+def test_benchmark_of_a_block(tmp_path, monkeypatch):
+    """`bench.calibrate_block`, tiny and on the CPU, without the package that it compares with."""
+    pytest.importorskip("transformers")
+    calibrate_block = pytest.importorskip("bench.calibrate_block")
+    sizes = ["--hidden", "128", "--inner", "128", "--heads", "4", "--samples", "6", "--tokens", "8", "--iters", "8", "--rows", "3", "--peers"]
+    monkeypatch.setattr(
+        "sys.argv", ["calibrate_block", "--device", "cpu", *sizes, "--out", str(tmp_path / "rows.json")]
+    )
+    assert calibrate_block.main() == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["batch"] == 2 and 0 < row["loss"] < row["loss_rule"]
+    assert row["kept"] == "nearest" or row["loss"] < row["loss_search"]
 
 
 @pytest.mark.gpu
