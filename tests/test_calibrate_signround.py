@@ -663,10 +663,9 @@ def test_benchmark_of_a_block(tmp_path, monkeypatch):
     """`bench.calibrate_block`, tiny and on the CPU, without the package that it compares with."""
     pytest.importorskip("transformers")
     calibrate_block = pytest.importorskip("bench.calibrate_block")
-    sizes = ["--hidden", "128", "--inner", "128", "--heads", "4", "--samples", "6", "--tokens", "8", "--iters", "8", "--rows", "3", "--peers"]
-    monkeypatch.setattr(
-        "sys.argv", ["calibrate_block", "--device", "cpu", *sizes, "--out", str(tmp_path / "rows.json")]
-    )
+    sizes = {"hidden": 128, "inner": 128, "heads": 4, "samples": 6, "tokens": 8, "iters": 8, "rows": 3}
+    words = [word for name, number in sizes.items() for word in (f"--{name}", str(number))]
+    monkeypatch.setattr("sys.argv", ["", "--device", "cpu", *words, "--peers", "--out", str(tmp_path / "rows.json")])
     assert calibrate_block.main() == 0
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert row["batch"] == 2 and 0 < row["loss"] < row["loss_rule"]
