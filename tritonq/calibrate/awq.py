@@ -10,7 +10,6 @@ Rounding is that of the scheme, scale search included, and 1 / s goes where `fol
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -104,6 +104,18 @@ def unchanged(parameters: Sequence[Tensor]) -> Iterator[None]:
             p.detach().copy_(old)
 
 
+def _close(found: Tensor, expected: Tensor, tolerance: float) -> Tensor:
+    """Which columns differ by no more than a share of their norm, bool [K]."""
+    columns = expected.shape[-1] if expected.ndim else 1
+    found, expected = found.reshape(-1, columns), expected.reshape(-1, columns)
+    result: Tensor = (found - expected).norm(dim=0) <= tolerance * expected.norm(dim=0)
+    return result
+
+
+def _near(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return found.shape == expected.shape and bool(_close(found, expected, tolerance).all())
+
+
 class _Probe:
     def __init__(self, task: Task) -> None:
         self.task, self.batch = task, one_batch(task)
@@ -123,14 +135,14 @@ class _Probe:
             outputs = self.task.forward(batch)
         return found, [y.float().clone() for y in outputs]
 
-    def tolerance(self, names: Sequence[nn.Parameter]) -> float:
-        return 8 * max(torch.finfo(p.dtype).eps for p in names)
+    def tolerance(self, producer: Producer) -> float:
+        """Relative error of what products of powers of two, exact by themselves, may come to on their way: sums in any
+        order, rounded to the dtype, and those of (1 + p) * s - 1."""
+        return (8 if producer.plus_one else 4) * max(torch.finfo(p.dtype).eps for p in producer.parameters)
 
     def same(self, outputs: list[Tensor], tolerance: float) -> bool:
-        for y, old in zip(outputs, self.outputs, strict=True):
-            if not bool(((y - old).abs().amax() <= tolerance * old.abs().amax())):
-                return False
-        return True
+        """Whether every column of the outputs is as before."""
+        return all(_near(y, old, tolerance) for y, old in zip(outputs, self.outputs, strict=True))
 
     def scaled(self, name: str, now: Inputs, factor: Tensor, tolerance: float) -> bool:
         """Whether all inputs of a weight are those of before times factor [K] or [E, K], of which some are not 1."""
@@ -145,8 +157,7 @@ class _Probe:
             for old, new in zip(olds, after[expert], strict=True):
                 if old.shape != new.shape:
                     return False
-                limit = tolerance * (old.abs().amax(0) * own)
-                if not bool(((new - old * own).abs() <= limit).all()):
+                if not _near(new, old * own, tolerance):
                     return False
                 changed = changed or not torch.equal(old, new)
         return changed
@@ -155,12 +166,12 @@ class _Probe:
         """Who reads the producer; None where anybody else does, or nobody."""
         generator = torch.Generator().manual_seed(self.task.seed)
         shape = (len(producer.views()[0]), producer.channels) if by_expert else (producer.channels,)
-        power = torch.randint(-1, 2, shape, generator=generator).to(producer.parameters[0].device)
-        power[..., 0] = 1  # whatever the draw, some change
+        power = 2 * torch.randint(-1, 2, shape, generator=generator).to(producer.parameters[0].device)
+        power[..., 0] = 2  # whatever the draw, some change
         fold = Fold(producer, {}, [], source, by_expert)
         s = torch.exp2(power.float())
         factor = fold.columns(1 / s)
-        tolerance = self.tolerance(producer.parameters)
+        tolerance = self.tolerance(producer)
         columns = factor.shape[-1]
         with unchanged([*producer.parameters, *self.weights.values()]):
             producer.multiply(1 / s)
@@ -195,9 +206,8 @@ class _Probe:
                 if len(old) != 1 or len(new) != 1 or old[0].shape != new[0].shape:
                     del found[name]
                     continue
-                limit = self.tolerance(producer.parameters) * old[0].abs().amax(0)
-                twice = ((new[0] - 2 * old[0]).abs() <= 2 * limit).all(0)
-                once = ((new[0] - old[0]).abs() <= limit).all(0)
+                twice = _close(new[0], 2 * old[0], self.tolerance(producer))
+                once = _close(new[0], old[0], self.tolerance(producer))
                 if not bool((twice ^ once).all()):
                     del found[name]
                 else:
