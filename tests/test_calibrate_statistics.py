@@ -108,6 +108,18 @@ def test_products_however_they_are_written(how):
         observer.check(halves[expert] if several else x, expert)
 
 
+def test_compiled_blocks_are_seen():
+    block, samples = Mlp(), samples_of((5, 5))
+    block.gate.compile(backend="eager")
+    compiled = torch.compile(block, backend="eager")
+    layer = layer_of(block, "gate", "int4_g8")
+    observer = Named(layer)
+    with torch.no_grad():
+        compiled(samples[0][None])  # the code is there already
+        collect(make_task(compiled, [layer], samples)[0], {layer: observer})
+    observer.check(block.norm(torch.cat(samples)))
+
+
 def test_out_of_memory_between_layers():
     """The second layer fails on more than one sample, after the first has seen them: each row counts once."""
     block, samples = Mlp(), samples_of()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tritonq import ops
 from tritonq.calibrate.fold import Fold, find_folds, scale_columns
-from tritonq.calibrate.gptq import choose, divisors
+from tritonq.calibrate.grid import choose, divisors
 from tritonq.calibrate.imatrix import set_importance
 from tritonq.calibrate.statistics import Columns, Hessian, Observer, collect, shared_inputs
 from tritonq.calibrate.task import Layer, Task

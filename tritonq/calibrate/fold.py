@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tritonq.calibrate.statistics import Calls, eager_experts, one_batch
+from tritonq.calibrate.calls import Calls, eagerly
+from tritonq.calibrate.statistics import one_batch
 from tritonq.calibrate.task import Batch, Layer, Task
 
 Inputs = dict[str, dict[int, list[Tensor]]]  # weight: expert: what it multiplied, call by call
@@ -131,7 +132,7 @@ class _Probe:
                 own = x if isinstance(expert, int) else x[i if x.shape[0] > 1 else 0]
                 found.setdefault(name, {}).setdefault(e, []).append(own.reshape(-1, own.shape[-1]).float().clone())
 
-        with eager_experts(self.task.block), Calls(self.weights, see):
+        with eagerly(self.task.block), Calls(self.weights, see):
             outputs = self.task.forward(batch)
         return found, [y.float().clone() for y in outputs]
 
@@ -173,7 +174,8 @@ class _Probe:
         factor = fold.columns(1 / s)
         tolerance = self.tolerance(producer)
         columns = factor.shape[-1]
-        with unchanged([*producer.parameters, *self.weights.values()]):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(unchanged(producer.parameters))
             producer.multiply(1 / s)
             while True:
                 now, outputs = self.run(self.batch)
@@ -185,8 +187,9 @@ class _Probe:
                 if not found:
                     break
                 for name in found:
-                    fold.weights[name] = self.weights[name]  # type: ignore[assignment]
-                    scale_columns(self.weights[name].detach(), fold.columns(s))
+                    fold.weights[name] = weight = self.weights[name]
+                    stack.enter_context(unchanged([weight]))
+                    scale_columns(weight.detach(), fold.columns(s))
             if not fold.weights or not self.same(outputs, tolerance):
                 return None
         fold.layers = [one for one in self.task.layers if any(one.weight is w for w in fold.weights.values())]

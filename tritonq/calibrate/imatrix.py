@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tritonq import ops
-from tritonq.calibrate.gptq import choose, divisors
+from tritonq.calibrate.grid import choose, divisors
 from tritonq.calibrate.statistics import FEW_TOKENS, Columns, Observer, collect, shared_inputs
 from tritonq.calibrate.task import Layer, Task
 
