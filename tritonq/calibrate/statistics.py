@@ -8,8 +8,8 @@ weights [E, N, K] alone:
     Range     smallest, largest, a histogram and some rows           static scales of inputs
 
 A linear layer counts as one expert. Rows are seen where torch multiplies by a weight, see `calls`. Padding does not
-count: rows that `Batch.masks` leaves out, and, among the tokens that a router deals out, those that were set to zero for
-being padding.
+count: rows that `Batch.masks` leaves out, and, among the tokens that a router deals out, those that were set to zero
+for being padding.
 """
 
 from __future__ import annotations
