@@ -189,6 +189,11 @@ def test_smoothquant_needs_quantized_inputs():
         SmoothQuant(2)
 
 
+def test_awq_tries_at_least_one_ratio():
+    with pytest.raises(ValueError, match="steps is a number of ratios >= 1, got 0"):
+        AWQ(steps=0)
+
+
 def test_importance_is_the_mean_square(device):
     block, task, _, samples, _ = make("mlp", device, search="mse")
     Imatrix().run(task)

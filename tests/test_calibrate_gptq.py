@@ -306,3 +306,8 @@ def test_wide_layers_on_a_gpu(dtype):
         assert loss(weight.float(), values(layer), hessian) < 0.9 * loss(weight.float(), plain, hessian), fmt
         damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(1024).double()
         assert layer.notes["gptq"] == pytest.approx(loss(weight.float(), values(layer), damped) / 512, rel=0.02), fmt
+
+
+def test_options_that_make_no_sense():
+    with pytest.raises(ValueError, match="damping is a number > 0, got 0"):
+        GPTQ(damping=0)

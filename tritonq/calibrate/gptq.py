@@ -143,6 +143,7 @@ class GPTQ:
         act_order: round columns with large inputs first.
         static_groups: fix all scales first; None: with act_order. False takes the scales of a group within a row from
             the weights as they are when its first column comes; act_order then ranks whole groups, and columns in each.
+            Scales of blocks of rows, super-groups, channels and tensors are always there before.
         weighted: weigh the scale search by H_ii.
         damping: what is added to H_ii, in units of their mean.
         chunk: columns between two matrix products.
@@ -254,7 +255,7 @@ class GPTQ:
         upper = torch.empty_like(h)
         dampings = {}
         for i, (e, one) in enumerate(zip(unit.experts, h, strict=True)):
-            one = one.clone() if order is None else one[order[i]][:, order[i]]
+            one = one.clone() if order is None else one[order[i].unsqueeze(1), order[i]]
             upper[i], damping = inverse_factor(one, self.damping)
             if damping != self.damping:
                 dampings[e] = damping
