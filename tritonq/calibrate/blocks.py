@@ -1,0 +1,103 @@
+"""Which modules are blocks: quantized one after the other, each with the inputs that it gets of those before.
+
+Blocks are the children of the outermost lists in which at least two have the same class, as for offload. Of a model
+with a language model inside (`get_decoder`, or a child with such a name) only its blocks are taken: what looks and
+listens is small and sensitive, and is chosen by `blocks=` where it is wanted. Models without lists are taken by their
+children that hold linear layers; where there are fewer than two, the whole model is one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from tritonq.offload import groups
+
+Blocks = str | Sequence[str | nn.Module] | None
+# Parts of models of several modalities that are no language model; the rest is.
+SENSES = ("vision", "visual", "image", "audio", "speech", "video")
+
+
+def find(model: nn.Module, blocks: Blocks = None) -> list[tuple[str, nn.Module]]:
+    """Names and modules of the blocks, in the order of the model (`Replay` finds the order of calls).
+
+    Args:
+        blocks: None for those of the language model where the model has one beside others, else all; "all" for those
+            of vision and audio towers as well; or modules and names. The name of a list stands for its entries.
+
+    Raises:
+        ValueError: another text, an unknown name, a module that is not part of the model, a block within a block.
+    """
+    if blocks is None or blocks == "all":
+        found = [(name, module) for name, module in groups.find(model, "block") if _in_list(model, name)]
+        # Projections that are listed beside the blocks (Gemma 3n's altup_projections), unless there is nothing else.
+        found = [entry for entry in found if any(map(groups.owns, entry[1].children()))] or found
+        if not found or any(isinstance(module, nn.Linear) for _, module in found):
+            return _children(model)
+        return found if blocks == "all" else _language(model, found)
+    if isinstance(blocks, str) or not isinstance(blocks, Iterable):
+        raise ValueError(f"blocks is None, 'all', or a list of modules and their names, got {blocks!r}")
+    return _chosen(model, blocks)
+
+
+def _in_list(model: nn.Module, name: str) -> bool:
+    """Whether it is an entry of a container; `groups.find` takes single layers of models without any."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(parent, groups.CONTAINERS)
+
+
+def _children(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Children that hold linear layers, looked for below a single one; else the model. Linear layers are no blocks:
+    they are replaced in the module that holds them."""
+    prefix, module = "", model
+    while True:
+        found = [(prefix + name, child) for name, child in module.named_children() if _has_linear(child)]
+        if len(found) != 1 or isinstance(found[0][1], nn.Linear):
+            break
+        prefix, module = found[0][0] + ".", found[0][1]
+    found = [(name, child) for name, child in found if not isinstance(child, nn.Linear)]
+    return found if len(found) > 1 else [("", model)]
+
+
+def _has_linear(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.Linear) for child in module.modules())
+
+
+def _language(model: nn.Module, found: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    senses = [name for name, _ in found if _is_sense(name)]
+    if senses and len(senses) < len(found):
+        return [(name, module) for name, module in found if name not in senses]
+    return found
+
+
+def _is_sense(name: str) -> bool:
+    return any(sense in part.lower() for part in name.split(".") for sense in SENSES)
+
+
+def _chosen(model: nn.Module, blocks: Iterable[str | nn.Module]) -> list[tuple[str, nn.Module]]:
+    names = {module: name for name, module in model.named_modules()}
+    chosen: dict[nn.Module, str] = {}
+    for entry in blocks:
+        module = entry
+        if isinstance(entry, str):
+            try:
+                module = model.get_submodule(entry)
+            except AttributeError:
+                examples = ", ".join(name for name, _ in find(model, "all")[:3])
+                raise ValueError(
+                    f"blocks names {entry!r}, which the model does not have; it has blocks such as {examples}"
+                ) from None
+        if not isinstance(module, nn.Module) or module not in names:
+            raise ValueError(f"blocks holds {type(entry).__name__}, which is no module of the model")
+        if isinstance(module, nn.Linear):
+            raise ValueError(f"blocks holds {names[module]!r}, a linear layer; name the module that it is part of")
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            chosen.update({child: names[child] for child in module.children()})
+        else:
+            chosen[module] = names[module]
+    for name in chosen.values():
+        outer = next((o for o in chosen.values() if o != name and (not o or name.startswith(o + "."))), None)
+        if outer is not None:
+            raise ValueError(f"blocks holds {name!r} and {outer!r}, which contains it; name one of them")
+    return [(name, module) for module, name in names.items() if module in chosen]
