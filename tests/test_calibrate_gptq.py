@@ -263,7 +263,8 @@ def test_out_of_memory_solves_fewer_at_a_time(monkeypatch, act_order):
     found, told = run()
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one.result["qdata"], other.result["qdata"])
-    assert [(what, details["step"], details["layer"]) for what, details in told] == [("out of memory", "gptq", "gate")]
+    assert [(what, details["where"], details["layer"]) for what, details in told] == [("out of memory", "gptq", "gate")]
+    assert told[0][1]["reaction"] == "1 experts and 1 layers at a time"
     failing(monkeypatch, lambda batch, rows, columns: True)
     with pytest.raises(torch.OutOfMemoryError, match=r"gate: GPTQ keeps .* injected; pass a smaller budget"):
         run()
@@ -284,7 +285,7 @@ def test_out_of_memory_of_experts(monkeypatch):
     found, told = run()
     assert torch.equal(found.result["qdata"], expected.result["qdata"])
     assert found.notes["gptq"] == pytest.approx(expected.notes["gptq"])
-    assert [details["experts"] for _, details in told] == [4, 2, 2]
+    assert [details["reaction"][:9] for _, details in told] == ["2 experts", "1 experts", "1 experts"]
 
 
 @pytest.mark.gpu

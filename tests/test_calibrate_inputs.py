@@ -6,8 +6,10 @@ from calibrate_tasks import Mlp, layer_of, make_task
 from torch import nn
 
 from tritonq import ops
+from tritonq.calibrate.calibration import Calibration
 from tritonq.calibrate.gptq import GPTQ
 from tritonq.calibrate.inputs import StaticInputs, install
+from tritonq.calibrate.methods import resolve
 from tritonq.nn.linear import QLinear
 from tritonq.tensor import quantize
 
@@ -124,3 +126,12 @@ def test_formats_without_anything_static_are_refused():
         StaticInputs("max")
     with pytest.raises(ValueError, match="up to 100, got 101"):
         StaticInputs("percentile", 101)
+
+
+def test_static_scales_come_after_what_scales_inputs_and_before_what_rounds():
+    def names(method):
+        return [one.name for one in resolve(Calibration(data=[], method=method, inputs="minmax"))]
+
+    assert names(("smoothquant", "gptq", "bias")) == ["smoothquant", "inputs", "gptq", "bias"]
+    assert names(("bias", "gptq")) == ["inputs", "gptq", "bias"]
+    assert names("rtn") == ["inputs", "rtn"]

@@ -145,7 +145,7 @@ def test_out_of_memory_between_layers():
     observers[down].check(nn.functional.silu(block.gate(x)) * block.up(x))
     assert tokens == {gate: 31, down: 31}
     assert [details["micro_batch"] for _, details in told] == [3, 1] and task.micro_batch == 1
-    assert all(what == "out of memory" and "injected" in details["error"] for what, details in told)
+    assert all(what == "out of memory" and "injected" in details["reason"] for what, details in told)
 
 
 def test_out_of_memory_of_experts():

@@ -236,8 +236,10 @@ class GPTQ:
                     f"{first.name}: GPTQ keeps about three copies of the weight in fp32, of {size >> 20} MiB each, and "
                     f"its Hessian: {failure}; pass a smaller budget, or keep less on {first.weight.device}"
                 )
-            task.events("out of memory", block=task.name, step="gptq", layer=first.name, experts=len(part.experts),
-                        error=failure)  # fmt: skip
+            task.events(
+                "out of memory", block=task.name, where="gptq", layer=first.name, reason=failure,
+                reaction=f"{len(halves[0].experts)} experts and {len(halves[0].layers)} layers at a time",
+            )  # fmt: skip
             waiting = [*halves, *waiting]
 
     def _round(self, task: Task, unit: _Unit, h: Tensor, shared: dict[Layer, Tensor]) -> None:

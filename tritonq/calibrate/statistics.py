@@ -204,7 +204,7 @@ def each_batch(task: Task, use: Callable[[Batch], None], settled: Callable[[], N
         size = min(task.micro_batch, task.samples - first)
         failure = None
         try:
-            for batch in task.fetch(range(first, first + size), task.device, False):
+            for batch in task.fetch(range(first, first + size), task.device, True):  # masks come with targets
                 use(batch)
         except torch.OutOfMemoryError as error:
             failure = str(error)  # not the error itself, whose frames keep tensors
@@ -220,7 +220,7 @@ def each_batch(task: Task, use: Callable[[Batch], None], settled: Callable[[], N
             )
         end = max(end, first + size)
         task.micro_batch = size // 2
-        task.events("out of memory", block=task.name, step="statistics", micro_batch=task.micro_batch, error=failure)
+        task.events("out of memory", block=task.name, where="statistics", micro_batch=task.micro_batch, reason=failure)
 
 
 class _Collection:
