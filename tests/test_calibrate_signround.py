@@ -180,7 +180,7 @@ def test_codes_are_those_of_the_definition(fmt, fused):
     given.data, given.targets = data, [given.fetch([i], torch.device("cpu"), True)[0].targets[0] for i in range(4)]
     history, last = definition(given, method, [[0, 1, 2, 3]] * 4)
     method.run(given)
-    (_, told), = given.told
+    ((_, told),) = given.told
     best = min(range(4), key=lambda i: history[i][0])
     assert told["best_iteration"] == best and told["iterations"] == 4
     assert told["loss_before"] == pytest.approx(history[0][0], rel=1e-4)

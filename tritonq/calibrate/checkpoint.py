@@ -69,6 +69,8 @@ class Job:
         done = work / "report.json"
         if manifest.finished(done):
             own.result = CalibrationReport.from_dict(read_json(done))
+            if own.report is not None:
+                own.result.save(own.report)
             return Results(self, work, manifest)
         storage = Files(self, work, manifest)
         try:
@@ -203,7 +205,7 @@ class Origins:
 
     def key(self, name: str) -> str | None:
         """The one checkpoint tensor that a tensor of the model comes from, None where it is not one."""
-        keys = [key for alias in self._aliases.get(name, [name]) for key in self._keys.get(alias, ())]
+        keys = [key for alias in self.aliases(name) for key in self._keys.get(alias, ())]
         return keys[0] if len(keys) == 1 else None
 
     def read(self, name: str, device: torch.device | str) -> Tensor:
@@ -232,6 +234,10 @@ class Origins:
     def __contains__(self, name: str) -> bool:
         return name in self._aliases
 
+    def aliases(self, name: str) -> list[str]:
+        """All names of a tensor of the model; several where it is tied."""
+        return self._aliases.get(name, [name])
+
     def like(self, name: str) -> Tensor:
         """The tensor of the model, wherever it is now."""
         place, _, leaf = name.rpartition(".")
@@ -257,7 +263,7 @@ class Origins:
             return
         old = owner._parameters[key]
         new = nn.Parameter(values, requires_grad=False)
-        for alias in self._aliases.get(name, [name]):
+        for alias in self.aliases(name):
             place, _, leaf = alias.rpartition(".")
             other = self.model.get_submodule(place)
             if other._parameters.get(leaf) is old:
@@ -324,7 +330,8 @@ class Files(Storage):
 
     @contextlib.contextmanager
     def lazily(self) -> Iterator[None]:
-        """Within this, modules beside the blocks get their values when they are first called."""
+        """Within this, modules beside the blocks get their values when they are first called. A head of its own is as
+        large as an embedding and not called for a block, so its values go again."""
         model = self._origins.model
         inside = {module for _, block in blocks.find(model, self._job.calibration.blocks) for module in block.modules()}
 
@@ -332,6 +339,9 @@ class Files(Storage):
             self._origins.materialize(self._names[module], module, recurse=False)
 
         handles = [module.register_forward_pre_hook(arrive) for module in self._names if module not in inside]
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if head is not None and len(self._origins.aliases(f"{self._names[head]}.weight")) == 1:
+            handles.append(head.register_forward_hook(lambda *_: self._origins.release(self._names[head], head)))
         try:
             yield
         finally:
@@ -406,12 +416,13 @@ class Files(Storage):
         self._manifest.finish(path, sha256, block=name, errors=errors, notes=notes, losses=self._losses(name))
 
     def _losses(self, block: str) -> dict[str, float | None]:
-        """What the report was told last about a block."""
+        """What the report was told about a block: the first loss before, the last one after."""
         report = self._job.calibration.result
         told = [e.details for e in (report.events if report else ()) if e.details.get("block") == block]
         found: dict[str, float | None] = {}
         for details in told:
-            found.update({key: details[key] for key in ("loss_before", "loss_after") if key in details})
+            found.setdefault("loss_before", details.get("loss_before"))
+            found.update({"loss_after": details["loss_after"]} if "loss_after" in details else {})
         return found
 
     def _tell(self, what: str, block: str, losses: dict[str, float | None]) -> None:

@@ -222,7 +222,8 @@ def _card(source: Source, plan: Plan, scheme: Scheme, report: Report, static: bo
         causal=any("CausalLM" in name for name in source.config.get("architectures") or ()),
         licence=card.licence(source.folder),
         static=static,
-        calibration=report.calibration and f"{report.calibration['method']}",
+        calibration=report.calibration
+        and f"{report.calibration['method']} on {report.calibration['options']['samples']} samples",
     )
 
 
