@@ -72,9 +72,9 @@ def test_events_are_kept_in_order_and_logged(caplog):
     with caplog.at_level(logging.INFO, "tritonq.calibrate"):
         events("tuned", block="layers.0", loss_before=0.5, loss_after=torch.tensor(0.25))
         events("out of memory", block="layers.0", where="backward", micro_batch=4)
-        events("cache to disk", bytes=10)
+        events("activations go to files", bytes=10)
         events("fallback", layer="experts.down_proj", experts=[3])
-    assert [e.what for e in events] == ["tuned", "out of memory", "cache to disk", "fallback"]
+    assert [e.what for e in events] == ["tuned", "out of memory", "activations go to files", "fallback"]
     assert next(iter(events)).details == {"block": "layers.0", "loss_before": 0.5, "loss_after": 0.25}
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "WARNING", "WARNING"]
     assert caplog.messages[1] == "out of memory: block layers.0, where backward, micro_batch 4"
@@ -121,7 +121,8 @@ def test_a_block_takes_the_first_loss_and_the_last():
     layers = [
         layer("layers.0.q_proj", error=0.25, fallback="its Hessian is singular"),
         layer("layers.0.experts.gate_up_proj", tokens=torch.tensor([5, 0, 7]), fallback=[1]),
-        layer("layers.0.experts.down_proj", tokens=torch.tensor([5, 0, 7]), fallback=[1]),
+        layer("layers.0.experts.down_proj", tokens={2: 7, 0: 5, 1: 0}, fallback=[1]),
+        layer("layers.0.o_proj", tokens=12, fallback=[]),
     ]
     layers[0].inputs["scale"] = torch.tensor([0.125])
     with report.block("layers.0", layers):
@@ -130,7 +131,10 @@ def test_a_block_takes_the_first_loss_and_the_last():
         report.events("tuned", block="layers.0", loss_before=3.0, loss_after=1.0)
     with report.block("layers.1", []) as row:
         row.loss_after = torch.tensor(2.0)
-    assert [(row.loss_before, row.loss_after) for row in report.blocks] == [(4.0, 1.0), (None, 2.0)]
+    with report.block("layers.2", []):
+        report.events("tuned", block="layers.2", loss_before=4.0, loss_after=3.0)  # of a share of the samples
+        report.events("quantized", block="layers.2", loss_before=5.0, loss_after=2.5)
+    assert [(row.loss_before, row.loss_after) for row in report.blocks] == [(4.0, 1.0), (None, 2.0), (5.0, 2.5)]
     assert report.blocks[0].layers["layers.0.q_proj"]["error"] == 0.25
     assert report.blocks[0].layers["layers.0.q_proj"]["format"] == "int4_g128"
     assert report.tokens_by_expert == {"layers.0.experts": [5, 0, 7]}
@@ -140,6 +144,14 @@ def test_a_block_takes_the_first_loss_and_the_last():
         "layers.0.experts.down_proj": [1],
     }
     assert report.static_scales == {"layers.0.q_proj": {"scale": 0.125}}
+
+
+@pytest.mark.parametrize("tokens", [torch.tensor([5, 0, 7]), (5, 0, 7), {2: 7, 0: 5, 1: 0}, {2: 7, 0: 5}], ids=str)
+def test_tokens_of_experts(tokens):
+    report = new()
+    with report.block("layers.0", [layer("layers.0.experts.down_proj", tokens=tokens)]):
+        pass
+    assert report.tokens_by_expert == {"layers.0.experts": [5, 0, 7]}
 
 
 def test_a_block_that_fails_is_no_row():

@@ -33,7 +33,7 @@ def find(model: nn.Module, blocks: Blocks = None) -> list[tuple[str, nn.Module]]
         found = [(name, module) for name, module in groups.find(model, "block") if _in_list(model, name)]
         # Projections that are listed beside the blocks (Gemma 3n's altup_projections), unless there is nothing else.
         found = [entry for entry in found if any(map(groups.owns, entry[1].children()))] or found
-        if not found:
+        if not found or any(isinstance(module, nn.Linear) for _, module in found):
             return _children(model)
         return found if blocks == "all" else _language(model, found)
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
@@ -48,13 +48,15 @@ def _in_list(model: nn.Module, name: str) -> bool:
 
 
 def _children(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Children that hold linear layers, looked for below a single one; else the model."""
+    """Children that hold linear layers, looked for below a single one; else the model. Linear layers are no blocks:
+    they are replaced in the module that holds them."""
     prefix, module = "", model
     while True:
         found = [(prefix + name, child) for name, child in module.named_children() if _has_linear(child)]
         if len(found) != 1 or isinstance(found[0][1], nn.Linear):
             break
         prefix, module = found[0][0] + ".", found[0][1]
+    found = [(name, child) for name, child in found if not isinstance(child, nn.Linear)]
     return found if len(found) > 1 else [("", model)]
 
 
@@ -88,6 +90,8 @@ def _chosen(model: nn.Module, blocks: Iterable[str | nn.Module]) -> list[tuple[s
                 ) from None
         if not isinstance(module, nn.Module) or module not in names:
             raise ValueError(f"blocks holds {type(entry).__name__}, which is no module of the model")
+        if isinstance(module, nn.Linear):
+            raise ValueError(f"blocks holds {names[module]!r}, a linear layer; name the module that it is part of")
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             chosen.update({child: names[child] for child in module.children()})
         else:

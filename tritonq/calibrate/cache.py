@@ -162,6 +162,10 @@ class ActivationCache:
         self.drop(key if old is None else old)
         self.put(key, tensors)
 
+    def spare(self, device: torch.device) -> int:
+        """Bytes of the room on a device that are not taken."""
+        return self.room.get(_indexed(device), 0) - self._on_device.get(_indexed(device), 0)
+
     def rename(self, names: Mapping[Key, Key]) -> None:
         """Keep entries under other keys."""
         self._entries = {names.get(key, key): pieces for key, pieces in self._entries.items()}
@@ -202,8 +206,12 @@ class ActivationCache:
                     moved += piece.nbytes
         return moved
 
-    def save(self, folder: str | Path) -> None:
-        """Write all entries to a folder, aside and then renamed, exact bytes."""
+    def save(self, folder: str | Path, others: Mapping[str, bytes] | None = None) -> None:
+        """Write all entries to a folder, aside and then renamed, exact bytes.
+
+        Args:
+            others: more files, by name.
+        """
         folder = Path(folder)
         aside = folder.with_name(folder.name + ".part")
         shutil.rmtree(aside, ignore_errors=True)
@@ -217,6 +225,8 @@ class ActivationCache:
             save_file(names, aside / f"{number}.safetensors")
             index.append({"key": key, "pieces": [_described(piece) for piece in pieces]})
         (aside / "index.json").write_text(json.dumps(index))
+        for name, content in (others or {}).items():
+            (aside / name).write_bytes(content)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
 
@@ -251,10 +261,15 @@ class ActivationCache:
         piece = Piece(memory.nbytes, "device", views)
         device = memory.device
         if self.room.get(device, 0) >= self._on_device.get(device, 0) + piece.nbytes:
-            piece.memory = memory.clone()
-            self._count(piece, 1)
-        else:
-            self._settle(piece, memory)
+            try:
+                piece.memory = memory.clone()
+            except torch.OutOfMemoryError:
+                self.room = {}
+                self._tell("out of memory", where="activations", reaction="kept on the host")
+            else:
+                self._count(piece, 1)
+                return piece
+        self._settle(piece, memory)
         return piece
 
     def _settle(self, piece: Piece, memory: Tensor) -> None:
@@ -279,9 +294,13 @@ class ActivationCache:
             piece.path = self._write(memory)
         self._count(piece, 1)
 
+    def _tell(self, what: str, **details: Any) -> None:
+        if self._events is not None:
+            self._events(what, **details)
+
     def _write(self, memory: Tensor) -> Path:
-        if not self._told and self._events is not None:
-            self._events("activations go to files", folder=str(self._folder()), host_bytes=self._used["host"])
+        if not self._told:
+            self._tell("activations go to files", folder=str(self._folder()), host_bytes=self._used["host"])
             self._told = True
         self._number += 1
         path = self._folder() / f"activations-{self._number}.safetensors"

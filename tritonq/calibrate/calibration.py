@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tritonq import memory, scheduler
+from tritonq import memory, scheduler, streams
 from tritonq.calibrate import blocks as structure
 from tritonq.calibrate import data as samples
 from tritonq.calibrate.cache import ActivationCache
@@ -19,7 +18,7 @@ from tritonq.calibrate.methods import resolve
 from tritonq.calibrate.pipeline import Run, Storage
 from tritonq.calibrate.report import CalibrationReport
 from tritonq.calibrate.task import Method
-from tritonq.nn.quantize import find_targets, mark_quantized
+from tritonq.nn.quantize import check_values, find_targets, mark_quantized
 from tritonq.nn.schemes import Scheme
 
 Methods = str | Method | Sequence[str | Method]
@@ -93,6 +92,8 @@ class Calibration:
         """Called by `tritonq.quantize_`, whose arguments these are. Layers outside of blocks are rounded to
         nearest."""
         targets = find_targets(model, ignore, values=storage is None)
+        if storage is None:
+            check_values(targets.weights)  # before anything is changed
         devices = self._devices(model, device)
         calls = samples.samples(
             self.data, model, tokenizer=self.tokenizer, count=self.samples, seqlen=self.seqlen, seed=self.seed
@@ -100,12 +101,12 @@ class Calibration:
         options = {key: value for key, value in vars(self).items() if key not in ("result", "tokenizer", "report")}
         report = self.result = CalibrationReport(_called(self.method), scheme.name, type(model).__name__, options)
         try:
-            with contextlib.closing(ActivationCache(self._budget(), self.disk, events=report.events)) as cache:
-                run = Run(
-                    model, scheme, targets, structure.find(model, self.blocks), resolve(self), calls, devices, cache,
-                    report, group_size, search, min(self.batch, len(calls)), self.seed, storage or Storage(), progress,
-                )  # fmt: skip
-                run()
+            cache = ActivationCache(self._budget(), self.disk, _room(devices[0]), report.events)
+            run = Run(
+                model, scheme, targets, structure.find(model, self.blocks), resolve(self), calls, devices, cache,
+                report, group_size, search, min(self.batch, len(calls)), self.seed, storage or Storage(), progress,
+            )  # fmt: skip
+            run()
             mark_quantized(model, scheme, group_size, targets.ignored)
             model.tritonq_calibration = f"{report.method} on {len(calls)} samples"  # type: ignore[assignment]
             report.complete = True
@@ -125,7 +126,12 @@ class Calibration:
         several = [chosen] if isinstance(chosen, str | torch.device) else list(chosen)
         if not several:
             raise ValueError("devices names none; leave it out, or name some")
-        return tuple(torch.device(one) for one in several)
+        return tuple(streams.backend(one).device for one in several)  # with their numbers
+
+
+def _room(device: torch.device) -> dict[torch.device, int]:
+    """Bytes that activations may take of a GPU: a third of what is free, the rest is for the block."""
+    return {device: torch.cuda.mem_get_info(device)[0] // 3} if device.type == "cuda" else {}
 
 
 def _called(method: Methods) -> str:

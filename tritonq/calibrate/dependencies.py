@@ -91,7 +91,7 @@ def _digest(tensor: Tensor) -> tuple[Any, ...]:
     return (
         tuple(tensor.shape),
         tensor.dtype,
-        hashlib.blake2b(memoryview(content.numpy()), digest_size=16).digest(),
+        hashlib.blake2b(bytes(content.numpy()), digest_size=16).digest(),
         _figures(plain),
     )
 

@@ -6,8 +6,8 @@ of either that is one of the arguments is noted as that argument; the others get
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,28 @@ class Outputs:
     leaves: list[tuple[str, Any]]
     written: list[tuple[int, Any]]
     specs: list[tuple[tuple[int, ...], torch.dtype]]
+
+    def of(self, tensors: Sequence[Tensor]) -> Outputs:
+        """The same structure with other tensors."""
+        return replace(self, specs=[(tuple(t.shape), t.dtype) for t in tensors])
+
+    def like(self, other: Outputs) -> bool:
+        """Whether they differ in shapes at most."""
+        plain = [(kind, None if kind == VALUE else entry) for kind, entry in self.leaves]
+        return (
+            self.tree == other.tree
+            and plain == [(kind, None if kind == VALUE else entry) for kind, entry in other.leaves]
+            and self.written == other.written
+            and [dtype for _, dtype in self.specs] == [dtype for _, dtype in other.specs]
+        )
+
+    def doubled(self, dims: Sequence[int | None]) -> Outputs:
+        """The structure for twice as much along these dimensions of the tensors."""
+        specs = []
+        for (shape, dtype), dim in zip(self.specs, dims, strict=True):
+            sizes = tuple(2 * size if d == dim else size for d, size in enumerate(shape))
+            specs.append((sizes, dtype))
+        return replace(self, specs=specs)
 
     def build(self, args: Any, kwargs: Any, tensors: Mapping[int, Tensor], missing: Callable[..., Tensor]) -> Any:
         """What the call returned, with these tensors; writes what it wrote.

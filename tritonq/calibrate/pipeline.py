@@ -14,20 +14,21 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tritonq import ops
-from tritonq.calibrate.batches import Batches
 from tritonq.calibrate.cache import ActivationCache
 from tritonq.calibrate.data import Call
 from tritonq.calibrate.replay import Replay
 from tritonq.calibrate.report import CalibrationReport
-from tritonq.calibrate.task import Events, Layer, Method, Task, squared_error
+from tritonq.calibrate.task import Batch, Events, Layer, Method, Task, squared_error
 from tritonq.formats import Format
 from tritonq.nn.linear import STATIC, QLinear
 from tritonq.nn.quantize import Targets, check_finite, quantize_targets, replace_layers, smallest_divisor
@@ -38,6 +39,7 @@ from tritonq.reference import Parts
 from tritonq.tensor import Layout, QTensor
 
 MEASURED = 16  # samples of which the loss is told before and after
+Result = TypeVar("Result")
 
 
 class Storage:
@@ -104,22 +106,19 @@ class Run:
 
     def __call__(self) -> None:
         """Quantize all blocks, then what is outside of them."""
-        rest = self._outside()
-        with (
-            _evaluating(self.model),
-            placed(lambda: rest, self.device, self.report.events, "what is beside the blocks") as at,
-        ):
+        rest, events, done = self._outside(), self.report.events, set[int]()
+        with _evaluating(self.model), placed(lambda: rest, self.device, events, "what is beside the blocks") as at:
             with self.report.part("capture", self.devices):
                 replay = Replay(
-                    self.model, self.found, self.calls, at, self.cache, self.storage.ready, self.report.events
-                )
-            with progress_bar(self.progress) as bar:
+                    self.model, self.found, self.calls, at, self.cache, self._ready, self.micro_batch,
+                    events=events,
+                )  # fmt: skip
+            with contextlib.closing(replay), progress_bar(self.progress) as bar:
                 task = bar.add_task(f"calibrating {self.scheme.name}", total=len(replay.blocks))
                 for index, (name, _) in enumerate(replay.blocks):
                     bar.update(task, description=name)
-                    self._quantize(replay, index)
+                    done |= self._quantize(replay, index)
                     bar.advance(task)
-        done = {id(layer.module) for _, block in replay.blocks for layer in self.layers(block)}
         self.storage.rest(self, done)
 
     def _outside(self) -> list[nn.Module]:
@@ -127,46 +126,90 @@ class Run:
         inside = {id(module) for _, block in self.found for module in block.modules()}
         return [module for module in self.model.modules() if id(module) not in inside]
 
-    def _quantize(self, replay: Replay, index: int) -> None:
+    @contextlib.contextmanager
+    def _ready(self, block: nn.Module) -> Iterator[None]:
+        """A block can be called, where blocks are computed."""
+        with self.storage.ready(block), placed(block.modules, self.device, self.report.events, "a block"):
+            yield
+
+    def _quantize(self, replay: Replay, index: int) -> set[int]:
+        """One block; the identities of the modules that hold what was quantized."""
         name, block = replay.blocks[index]
-        events = self.report.events
         self.storage.enter(index, name, block)
         layers = self.layers(block)
-        with self.report.block(name, layers, self.devices), placed(block.modules, self.device, events, name) as device:
+        place = placed(block.modules, self.device, self.report.events, name)
+        with self.report.block(name, layers, self.devices), place as device:
             if layers and not self.storage.restore(index, name, block, layers):
                 self._decide(replay, index, layers, device)
                 self.storage.keep(index, name, block, layers)
             if layers:
-                install(block, layers, [packed(layer, layer.result or {}) for layer in layers])
+                install(block, layers, [self._packed(layer, layer.result or {}) for layer in layers])
             replay.advance(index, device)
         self.storage.leave(index, name, block, layers)
+        return {id(layer.module) for layer in layers}
 
     def _decide(self, replay: Replay, index: int, layers: list[Layer], device: torch.device) -> None:
         """Set the results of all layers."""
         name, block = replay.blocks[index]
-        free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 0
-        with contextlib.closing(ActivationCache(room={device: free}, events=self.report.events)) as targets:
-            batches = Batches(replay, index, targets)
-            batches.keep_targets(device)
-            task = Task(
-                name, block, layers, len(batches.samples), batches.fetch, device, self.report.events, self.devices,
-                self.seed, self.search, min(self.micro_batch, len(batches.samples)),
-            )  # fmt: skip
-            measured = [i * task.samples // MEASURED for i in range(min(MEASURED, task.samples))]
-            shared = divisors(layers)
-            before = self._loss(task, measured, [rounded(one, shared.get(id(one)), self.search) for one in layers])
-            for method in self.methods:
-                method.run(task)
-            shared = divisors(layers)  # of the weights as they are, which a method may have scaled
-            for layer in layers:
-                if layer.result is None:
-                    layer.result = rounded(layer, shared.get(id(layer)), self.search)
-            after = self._loss(task, measured, [layer.result or {} for layer in layers])
-            self.report.events("quantized", block=name, loss_before=before, loss_after=after)
+        samples = [sample for sample in range(len(self.calls)) if replay.calls_block(index, sample)]
+
+        def fetch(numbers: Sequence[int], where: torch.device, targets: bool) -> list[Batch]:
+            own = {samples[number]: number for number in numbers}
+            found = replay.fetch(index, list(own), where, targets)
+            for batch in found:
+                batch.samples = tuple(own[sample] for sample in batch.samples)
+            return found
+
+        task = Task(
+            name, block, layers, len(samples), fetch, device, self.report.events, self.devices, self.seed,
+            self.search, min(self.micro_batch, len(samples)),
+        )  # fmt: skip
+        for start in range(0, len(samples), self.micro_batch):  # of the dense block; kept until the next one
+            fetch(range(start, min(start + self.micro_batch, len(samples))), device, True)
+        measured = sorted({i * len(samples) // MEASURED for i in range(MEASURED)})
+        before = self._loss(task, measured, self._nearest(layers, layers))
+        for method in self.methods:
+            method.run(task)
+        left = [layer for layer in layers if layer.result is None]
+        for layer, parts in zip(left, self._nearest(left, layers), strict=True):
+            layer.result = parts
+        after = self._loss(task, measured, [layer.result or {} for layer in layers])
+        self.report.events("quantized", block=name, loss_before=before, loss_after=after)
+
+    def _nearest(self, layers: Sequence[Layer], all_layers: Sequence[Layer]) -> list[Parts]:
+        """Rounding to nearest of the weights as they are, which a method may have scaled."""
+        shared = divisors(all_layers)
+        return [
+            self._with_room(layer, functools.partial(rounded, layer, shared.get(id(layer)), self.search))
+            for layer in layers
+        ]
+
+    def _packed(self, layer: Layer, parts: Parts) -> nn.Parameter:
+        return self._with_room(layer, functools.partial(packed, layer, parts))
+
+    def _with_room(self, layer: Layer, quantize: Callable[[], Result]) -> Result:
+        """What a weight is quantized to: where memory runs out, on the host, after what nobody needs is freed."""
+        try:
+            return quantize()
+        except torch.OutOfMemoryError as error:
+            reason = str(error).splitlines()[0]
+        # Only here do the frames of the failed attempt, and what they held, cease to be.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.report.events("out of memory", where="packing", layer=layer.name, device="cpu", reason=reason)
+        weight = layer.weight
+        home, here = weight.data, weight.device
+        weight.data = home.to("cpu")
+        try:
+            return to(quantize(), here)
+        finally:
+            weight.data = home
 
     def _loss(self, task: Task, samples: Sequence[int], parts: Sequence[Parts]) -> float:
         """Of the block with these weights, over some samples."""
-        undo = install(task.block, task.layers, list(map(packed, task.layers, parts)))
+        weights = [self._packed(layer, own) for layer, own in zip(task.layers, parts, strict=True)]
+        undo = install(task.block, task.layers, weights)
         try:
             return mean_squared_error(task, samples)
         finally:
@@ -185,6 +228,14 @@ class Run:
                 shared = sharing_key(name, fmt) if fmt.tensor_scale else None
                 found.append(Layer(name, module, key, fmt, inputs, shared))
         return found
+
+
+def to(value: Any, device: torch.device) -> Any:
+    """Parts or a parameter, moved."""
+    if isinstance(value, dict):
+        return {name: part.to(device) for name, part in value.items()}
+    value.data = value.data.to(device)
+    return value
 
 
 def divisors(layers: Sequence[Layer]) -> dict[int, Tensor]:
@@ -257,12 +308,22 @@ def install(block: nn.Module, layers: Sequence[Layer], weights: Sequence[nn.Para
 
 @torch.no_grad()
 def mean_squared_error(task: Task, samples: Sequence[int]) -> float:
-    """The loss of the block as it is, over some samples."""
-    total, count = 0.0, 0
-    for start in range(0, len(samples), task.micro_batch):
-        for batch in task.fetch(samples[start : start + task.micro_batch], task.device, True):
-            total += float(squared_error(task.forward(batch), batch))
-            count += batch.count
+    """The loss of the block as it is, over some samples; with fewer at a time where memory runs out."""
+    total, count, start = 0.0, 0, 0
+    while start < len(samples):
+        rows = samples[start : start + task.micro_batch]
+        try:
+            found = [
+                (float(squared_error(task.forward(batch), batch)), batch.count)
+                for batch in task.fetch(rows, task.device, True)
+            ]
+        except torch.OutOfMemoryError:
+            if task.micro_batch == 1:
+                raise
+            task.micro_batch //= 2
+            task.events("out of memory", block=task.name, where="measuring", micro_batch=task.micro_batch)
+            continue
+        total, count, start = total + sum(e for e, _ in found), count + sum(n for _, n in found), start + len(rows)
     return total / max(1, count)
 
 

@@ -6,60 +6,48 @@
         block i              ends the forward
 
 Masks, rotary embeddings, per-layer inputs and features that are injected between layers are made again and not kept.
-Which outputs of block j the arguments of later blocks depend on is found on the first sample of each kind: zeros that
-require gradients stand in for all of them, and a walk along autograd's graph from the arguments of block i meets those
-that it was made of. The arguments that result are then compared with those of a forward without stand-ins.
+Of what block j put out, the cache keeps what arguments of later blocks are made of, until the last of them has run.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import functools
+import gc
+import inspect
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tritonq.calibrate import dependencies, outputs
-from tritonq.calibrate.cache import ActivationCache
-from tritonq.calibrate.intercept import Handler, intercepted, without_cache
+from tritonq.calibrate import dependencies, merge
+from tritonq.calibrate.cache import ActivationCache, Key
+from tritonq.calibrate.capture import Arguments, Capture, Ready, Scan, Use
+from tritonq.calibrate.held import Held
+from tritonq.calibrate.merge import Rule
 from tritonq.calibrate.outputs import Outputs
 from tritonq.calibrate.task import Batch
 from tritonq.calibrate.task import tensors as floating
-from tritonq.calibrate.trees import tree_map
+from tritonq.calibrate.trees import Tree, flatten, unflatten
 
-Ready = Callable[[nn.Module], contextlib.AbstractContextManager[Any]]
-Use = tuple[int, int]  # block, number of a tensor that it put out
-
-
-class _Reached(BaseException):
-    """Ends a forward; no `Exception`, which models catch."""
-
-
-@dataclass
-class Scan:
-    """What was found out about samples of one kind.
-
-    Attributes:
-        order: of the blocks, as they are called.
-        uses: for each block, tensors of blocks before that its arguments are made of.
-        towers: for each block, modules beside the blocks that its arguments are made of.
-    """
-
-    order: list[int] = field(default_factory=list)
-    uses: dict[int, set[Use]] = field(default_factory=dict)
-    towers: dict[int, set[nn.Module]] = field(default_factory=dict)
-
-    def last_use(self, use: Use) -> int:
-        """Position in `order` of the last block that needs a tensor, -1 for none."""
-        return max((p for p, block in enumerate(self.order) if use in self.uses[block]), default=-1)
+TARGETS, MADE = -1, -2  # in place of a block in the keys of the cache: of the block that is worked on
+STATE = "replay.pickle"
+Result = TypeVar("Result")
 
 
 class Replay:
     """The arguments of blocks, rebuilt sample by sample. Nothing of it stays in the model.
 
-    Blocks are gone through in order: `arguments` of block i need the outputs of blocks before it, which `keep` takes.
+    Blocks are gone through in order: arguments of block i need what the blocks before it have put out, which `advance`
+    runs and keeps.
+
+        for index, (name, block) in enumerate(replay.blocks):
+            task = Task(name, block, ..., fetch=functools.partial(replay.fetch, index))
+            ...
+            replay.advance(index, device)
 
     Args:
         model: whose own forward is the only description of what blocks get; it runs as in evaluation.
@@ -68,15 +56,21 @@ class Replay:
         device: of what is beside the blocks; where its forward runs. Default: of its parameters there.
         cache: of the outputs, default a new one in host memory.
         ready: a context within which a block can be called, for blocks that are not in place, e.g. on the meta device:
-            `ready(module)`. It is entered once for each block of the first sample of each kind.
+            `ready(module)`. It is entered once for each block, with the first sample of each kind. Otherwise only
+            `fetch(..., targets=True)` and `advance` call a block, the one that is asked for.
+        rows: samples in one call of a block that `fetch` and `advance` make; halved where memory runs out.
+        keep_targets: what the dense block puts out is kept in the cache for as long as the block is worked on.
+        resume: a folder that `save` wrote, in place of finding out what it says.
         events: is told of what happened, see `task.Events`.
 
     Attributes:
         blocks: names and modules in the order in which they are called. uncalled: those that no sample calls.
+        device: see above; the CPU where memory ran out.
 
     Raises:
         ValueError: no samples; a block that is called more than once in a forward; no block is called; arguments that
-            are not made of outputs of blocks and of the sample alone.
+            are not made of outputs of blocks and of the sample alone; a block that writes to its arguments.
+        torch.OutOfMemoryError: with everything on the host, too.
     """
 
     def __init__(
@@ -87,362 +81,522 @@ class Replay:
         device: torch.device | str | None = None,
         cache: ActivationCache | None = None,
         ready: Ready | None = None,
+        rows: int = 8,
+        keep_targets: bool = True,
+        resume: str | Path | None = None,
         events: Callable[..., None] | None = None,
     ) -> None:
         if not calls:
             raise ValueError("calibration takes at least one sample, got none")
-        self.model, self.calls, self._given = model, calls, list(blocks)
-        self.cache = ActivationCache() if cache is None else cache
-        self._ready: Ready = ready or (lambda module: contextlib.nullcontext())
-        self._events = events or (lambda what, **details: None)
-        chosen = {module for _, module in blocks}
-        self._fixed = dependencies.beside(model, chosen)
-        self._towers = dependencies.towers(model, chosen)
-        self.device = torch.device(device) if device is not None else self._home()
-        self._real = False  # stand-ins have memory of their own, for models that write to what blocks put out
-        self._writes = False  # the model does so: it gets copies
-        self._outputs: dict[tuple[int, int], Outputs] = {}  # by block, sample
-        self._beside: dict[tuple[nn.Module, int], list[Outputs]] = {}  # by tower, sample; one a call
-        self._scans: dict[Any, Scan] = {}
+        self.model, self.calls, self.rows, self.keep_targets = model, calls, rows, keep_targets
+        self.cache = ActivationCache(events=events) if cache is None else cache
+        self._events = events if events is not None else (lambda what, **details: None)
+        self._capture = Capture(model, blocks, device, ready or (lambda module: contextlib.nullcontext()))
+        self._outputs: dict[Key, Outputs] = {}  # by block, sample
+        self._beside: dict[tuple[int, int], list[Outputs]] = {}  # by tower, sample; one a call
+        self._rules: dict[Any, Rule | None] = {}  # by class and structure of the arguments
+        self._rule_of: dict[int, Rule | None] = {}  # of blocks that were worked on
+        self._held = Held(lambda: sum(self.cache.nbytes.values()) / 16)
+        self._index = -1  # of the block that is worked on
+        self._collected = False  # whether nothing else was left to do when memory ran out last
+        self._described: dict[int, list[Any]] = {}  # arguments of the block by sample, see `merge.describe`
+        self._moved: dict[nn.Module, torch.device] = {}
         self._kinds = [dependencies.kind(call.args, call.kwargs) for call in calls]
-        self.blocks: list[tuple[str, nn.Module]] = []
-        first: dict[Any, int] = {}
-        for sample, kind in enumerate(self._kinds):
-            first.setdefault(kind, sample)
-        found = {kind: self._observe(sample) for kind, sample in first.items()}
-        self._arrange([order for order, _ in found.values()])
-        for kind, (order, digests) in found.items():
-            self._scans[kind] = self._examine(first[kind], order, digests)
-        self.uncalled = [entry for entry in self._given if entry not in self.blocks]
+        self._scans: dict[Any, Scan] = {}
+        if resume is None:
+            self._find_out()
+        else:
+            self._load(Path(resume))
+        self.blocks = self._capture.blocks
+        self.uncalled = [entry for entry in blocks if not any(entry[1] is module for _, module in self.blocks)]
         for name, _ in self.uncalled:
             self._events("block is not called", block=name)
 
-    # What the pipeline calls
+    @property
+    def device(self) -> torch.device:
+        return self._capture.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of activations that are kept: outputs of blocks and what arguments have in common."""
+        return sum(self.cache.nbytes.values()) + self._held.nbytes
 
     def scan(self, sample: int) -> Scan:
+        """What was found out about samples of this kind."""
         return self._scans[self._kinds[sample]]
 
     def calls_block(self, index: int, sample: int) -> bool:
         """Whether the forward of a sample comes to a block."""
         return index in self.scan(sample).order
 
-    def arguments(self, index: int, sample: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    # What blocks are called with
+
+    def arguments(self, index: int, sample: int) -> Arguments:
         """(args, kwargs) of a block for a sample, on the device of what is beside the blocks; not to be written to.
 
         Raises:
-            ValueError: the sample does not come to this block, or outputs of a block before were not kept.
+            ValueError: the sample does not come to this block, or a block before it has not been run by `advance`.
         """
-        scan = self.scan(sample)
-        if index not in scan.order:
-            raise ValueError(f"sample {sample} does not call {self.blocks[index][0]!r}")
-        return self._capture(index, sample, scan.order, scan.uses[index], scan.towers[index])
-
-    def run(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Outputs, list[Tensor]]:
-        """Call a block. Returns what it returned, the structure of what it put out, and the tensors in that by
-        number."""
-        name, module = self.blocks[index]
-        with torch.no_grad(), dependencies.evaluating(module):
-            returned, structure, tensors, changed = outputs.observe(module, args, kwargs)
-        if changed:
-            raise ValueError(
-                f"{name!r} writes to the tensors that it is called with, so it cannot be called twice with them; "
-                "choose modules that contain it by blocks="
-            )
-        return returned, structure, tensors
-
-    def keep(self, index: int, sample: int, structure: Outputs, tensors: Sequence[Tensor]) -> None:
-        """Take what a block put out for a sample, in place of what no later block needs: as `run` gave it."""
-        scan = self.scan(sample)
-        position = scan.order.index(index)
-        for earlier in scan.order[:position]:
-            used = self.cache.numbers((earlier, sample))
-            self.cache.drop((earlier, sample), {n for n in used if scan.last_use((earlier, n)) > position})
-        live = {n: tensor for n, tensor in enumerate(tensors) if scan.last_use((index, n)) > position}
-        self._outputs[index, sample] = structure
-        self.cache.replace((index, sample), live)
+        leaves, tree = self._leaves(index, sample)
+        return unflatten(leaves, tree)  # type: ignore[no-any-return]
 
     def fetch(
         self, index: int, samples: Sequence[int], device: torch.device | str, targets: bool = False
     ) -> list[Batch]:
-        """Inputs of a block, see `Task.fetch`, and what it puts out for them as it is now; without samples that do
-        not come to it."""
-        found = []
+        """Inputs of a block, see `Task.fetch`; samples that do not come to it are left out.
+
+        Args:
+            targets: with what the block puts out for them. That is found the first time that it is asked for, when the
+                block has to be dense, and kept until the next block if `keep_targets`.
+        """
+        with self._capture.quiet(), torch.no_grad():
+            found = []
+            for group, rule in self._groups(index, samples):
+                batch = self._batch(index, group, rule, device)
+                if targets:
+                    batch.targets = self._targets(index, batch, rule)
+                    dims = rule.targets if rule else [0] * len(batch.targets)
+                    batch.masks = [
+                        self._mask(index, batch.samples, target, dim)
+                        for target, dim in zip(batch.targets, dims, strict=True)
+                    ]
+                found.append(batch)
+            return found
+
+    def advance(self, index: int, device: torch.device | str | None = None) -> None:
+        """Run a block, as it is now, on all samples, and keep what later blocks need of what it puts out, in place of
+        what they do not need any more."""
+        with self._capture.quiet(), torch.no_grad():
+            device = self.device if device is None else device
+            for group, rule in self._groups(index, range(len(self.calls))):
+                self._in_rows(group, functools.partial(self._advance, index, rule, device))
+            for sample in range(len(self.calls)):
+                self.cache.drop((TARGETS, sample))
+                self.cache.drop((MADE, sample))
+
+    def _advance(self, index: int, rule: Rule | None, device: torch.device | str, samples: Sequence[int]) -> None:
+        batch = self._batch(index, samples, rule, device)
+        _, structure, tensors = self._run(index, batch)
+        for number, sample in enumerate(samples):
+            dims = rule.outputs if rule else [None] * len(tensors)
+            parts = [merge.part(t, dim, number, len(samples)) for t, dim in zip(tensors, dims, strict=True)]
+            self._keep(index, sample, structure.of(parts), parts)
+
+    def _run(self, index: int, batch: Batch) -> tuple[Any, Outputs, list[Tensor]]:
+        name, module = self.blocks[index]
+        return self._capture.run(name, module, batch.args, batch.kwargs)
+
+    def _keep(self, index: int, sample: int, structure: Outputs, tensors: Sequence[Tensor]) -> None:
+        scan = self.scan(sample)
+        position = scan.order.index(index)
+        for earlier in scan.order[:position]:
+            numbers = self.cache.numbers((earlier, sample))
+            self.cache.drop((earlier, sample), {n for n in numbers if scan.last_use((earlier, n)) > position})
+        self.cache.drop((MADE, sample))
+        self.cache.drop((TARGETS, sample))
+        self._outputs[index, sample] = structure
+        live = {n: tensor for n, tensor in enumerate(tensors) if scan.last_use((index, n)) > position}
+        self.cache.replace((index, sample), live)
+
+    # Arguments of a sample
+
+    def _leaves(self, index: int, sample: int) -> tuple[list[Any], Tree]:
+        scan = self.scan(sample)
+        if index not in scan.order:
+            raise ValueError(f"sample {sample} does not call {self.blocks[index][0]!r}")
+        if index != self._index:
+            self._index, self._described = index, {}
+            for other in range(len(self.calls)):
+                self.cache.drop((TARGETS, other))
+                self.cache.drop((MADE, other))
+        self._held.at(index)
+        known = self._held.give(
+            sample, lambda use: self._loaded(use, sample), lambda p: self._loaded((MADE, p), sample)
+        )
+        if known is not None:
+            return known
+        return self._reacting(lambda: self._made(index, sample, scan))
+
+    def _loaded(self, use: Use, sample: int) -> Tensor:
+        return self._reacting(lambda: self.cache.get((use[0], sample), self.device, [use[1]])[use[1]])
+
+    def _made(self, index: int, sample: int, scan: Scan) -> tuple[list[Any], Tree]:
+        """Leaves by a forward, held as far as that takes no memory."""
+        source = _Sample(self, sample)
+        uses = scan.uses[index]
+        leaves, tree = flatten(self._capture.arguments(index, source, scan.order, uses, scan.towers[index]))
+        leaves, new = self._held.take(leaves, tree, source.loaded)
+        if sample not in self._described:
+            self._described[sample] = merge.describe(leaves, self._held.marks(leaves))
+        if new is None:
+            return leaves, tree
+        passed = {source.loaded[id(leaf)] for leaf in leaves if id(leaf) in source.loaded}
+        position = scan.order.index(index)
+        over = {use for use in uses - passed if scan.last_use(use) == position}
+        room = sum(source.sizes[use] for use in over)
+        nbytes = sum(leaves[p].nbytes for p in new)
+        if not new or not uses or nbytes <= room or self.cache.spare(self.device) >= nbytes:
+            if new:
+                for block in {block for block, _ in over}:
+                    gone = {n for b, n in over if b == block}
+                    self.cache.drop((block, sample), self.cache.numbers((block, sample)) - gone)
+                self.cache.replace((MADE, sample), {p: leaves[p] for p in new})
+            self._held.keep(sample)
+        return leaves, tree
+
+    # Samples put together
+
+    def _groups(self, index: int, samples: Iterable[int]) -> list[tuple[list[int], Rule | None]]:
+        """Samples that can be put together to one call of a block, and how."""
+        groups: list[tuple[list[int], list[Any], Rule | None]] = []
         for sample in samples:
             if not self.calls_block(index, sample):
                 continue
-            args, kwargs = self._to(self.arguments(index, sample), device)
-            batch = Batch((sample,), args, kwargs)
-            if targets:
-                batch.targets = floating(self.run(index, args, kwargs)[0])
-                batch.masks = [None] * len(batch.targets)
-            found.append(batch)
+            if index != self._index or sample not in self._described:
+                self._leaves(index, sample)
+            leaves = self._described[sample]
+            for number, (group, first, rule) in enumerate(groups):
+                if self._kinds[group[0]] != self._kinds[sample] or not merge.alike(first, leaves):
+                    continue
+                if rule is None:
+                    rule = self._rule(index, group[0], sample, leaves)
+                    groups[number] = (group, first, rule)
+                if rule is not None and merge.agree(first, leaves, rule.arguments):
+                    group.append(sample)
+                    break
+            else:
+                groups.append(([sample], leaves, None))
+        return [(group, rule) for group, _, rule in groups]
+
+    def _batch(self, index: int, samples: Sequence[int], rule: Rule | None, device: torch.device | str) -> Batch:
+        found = [self._leaves(index, sample) for sample in samples]
+        tree = found[0][1]
+        leaves = merge.join([leaves for leaves, _ in found], rule.arguments if rule else [])
+        args, kwargs = self._capture.to(unflatten(leaves, tree), device)
+        return Batch(tuple(samples), args, kwargs)
+
+    def _rule(self, index: int, one: int, other: int, described: list[Any]) -> Rule | None:
+        """How calls of a block are put together, which is found out with two samples; None: they are not."""
+        leaves = tuple((len(entry[0]), str(entry[1])) if len(entry) == 3 else type(entry[0]) for entry in described)
+        key = (type(self.blocks[index][1]).__qualname__, leaves)
+        if key not in self._rules:
+            (a, tree), (b, _) = self._leaves(index, one), self._leaves(index, other)
+            find = functools.partial(self._find_rule, index, (one, a), (other, b), tree)
+            self._rules[key] = self._reacting(find)
+        self._rule_of[index] = self._rules[key]
+        return self._rules[key]
+
+    def _find_rule(
+        self, index: int, one: tuple[int, list[Any]], other: tuple[int, list[Any]], tree: Tree
+    ) -> Rule | None:
+        scan = self.scan(one[0])
+        tried: list[merge.Dims] = []
+        real = self._capture.real
+        for call in merge.joined_calls(self.calls[one[0]], self.calls[other[0]]):
+            source = _Pair(self, one[0], other[0], call)
+            try:
+                both, _ = flatten(
+                    self._capture.arguments(index, source, scan.order, scan.uses[index], scan.towers[index])
+                )
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # the model does not take two such samples at a time
+                self._capture.real = real
+                continue
+            dims = merge.dims_of(one[1], other[1], both)
+            if dims is not None and dims not in tried:
+                tried.append(dims)
+        guess = merge.guessed(one[1], other[1])
+        for dims in [*tried, *([] if guess in tried else [guess])]:
+            if any(dim is not None for dim in dims):
+                rule = self._checked(index, one, other, dims, tree)
+                if rule is not None:
+                    return rule
+        self._events("samples are not put together", block=self.blocks[index][0])
+        return None
+
+    def _checked(
+        self, index: int, one: tuple[int, list[Any]], other: tuple[int, list[Any]], dims: merge.Dims, tree: Tree
+    ) -> Rule | None:
+        """Whether a call with both gives what single ones give, and along which dimensions."""
+        name, module = self.blocks[index]
+        device = next((p.device for p in module.parameters()), self.device)
+        device = self.device if device.type == "meta" else device
+        results = []
+        for leaves in (one[1], other[1], merge.join([one[1], other[1]], dims)):
+            args, kwargs = self._capture.to(unflatten(leaves, tree), device)
+            try:
+                results.append(self._capture.run(name, module, args, kwargs))
+            except Exception as error:
+                if len(results) < 2:
+                    raise
+                if isinstance(error, torch.OutOfMemoryError):
+                    self._events("out of memory", where="forward", reaction="samples are not put together", block=name)
+                return None
+        (one_returned, a, a_tensors), (other_returned, b, b_tensors), (returned, c, c_tensors) = results
+        if not (a.like(c) and b.like(c)):
+            return None
+        live = [self.scan(one[0]).last_use((index, n)) >= 0 for n in range(len(c_tensors))]
+        found = merge.dims_of(a_tensors, b_tensors, c_tensors, live)
+        targets = merge.dims_of(floating(one_returned), floating(other_returned), floating(returned))
+        if found is None or targets is None:
+            return None
+        return Rule(dims, found, targets)
+
+    def _in_rows(self, samples: Sequence[int], function: Callable[[Sequence[int]], None]) -> None:
+        """Call it with some samples at a time, fewer where memory runs out."""
+        done = 0
+        while done < len(samples):
+            rows = samples[done : done + self.rows]
+            try:
+                function(rows)
+            except torch.OutOfMemoryError as error:
+                if len(rows) > 1:
+                    self.rows = len(rows) // 2
+                    self._events("out of memory", where="forward", reaction="fewer samples at a time", rows=self.rows)
+                else:
+                    self._react(error)
+                continue
+            self._collected = False
+            done += len(rows)
+
+    # Targets
+
+    def _targets(self, index: int, batch: Batch, rule: Rule | None) -> list[Tensor]:
+        dims = rule.targets if rule else []
+        missing = [sample for sample in batch.samples if (TARGETS, sample) not in self.cache]
+        device = next(leaf.device for leaf in flatten((batch.args, batch.kwargs))[0] if isinstance(leaf, Tensor))
+        if len(batch.samples) > 1 and any(dim is None for dim in dims):
+            return floating(self._run(index, batch)[0])
+        found: dict[int, list[Tensor]] = {}
+
+        def run(rows: Sequence[int]) -> None:
+            part = batch if tuple(rows) == batch.samples else self._batch(index, rows, rule, device)
+            tensors = floating(self._run(index, part)[0])
+            for number, sample in enumerate(rows):
+                parts = [
+                    merge.part(tensor, dims[n] if dims else None, number, len(rows)) for n, tensor in enumerate(tensors)
+                ]
+                if self.keep_targets:
+                    self.cache.replace((TARGETS, sample), dict(enumerate(parts)))
+                else:
+                    found[sample] = parts
+
+        self._in_rows(missing, run)
+        for sample in batch.samples:
+            if sample not in found:
+                kept = self._reacting(functools.partial(self.cache.get, (TARGETS, sample), device))
+                found[sample] = [kept[n] for n in sorted(kept)]
+        return merge.join([found[sample] for sample in batch.samples], dims)
+
+    def _mask(self, index: int, samples: Sequence[int], target: Tensor, dim: int | None) -> Tensor | None:
+        """Which elements of a target count, bool [B, S, 1, ...]; None for all."""
+        rows = [self._mask_of(index, sample, target, len(samples)) for sample in samples]
+        shape = next((row.shape for row in rows if row is not None), None)
+        if shape is None or (dim != 0 and len(samples) > 1):
+            return None
+        whole = torch.cat([torch.ones(shape, dtype=torch.bool) if row is None else row.cpu() for row in rows])
+        if whole.all():
+            return None
+        return whole.reshape(*whole.shape, *([1] * (target.ndim - 2))).to(target.device)
+
+    def _mask_of(self, index: int, sample: int, target: Tensor, count: int) -> Tensor | None:
+        """The mask of tokens in a sample's call that has the first two dimensions of its part of a target."""
+        call = self.calls[sample]
+        names: dict[str, Any] = dict(call.kwargs)
+        with contextlib.suppress(TypeError, ValueError):
+            names = {**inspect.signature(self.model.forward).bind_partial(*call.args).arguments, **names}
+        found = [name for name in names if name.endswith(("attention_mask", "hidden_states_mask"))]
+        decoder = "decoder" in self.blocks[index][0]
+        found.sort(key=lambda name: name.startswith("decoder") != decoder)
+        for name in found:
+            mask = names[name]
+            if not isinstance(mask, Tensor) or mask.ndim != 2 or target.ndim < 2:
+                continue
+            if (mask.shape[0] * count, mask.shape[1]) == tuple(target.shape[:2]):
+                return mask != 0
+        return None
+
+    # Memory
+
+    def _reacting(self, function: Callable[[], Result]) -> Result:
+        while True:
+            try:
+                found = function()
+                self._collected = False
+                return found
+            except torch.OutOfMemoryError as error:
+                self._react(error)
+
+    def _react(self, error: torch.OutOfMemoryError) -> None:
+        """Make room on devices, or raise."""
+        moved = self.cache.to_host()
+        if moved:
+            self._events("out of memory", where="activations", reaction="moved to the host", bytes=moved)
+        elif self._held.clear():
+            self._events("out of memory", where="activations", reaction="arguments are not held")
+        elif self.device.type != "cpu" and self._to_cpu():
+            self._events("out of memory", where="beside the blocks", reaction="moved to the CPU")
+        elif not self._collected:  # what others hold comes and goes
+            self._collected = True
+            gc.collect()
+            self._events("out of memory", where="forward", reaction="tried again after a garbage collection")
+        else:
+            sizes = ", ".join(f"{size} bytes on the {tier}" for tier, size in self.cache.nbytes.items())
+            raise torch.OutOfMemoryError(
+                f"{error}\nActivations take {sizes}, and {self.rows} samples are run at a time. Shorter samples "
+                "(seqlen=), fewer of them (samples=), or files for activations (cache=, disk=) take less memory"
+            ) from error
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _to_cpu(self) -> bool:
+        """Move what is beside the blocks to the host; False where accelerate has a say in it."""
+        if any(hasattr(module, "_hf_hook") for module in self._capture.fixed):
+            return False
+        for module in self._capture.fixed:
+            tensor = next((t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None), None)
+            if tensor is not None and tensor.device.type != "meta":
+                self._moved[module] = tensor.device
+                module._apply(lambda t: t.to("cpu"), recurse=False)
+        self._capture.device = torch.device("cpu")
+        return True
+
+    def close(self) -> None:
+        """Free the activations, and put back on its device what had to leave it."""
+        self.cache.close()
+        self._held.clear()
+        for module, device in self._moved.items():
+            module._apply(lambda t, device=device: t.to(device), recurse=False)
+        self._moved = {}
+
+    # Finding out, saving
+
+    def _find_out(self) -> None:
+        first: dict[Any, int] = {}
+        for sample, kind in enumerate(self._kinds):
+            first.setdefault(kind, sample)
+        found = {kind: self._reacting(functools.partial(self._observe, sample)) for kind, sample in first.items()}
+        arranged = self._capture.arrange(order for order, _ in found.values())
+        place = {position: index for index, position in enumerate(arranged)}
+        self._outputs = {(place[position], sample): entry for (position, sample), entry in self._outputs.items()}
+        self.cache.rename({(position, sample): (place[position], sample) for position, sample in self.cache})
+        for kind, (order, digests) in found.items():
+            sample, indices = first[kind], [place[position] for position in order]
+            source = _Sample(self, sample)
+            scan = self._reacting(functools.partial(self._capture.trace, source, indices))
+            self._scans[kind] = scan
+            for p, position in enumerate(order):
+                self._reacting(functools.partial(self._capture.settle, source, scan, p, digests[position]))
+            for index in indices:
+                self.cache.drop((index, sample))
+                del self._outputs[index, sample]
+
+    def _observe(self, sample: int) -> tuple[list[int], dict[int, list[Any]]]:
+        def keep(position: int, structure: Outputs, tensors: list[Tensor]) -> None:
+            self._outputs[position, sample] = structure
+            self.cache.replace((position, sample), dict(enumerate(tensors)))
+
+        return self._capture.observe(_Sample(self, sample), keep)
+
+    def save(self, folder: str | Path) -> None:
+        """Write what is kept and what was found out to a folder, between two blocks; `resume` takes it.
+
+        The folder is written aside and renamed. It holds a pickle, which is to be read from nowhere else.
+        """
+        names = [name for name, _ in self.blocks]
+        state = {
+            "blocks": names,
+            "scans": self._scans,
+            "outputs": self._outputs,
+            "beside": self._beside,
+            "rules": self._rules,
+            "rule_of": self._rule_of,
+            "flags": (self._capture.real, self._capture.writes, self.rows),
+        }
+        self.cache.save(folder, {STATE: pickle.dumps(state)})
+
+    def _load(self, folder: Path) -> None:
+        state = pickle.loads((folder / STATE).read_bytes())
+        given = dict(self._capture.given)
+        missing = [name for name in state["blocks"] if name not in given]
+        if missing:
+            raise ValueError(f"{folder} was written for blocks that the model does not have, such as {missing[0]!r}")
+        self._capture.blocks = [(name, given[name]) for name in state["blocks"]]
+        self._scans, self._outputs, self._beside = state["scans"], state["outputs"], state["beside"]
+        unknown = set(self._kinds) - self._scans.keys()
+        if unknown:
+            raise ValueError(f"{folder} was written for other samples; resume with the same data")
+        self._rules, self._rule_of = state["rules"], state["rule_of"]
+        self._capture.real, self._capture.writes, self.rows = state["flags"]
+        self.cache.load(folder)
+
+
+class _Sample:
+    """A sample as the source of a forward.
+
+    Attributes:
+        loaded: what came out of the cache, by `id`; sizes: its bytes.
+    """
+
+    def __init__(self, replay: Replay, sample: int) -> None:
+        self._replay, self._sample = replay, sample
+        self.loaded: dict[int, Use] = {}
+        self.sizes: dict[Use, int] = {}
+        self._alive: list[Tensor] = []
+
+    def call(self) -> Arguments:
+        call = self._replay.calls[self._sample]
+        return tuple(call.args), dict(call.kwargs)
+
+    def structure(self, block: int) -> Outputs | None:
+        return self._replay._outputs.get((block, self._sample))
+
+    def load(self, block: int, numbers: Iterable[int]) -> dict[int, Tensor]:
+        replay = self._replay
+        found = replay.cache.get((block, self._sample), replay.device, numbers)
+        self.sizes.update({(block, n): tensor.nbytes for n, tensor in found.items()})
+        if replay._capture.writes:
+            return {n: tensor.clone() for n, tensor in found.items()}
+        self.loaded.update({id(tensor): (block, n) for n, tensor in found.items()})
+        self._alive += found.values()
         return found
 
-    def advance(self, index: int, device: torch.device | str | None = None) -> None:
-        """Run a block, as it is now, on all samples, and keep what it puts out."""
-        for sample in range(len(self.calls)):
-            if self.calls_block(index, sample):
-                args, kwargs = self.arguments(index, sample)
-                _, structure, tensors = self.run(index, *self._to((args, kwargs), device or self.device))
-                self.keep(index, sample, structure, tensors)
+    def beside(self, tower: nn.Module) -> list[Outputs] | None:
+        return self._replay._beside.get((self._replay._capture.towers.index(tower), self._sample))
 
-    # The model's forward
-
-    def _home(self) -> torch.device:
-        tensors = [t for module in self._fixed for t in (*module._parameters.values(), *module._buffers.values())]
-        tensors += list(self.model.parameters())
-        found = next((t.device for t in tensors if t is not None and t.device.type != "meta"), None)
-        return torch.device("cpu") if found is None else found
-
-    def _to(self, value: Any, device: torch.device | str) -> Any:
-        return tree_map(lambda tensor: tensor.to(device, non_blocking=True), value)
-
-    def _forward(self, sample: int, handlers: Mapping[nn.Module, Handler], grad: bool = False) -> None:
-        call = self.calls[sample]
-        args, kwargs = self._to((tuple(call.args), dict(call.kwargs)), self.device)
-        if kwargs.get("use_cache"):
-            kwargs["use_cache"] = False
-        with (
-            torch.set_grad_enabled(grad),
-            without_cache(self.model),
-            dependencies.evaluating(self.model),
-            intercepted(handlers),
-            contextlib.suppress(_Reached),
-        ):
-            self.model(*args, **kwargs)
-
-    def _stand_in(self, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        if self._real:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-        return torch.zeros((), dtype=dtype, device=self.device).expand(shape)
-
-    def _capture(
-        self, index: int, sample: int, order: Sequence[int], uses: Iterable[Use], towers: Iterable[nn.Module]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        try:
-            return self._captured(index, sample, order, uses, towers)
-        except RuntimeError as error:
-            if self._real or isinstance(error, torch.OutOfMemoryError):
-                raise
-            self._real = True  # the model may write to what blocks put out
-            return self._captured(index, sample, order, uses, towers)
-
-    def _captured(
-        self, index: int, sample: int, order: Sequence[int], uses: Iterable[Use], towers: Iterable[nn.Module]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        needed: dict[int, set[int]] = {}
-        for block, number in uses:
-            needed.setdefault(block, set()).add(number)
-        found: list[Any] = []
-
-        def stub(block: int) -> Handler:
-            def handler(original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-                structure = self._outputs.get((block, sample))
-                if structure is None:
-                    raise ValueError(
-                        f"arguments of {self.blocks[index][0]!r} are asked for before {self.blocks[block][0]!r} has run"
-                    )
-                tensors = self._load(block, sample, needed[block]) if block in needed else {}
-                return structure.build(args, kwargs, tensors, self._stand_in)
-
-            return handler
-
-        def reach(original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            found.append((args, kwargs))
-            raise _Reached
-
-        before = order[: order.index(index)]
-        handlers: dict[nn.Module, Handler] = {self.blocks[block][1]: stub(block) for block in before}
-        handlers[self.blocks[index][1]] = reach
-        handlers.update(self._beside_handlers(sample, set(towers)))
-        self._forward(sample, handlers)
-        if not found:
-            raise ValueError(
-                f"sample {sample} does not come to {self.blocks[index][0]!r}, as other samples with the same "
-                "arguments do; which blocks a sample calls must not depend on its values"
-            )
-        return found[0]  # type: ignore[no-any-return]
-
-    def _load(self, block: int, sample: int, numbers: Iterable[int]) -> dict[int, Tensor]:
-        found = self.cache.get((block, sample), self.device, numbers)
-        return {n: tensor.clone() for n, tensor in found.items()} if self._writes else found
-
-    def _beside_handlers(self, sample: int, needed: set[nn.Module]) -> dict[nn.Module, Handler]:
-        """Handlers of towers: those that are needed run, others put out what has their shapes, if these are known."""
-        handlers: dict[nn.Module, Handler] = {}
-        for tower in self._towers:
-            known = self._beside.get((tower, sample))
-            if tower not in needed and known is not None:
-                handlers[tower] = _repeated(known, self._stand_in)
-            elif known is None:
-                handlers[tower] = self._recorded(tower, sample)
-        return handlers
-
-    def _recorded(self, tower: nn.Module, sample: int) -> Handler:
-        known: list[Outputs] = []
-
-        def handler(original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            returned, structure, _, _ = outputs.observe(original, args, kwargs)
-            known.append(structure)
-            self._beside[tower, sample] = known
-            return returned
-
-        return handler
-
-    # What is found out on the first sample
-
-    def _observe(self, sample: int) -> tuple[list[nn.Module], dict[nn.Module, list[Any]]]:
-        """A forward with all blocks: their order, digests of their arguments, and what they put out."""
-        order: list[nn.Module] = []
-        digests: dict[nn.Module, list[Any]] = {}
-        names = {module: name for name, module in self._given}
-        last: list[tuple[Tensor, int | None]] = []
-
-        def observe(module: nn.Module) -> Handler:
-            def handler(original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-                if module in digests:
-                    raise ValueError(
-                        f"{names[module]!r} is called more than once in a forward, so its inputs depend on its own "
-                        "outputs; name a module that contains all its calls by blocks="
-                    )
-                self._writes |= any(outputs.version(tensor) != before for tensor, before in last)
-                order.append(module)
-                digests[module] = dependencies.digests((args, kwargs))
-                with self._ready(module):
-                    moved, there = self._at(module, args, kwargs)
-                    _, structure, tensors, changed = outputs.observe(original, *moved)
-                if changed:
-                    raise ValueError(
-                        f"{names[module]!r} writes to the tensors that it is called with, so it cannot be called "
-                        "twice with them; choose modules that contain it by blocks="
-                    )
-                if there != self.device:
-                    tensors = [tensor.to(self.device) for tensor in tensors]
-                position = next(n for n, (_, other) in enumerate(self._given) if other is module)
-                self._outputs[-1 - position, sample] = structure
-                self.cache.put((-1 - position, sample), dict(enumerate(tensors)))
-                last[:] = [(tensor, outputs.version(tensor)) for tensor in tensors]
-                return structure.build(args, kwargs, dict(enumerate(tensors)), self._stand_in)
-
-            return handler
-
-        handlers = {module: observe(module) for _, module in self._given}
-        handlers.update(self._beside_handlers(sample, set(self._towers)))
-        self._forward(sample, handlers)
-        return order, digests
-
-    def _at(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, Any], torch.device]:
-        """Arguments on the device of a block, unless hooks of accelerate move them."""
-        device = next((p.device for p in module.parameters()), self.device)
-        if device.type == "meta" or device == self.device or hasattr(module, "_hf_hook"):
-            return (args, kwargs), self.device
-        return self._to((args, kwargs), device), device
-
-    def _arrange(self, orders: list[list[nn.Module]]) -> None:
-        """Blocks in the order of calls: of the first sample, those of other kinds after what they come after."""
-        arranged: list[nn.Module] = []
-        for order in orders:
-            place = 0
-            for module in order:
-                if module in arranged:
-                    place = arranged.index(module) + 1
-                else:
-                    arranged.insert(place, module)
-                    place += 1
-        names = {module: name for name, module in self._given}
-        if not arranged:
-            raise ValueError(f"no sample calls one of the blocks {', '.join(list(names.values())[:3])} ...")
-        self.blocks = [(names[module], module) for module in arranged]
-        place_of = {-1 - n: arranged.index(m) for n, (_, m) in enumerate(self._given) if m in arranged}
-        self._outputs = {(place_of[block], sample): entry for (block, sample), entry in self._outputs.items()}
-        self.cache.rename({(block, sample): (place_of[block], sample) for block, sample in self.cache})
-
-    def _examine(self, sample: int, order: list[nn.Module], digests: dict[nn.Module, list[Any]]) -> Scan:
-        """What arguments of each block are made of; checked, and everything of this sample forgotten again."""
-        index = {module: n for n, (_, module) in enumerate(self.blocks)}
-        scan = Scan([index[module] for module in order])
-        try:
-            self._trace(sample, scan)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or self._real:
-                raise
-            self._real = True
-            self._trace(sample, scan)
-        for position, block in enumerate(scan.order):
-            wanted = digests[self.blocks[block][1]]
-            self._settle(sample, scan, position, wanted)
-        for block in scan.order:
-            self.cache.drop((block, sample))
-            del self._outputs[block, sample]
-        return scan
-
-    def _trace(self, sample: int, scan: Scan) -> None:
-        """Fill `uses` and `towers` by a forward whose stand-ins require gradients."""
-        origins = dependencies.Origins()
-
-        def stub(block: int) -> Handler:
-            def handler(original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-                found = origins.of((args, kwargs))
-                scan.uses[block] = {origin for origin in found if isinstance(origin, tuple)}
-                scan.towers[block] = {origin for origin in found if isinstance(origin, nn.Module)}
-                if block == scan.order[-1]:
-                    raise _Reached
-
-                def stand_in(number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-                    return origins.stand_in((block, number), shape, dtype, self.device, self._real)
-
-                return self._outputs[block, sample].build(args, kwargs, {}, stand_in)
-
-            return handler
-
-        def tower(module: nn.Module) -> Handler:
-            def handler(original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-                with torch.no_grad():
-                    returned = original(*args, **kwargs)
-                return tree_map(lambda tensor: origins.marked(module, tensor), returned)
-
-            return handler
-
-        handlers = {self.blocks[block][1]: stub(block) for block in scan.order}
-        handlers.update({module: tower(module) for module in self._towers})
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda packed: torch.empty(0)):
-            self._forward(sample, handlers, grad=True)
-
-    def _settle(self, sample: int, scan: Scan, position: int, wanted: list[Any]) -> None:
-        """Make sure that the arguments of a block come out as in the forward without stand-ins."""
-        block, order = scan.order[position], scan.order
-
-        def right(uses: set[Use], towers: set[nn.Module]) -> bool:
-            found = dependencies.digests(self._capture(block, sample, order, uses, towers))
-            return dependencies.same(found, wanted)
-
-        everything = {(b, n) for b in order[:position] for n in self.cache.numbers((b, sample))}
-        uses, towers = scan.uses.get(block, everything), scan.towers.get(block, set(self._towers))
-        if right(uses, towers):
-            scan.uses[block], scan.towers[block] = uses, towers
-            return
-        # Through operations that autograd does not see; then what can be left out is tried one by one.
-        if not right(everything, set(self._towers)):
-            raise ValueError(
-                f"arguments of {self.blocks[block][0]!r} come out differently when the model is called again with what "
-                "the blocks before it have put out: something random, or kept between calls, or handed from block to "
-                "block on another way than arguments and outputs. Choose modules that contain these blocks by blocks="
-            )
-        uses = everything
-        for earlier in order[:position]:
-            fewer = {use for use in uses if use[0] != earlier}
-            if fewer != uses and not {use for use in uses if use[0] == earlier} & scan.uses.get(block, set()):
-                uses = fewer if right(fewer, set(self._towers)) else uses
-        scan.uses[block], scan.towers[block] = uses, set(self._towers)
+    def record(self, tower: nn.Module, known: list[Outputs]) -> None:
+        self._replay._beside[self._replay._capture.towers.index(tower), self._sample] = known
 
 
-def _repeated(known: list[Outputs], stand_in: Callable[..., Tensor]) -> Handler:
-    calls: Iterator[Outputs] = iter(known)
+class _Pair:
+    """Two samples put together as the source of a forward."""
 
-    def handler(original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        structure = next(calls, None)
-        if structure is None:
-            return original(*args, **kwargs)
-        return structure.build(args, kwargs, {}, stand_in)
+    def __init__(self, replay: Replay, one: int, other: int, call: Arguments) -> None:
+        self._replay, self._samples, self._call = replay, (one, other), call
 
-    return handler
+    def call(self) -> Arguments:
+        return self._call
+
+    def structure(self, block: int) -> Outputs | None:
+        one = self._replay._outputs[block, self._samples[0]]
+        return one.doubled(self._dims(block))
+
+    def _dims(self, block: int) -> merge.Dims:
+        rule = self._replay._rule_of.get(block)
+        if rule is None:
+            raise ValueError("what this block puts out for two samples is not known")
+        return rule.outputs
+
+    def load(self, block: int, numbers: Iterable[int]) -> dict[int, Tensor]:
+        numbers, dims = list(numbers), self._dims(block)
+        cache, device = self._replay.cache, self._replay.device
+        one, other = (cache.get((block, sample), device, numbers) for sample in self._samples)
+        pairs = [[one[n] for n in numbers], [other[n] for n in numbers]]
+        return dict(zip(numbers, merge.join(pairs, [dims[n] for n in numbers]), strict=True))
+
+    def beside(self, tower: nn.Module) -> list[Outputs] | None:
+        return []
+
+    def record(self, tower: nn.Module, known: list[Outputs]) -> None:
+        pass

@@ -1,18 +1,20 @@
 """What a calibration did: events as they happen, and the report that is made of them.
 
-    events("tuned", block="model.layers.3", loss_before=2.1e-4, loss_after=9.8e-5)
+    events("quantized", block="model.layers.3", loss_before=2.1e-4, loss_after=9.8e-5)
     events("out of memory", block="model.layers.3", where="backward", micro_batch=4)
 
 | what | details | kind |
 |---|---|---|
-| `tuned`, or any other text | `block`, `loss_before`, `loss_after`: mean of (y - t)^2, see `task` | |
+| `quantized` | `block`, `loss_before` (rounded to nearest), `loss_after`: mean of (y - t)^2, see `task` | |
+| `tuned`, or any other text | where nobody tells of `quantized`: the first loss before and the last loss after | |
 | `out of memory` | `block`, `where`, and what was changed for it: `micro_batch=4`, `device="cpu"` | memory step |
-| `cache to host`, `cache to disk`, `block to ...` | `bytes`, ... | memory step |
+| `activations go to ...`, `block to ...` | `bytes`, ... | memory step |
 | `fallback` | `layer`, `experts` that saw too few tokens, `reason` | fallback |
 
 Any text and any details are kept. Memory steps and fallbacks are warnings of the logger `tritonq.calibrate`, all else
 is its info. `CalibrationReport` collects one row a block (losses, seconds, peak memory by device) and what layers note:
-`layer.notes["tokens"]`, a count for each expert, and `layer.notes["fallback"]`, the experts or the reason.
+`layer.notes["tokens"]`, a count for each expert in order or by its number, and `layer.notes["fallback"]`, the experts or
+the reason.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ logger = logging.getLogger("tritonq.calibrate")
 
 VERSION = 1  # of report.json
 HOST = "host"  # memory of this process that is no mapped file, among peaks by device
-_MEMORY_STEPS = ("out of memory", "cache to ", "block to ")
+_MEMORY_STEPS = ("out of memory", "activations go to ", "block to ")
 _LONG = 16  # options with more entries are told by their number
 _LARGE = 4096  # tensors with more elements are told by their extremes
 _INTERVAL = 0.1  # seconds between looks at the memory of the host
@@ -151,7 +153,8 @@ class CalibrationReport:
         first = len(self.events)
         with self._measured(name, devices) as row:
             yield row
-        told = [event.details for event in list(self.events)[first:] if event.details.get("block") == name]
+        told = [event for event in list(self.events)[first:] if event.details.get("block") == name]
+        told = [event.details for event in [one for one in told if one.what == "quantized"] or told]
         before = [details["loss_before"] for details in told if "loss_before" in details]
         after = [details["loss_after"] for details in told if "loss_after" in details]
         row.loss_before = before[0] if row.loss_before is None and before else as_json(row.loss_before)
@@ -165,9 +168,12 @@ class CalibrationReport:
         row.layers[layer.name] = {"format": layer.fmt.name, **notes}
         if layer.inputs:
             self.static_scales[layer.name] = {key: as_json(value) for key, value in layer.inputs.items()}
-        if isinstance(tokens := notes.get("tokens"), list):
+        counts = layer.notes.get("tokens")
+        if isinstance(counts, Mapping):
+            counts = [counts.get(expert, 0) for expert in range(max(counts, default=-1) + 1)]
+        if isinstance(counts := as_json(counts), list):
             # Parameters of the same experts see the same tokens.
-            self.tokens_by_expert[layer.name.rpartition(".")[0] or layer.name] = tokens
+            self.tokens_by_expert[layer.name.rpartition(".")[0] or layer.name] = counts
         if fallback := notes.get("fallback"):
             self.fallbacks[layer.name] = fallback
 

@@ -5,17 +5,16 @@
     loss = mean of (block(x; W^) - target)^2 over a batch of samples
 
 Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent" (arXiv 2309.05516). A weight is quantized once
-an iteration; its codes are what is kept when the loss was the best so far, and what they dequantize to is what the block
-computes with. Gradients of W^ are added up over micro-batches, after which one launch a weight works out the gradients
-of v and of the ratios and moves them: those gradients never exist. What remains full-size beside W are W^, its gradient
-and v, and the codes twice.
+an iteration; its codes are what is kept when the loss was the best so far, and the block computes with what they
+dequantize to. Gradients of W^ are added up over micro-batches, after which one launch a weight works out the gradients
+of v and of the ratios and moves them: those gradients never exist. What is full-size beside W are W^, its gradient and
+v; the codes are there twice.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor
 from tritonq import learned_ops, ops
 from tritonq.autograd import qdq
 from tritonq.calibrate.task import Layer, Task
-from tritonq.calibrate.trial import Trial, deterministic
+from tritonq.calibrate.trial import Trial, counted_tokens, deterministic
 from tritonq.codecs import scale as scales
 from tritonq.learned_reference import Learned, moved
 from tritonq.nn.quantize import smallest_divisor
@@ -50,7 +49,7 @@ class SignRound:
         patience: iterations without a better loss after which tuning ends; the host then waits for every loss.
         evaluation: how many samples, spread over all, decide between the results there are (None: all): the best
             iteration by the loss of its own batch, the last one, and rounding to nearest with `task.search`.
-        start: "rule": ratios begin at 1; "search": at what gives the scales that `task.search` finds.
+        start: "search": ratios begin where the rule gives the scales that `task.search` finds, at most 1; "rule": at 1.
         deterministic: kernels that give the same bits in every run, where torch has them.
         compile: run the block through torch.compile, which takes its time once for blocks of one kind.
 
@@ -67,7 +66,7 @@ class SignRound:
     fused: bool = True
     patience: int | None = None
     evaluation: int | None = 32
-    start: str = "rule"
+    start: str = "search"
     deterministic: bool = True
     compile: bool = False
     name: str = "signround"
@@ -83,6 +82,7 @@ class SignRound:
             raise ValueError(f"v_dtype is torch.float32 or torch.bfloat16, got {self.v_dtype}")
         if self.start not in STARTS:
             raise ValueError(f"start is 'rule' or 'search', got {self.start!r}")
+        self.rates(torch.device("cpu"))  # raises where they make no sense
 
     def rates(self, device: torch.device) -> SignStep:
         lr = 1.0 / self.iters if self.lr is None else self.lr
@@ -96,8 +96,28 @@ class SignRound:
         """
         if not task.layers or not task.samples:
             return
-        with deterministic(self.deterministic), Trial(task, self.compile) as trial:
-            _Tuning(self, task, trial).run()
+        try:
+            with deterministic(self.deterministic), Trial(task, self.compile) as trial:
+                _Tuning(self, task, trial).run()
+            return
+        except torch.OutOfMemoryError as error:
+            reason = str(error)
+        raise torch.OutOfMemoryError(self._numbers(task, reason))  # outside, so that no frame of the attempt lives on
+
+    def _numbers(self, task: Task, reason: str) -> str:
+        """What did not fit, and what would help."""
+        weights = [layer.weight for layer in task.layers]
+        dense, elements = sum(w.nbytes for w in weights), sum(w.numel() for w in weights)
+        free = ""
+        if task.device.type == "cuda":
+            left, total = torch.cuda.mem_get_info(task.device)
+            free = f"; {_gib(left)} of {_gib(total)} are free"
+        smaller = "" if self.v_dtype is torch.bfloat16 else ", or SignRound(v_dtype=torch.bfloat16)"
+        return (
+            f"{task.name} cannot be tuned on {task.device}, {task.micro_batch} samples at a time: its weights take "
+            f"{_gib(dense)}, their rounded values and gradients as much each, and offsets "
+            f"{_gib(elements * self.v_dtype.itemsize)}{free}. Shorter samples (seqlen) take less{smaller}. {reason}"
+        )
 
 
 class Offsets:
@@ -205,11 +225,10 @@ class _Tuning:
         self.method, self.task, self.trial = method, task, trial
         self.spilled = False
         divisors = _divisors(task.layers)
-        with self._out_of_memory_said():
-            self.layers = [
-                Offsets(method, task, layer, leaf, divisors.get(id(layer)))
-                for layer, leaf in zip(task.layers, trial.leaves, strict=True)
-            ]
+        self.layers = [
+            Offsets(method, task, layer, leaf, divisors.get(id(layer)))
+            for layer, leaf in zip(task.layers, trial.leaves, strict=True)
+        ]
         self.step = method.rates(task.device)
         self.best = torch.full((), torch.inf, dtype=torch.float64, device=task.device)
         self.best_iteration = torch.full((), -1, dtype=torch.int64, device=task.device)
@@ -240,7 +259,7 @@ class _Tuning:
     def _draws(self) -> list[list[int]]:
         """Samples of every iteration: permutations of all, in pieces of a batch; a rest is left out."""
         generator = torch.Generator().manual_seed(self.task.seed)
-        batch, found = min(self.method.batch, self.task.samples), []
+        batch, found = min(self.method.batch, self.task.samples), list[list[int]]()
         while len(found) < self.method.iters:
             order = torch.randperm(self.task.samples, generator=generator).tolist()
             found += [order[i : i + batch] for i in range(0, len(order) - batch + 1, batch)]
@@ -287,10 +306,9 @@ class _Tuning:
     def _choose(self, searched: float) -> tuple[float, str]:
         """Set results to the best of what there is: its loss, and what it is."""
         found = {"nearest": searched}
+        self._values()
+        found["last"] = self._evaluate()
         with torch.no_grad():
-            for one in self.layers:
-                one.refresh()
-            found["last"] = self._evaluate()
             for one in self.layers:
                 one.hold(one.best)
         found["best"] = self._evaluate()
@@ -305,12 +323,28 @@ class _Tuning:
 
     def _count_tokens(self) -> None:
         """Experts that few tokens are routed to stay rounded to nearest, and are noted."""
+        experts = [one for one in self.layers if one.layer.is_expert]
+        if not experts:
+            return
+        for one in self.layers:
+            with torch.no_grad():
+                one.leaf.detach().copy_(one.weight)
+        self.trial.publish()
+        modules = {id(one.layer.module): one.layer.weight.shape[0] for one in experts}
+        with counted_tokens(self.trial, modules) as found:
+            self._attempt(range(self.task.samples), False, None, found.clear)
+        for one in experts:
+            tokens, rows = found.of(id(one.layer.module))
+            one.layer.notes["tokens"] = tokens
+            one.idle = [e for e, count in enumerate(tokens) if count < FEW_TOKENS * rows]
+            one.layer.notes["fallback"] = one.idle
 
     # -------------------------------------------------------------------------------------------------- out of memory
 
     def _attempt(
-        self, samples: Sequence[int], gradients: bool, following: Sequence[int] | None
-    ) -> tuple[Tensor, Tensor]:
+        self, samples: Sequence[int], gradients: bool, following: Sequence[int] | None,
+        again: Callable[[], object] = lambda: None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`Trial.run`, again with fewer samples a call where memory ran out; sums then start anew."""
         while True:
             try:
@@ -319,31 +353,30 @@ class _Tuning:
                 reason = str(error)
             # Only here do the frames of the failed attempt, and what they held, cease to be.
             self._shrink(reason)
+            again()
 
     def _shrink(self, reason: str) -> None:
+        """Make room, and say how; raises where there is nothing left to do."""
         task = self.task
         self.trial.forget()
         if task.device.type == "cuda":
             torch.cuda.empty_cache()
+        details = {"block": task.name, "during": self.method.name}
         if task.micro_batch > 1:
             task.micro_batch //= 2
-            task.events("out of memory", block=task.name, during=self.method.name, micro_batch=task.micro_batch)
-            return
-        if not self.spilled:
+            task.events("out of memory", **details, micro_batch=task.micro_batch)
+        elif not self.spilled:
             self.spilled = True
             self.trial.look_ahead(False)
             for one in self.layers:
                 one.best = {name: part.cpu() for name, part in one.best.items()}
-            task.events("out of memory", block=task.name, during=self.method.name, micro_batch=1, moved="best to host")
-            return
-        raise torch.OutOfMemoryError(self._numbers(reason))
+            task.events("out of memory", **details, micro_batch=1, moved="codes of the best iteration, to the host")
+        else:
+            raise torch.OutOfMemoryError(reason)
 
-    def _numbers(self, reason: str) -> str:
-        return reason
 
-    @contextlib.contextmanager
-    def _out_of_memory_said(self) -> Iterator[None]:
-        yield
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.3g} GiB"
 
 
 def _orderable(loss: float) -> float:

@@ -135,7 +135,7 @@ class InputRounding:
         if self.last is not None and self.last[0]() is x and self.last[1] == key:
             found: Tensor = self.last[2]
             return found
-        y = qdq(x, fmt, **parts)
+        y = qdq(x, fmt, **parts)  # type: ignore[arg-type]  # parts of a Format are tensors
         self.last = weakref.ref(x), key, y
         return y
 
@@ -331,10 +331,13 @@ class Trial:
             replica, later = self.replicas[own], [*chunks[own :: len(self.replicas)], *after[own : own + 1]]
             upcoming = next(iter(later[position // len(self.replicas) + 1 :]), None)
             for batch in self.ahead[own].take(chunk, upcoming):
-                if group and (replica is self.replicas[0] or any(replica is other for other, _ in group)):
+                if group and (own == 0 or any(replica is other for other, _ in group)):
                     total, count = self._together(group, gradients, total, count)
                     group = []
                 group.append((replica, batch))
+                if own == len(self.replicas) - 1:  # nobody is left to wait for
+                    total, count = self._together(group, gradients, total, count)
+                    group = []
         if group:
             total, count = self._together(group, gradients, total, count)
         return total, count
@@ -344,7 +347,7 @@ class Trial:
         return [tuple(samples[i : i + size]) for i in range(0, len(samples), size)]
 
     def _together(self, group: list[Call], gradients: bool, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """Calls on different devices, of which the first device's comes first."""
+        """Calls on different devices; that of the first, whose leaves gather all gradients, comes first."""
         with contextlib.ExitStack() as stack:
             for replica, _ in group:
                 stack.enter_context(replica.swapped())  # backward of a checkpointed block runs forward again
@@ -377,3 +380,54 @@ def _input_parts(layer: Layer, device: torch.device) -> Parts:
     if layer.input_format is not None and layer.input_format.tensor_scale and "tensor_scale" not in parts:
         parts["tensor_scale"] = torch.ones(1, dtype=torch.float32, device=device)
     return parts
+
+
+class Tokens:
+    """How many tokens went to each expert, by the identity of a task's module of experts."""
+
+    def __init__(self) -> None:
+        self.counts: dict[int, list[Tensor]] = {}
+        self.rows: dict[int, int] = {}
+
+    def clear(self) -> None:
+        self.counts.clear()
+        self.rows.clear()
+
+    def see(self, module: int, experts: int, routed: Tensor) -> None:
+        """`routed`: int [tokens, experts of a token]; a number past the last expert stands for none."""
+        routed = routed.detach().reshape(routed.shape[0], -1)
+        seen = torch.zeros(experts + 1, dtype=torch.int64, device=routed.device)
+        flat = routed.reshape(-1).to(torch.int64).clamp(0, experts)
+        self.counts.setdefault(module, []).append(seen.index_add_(0, flat, torch.ones_like(flat))[:experts])
+        self.rows[module] = self.rows.get(module, 0) + routed.shape[0]
+
+    def of(self, module: int) -> tuple[list[int], int]:
+        """Tokens by expert, and of all."""
+        counts = [one.cpu() for one in self.counts[module]]
+        return torch.stack(counts).sum(0).tolist(), self.rows[module]
+
+
+@contextlib.contextmanager
+def counted_tokens(trial: Trial, modules: dict[int, int]) -> Iterator[Tokens]:
+    """Count while the trial runs; `modules` are those of experts, by their identity, and how many experts they hold.
+    Which expert a token goes to is the first integer tensor that the module is called with."""
+    found = Tokens()
+
+    def hook(key: int) -> Any:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for given in (*args, *kwargs.values()):
+                if isinstance(given, Tensor) and not given.is_floating_point() and given.ndim:
+                    found.see(key, modules[key], given)
+                    return
+
+        return see
+
+    with contextlib.ExitStack() as undo:
+        for replica in trial.replicas:
+            seen = set()
+            for layer, (module, _) in zip(trial.task.layers, replica.places, strict=True):
+                key = id(layer.module)
+                if key in modules and key not in seen:
+                    seen.add(key)
+                    undo.callback(module.register_forward_pre_hook(hook(key), with_kwargs=True).remove)
+        yield found

@@ -44,11 +44,22 @@ def check_finite(q: QTensor, dense: Tensor, name: str) -> None:
     """ValueError that names the parameter and counts its non-finite elements; a group that holds one has a NaN
     scale."""
     if not bool(torch.isfinite(scales.load(q.scale, q.format)).all()):
-        count = sum(int((~torch.isfinite(row)).sum()) for row in dense.reshape(-1, dense.shape[-1]).split(1024))
-        raise ValueError(
-            f"{name} of shape {tuple(dense.shape)} has {count} non-finite element{'s' if count != 1 else ''} "
-            "(NaN or infinity); repair the weights, or leave the layer out with ignore"
-        )
+        raise _not_finite(dense, name)
+
+
+def check_values(weights: Iterable[tuple[str, Tensor]]) -> None:
+    """The same for weights that nobody has quantized yet."""
+    for name, weight in weights:
+        if weight.numel() and not bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all()):
+            raise _not_finite(weight.detach(), name)
+
+
+def _not_finite(dense: Tensor, name: str) -> ValueError:
+    count = sum(int((~torch.isfinite(row)).sum()) for row in dense.reshape(-1, dense.shape[-1]).split(1024))
+    return ValueError(
+        f"{name} of shape {tuple(dense.shape)} has {count} non-finite element{'s' if count != 1 else ''} "
+        "(NaN or infinity); repair the weights, or leave the layer out with ignore"
+    )
 
 
 Weight = tuple[str, Tensor, Format]  # name, the dense weight, what it is quantized to
@@ -211,7 +222,7 @@ def quantize_(
         group_size: another group size than the scheme's, for schemes with groups of integers or of a table.
         search: scale search of the weights, as in `tritonq.quantize`; None is "mse" for codes of 4 bits and less, False
             the scale rule of the format.
-        calibration: a `tritonq.Calibration`: sample data, and an algorithm that decides with it how weights are rounded.
+        calibration: a `tritonq.Calibration`: sample data, and an algorithm that decides with it how weights round.
         device: where to quantize, such as "cuda" or a list of devices, through which weights stream that lie elsewhere;
             the result stays where the weight was.
         progress: show a progress bar on a terminal.
