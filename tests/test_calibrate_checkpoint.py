@@ -108,7 +108,7 @@ def test_what_was_decided_arrives(kind, leaves, source, tmp_path):
 
 @pytest.mark.parametrize(("kind", "scheme"), [("llama", "W4A16"), ("qwen3moe", "NVFP4"), ("bert", "W8A16")])
 def test_same_bytes_as_in_memory(kind, scheme, source, tmp_path, device):
-    method = ["signround"] if kind == "llama" else [Rule("q_proj", "query", "down_proj")]
+    method = ["signround"] if device == "cuda" else [Rule("q_proj", "query", "down_proj")]
     quantize(source(kind), tmp_path / "file", scheme, method, device, iters=1, max_shard_size="100KB")
     import transformers
 
@@ -207,12 +207,8 @@ def keep(self, index, *rest):
     if index == block:
         os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.Files.keep = keep
-test.quantize(sys.argv[2], sys.argv[3], sys.argv[4], test.method_for(sys.argv[4]), iters=1)
+test.quantize(sys.argv[2], sys.argv[3], sys.argv[4], [test.Scaled(), test.Rule("q_proj", "down_proj")])
 """
-
-
-def method_for(scheme):
-    return "signround" if scheme == "W4A16" else [Rule("q_proj", "down_proj")]
 
 
 def killed(source, out, scheme, block, where):
@@ -241,11 +237,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(kind, scheme, block, where, sour
     folder, out = source(kind, num_hidden_layers=3), tmp_path / "out"
     killed(folder, out, scheme, block, where)
     assert not out.exists() and (tmp_path / ".out.tritonq-work").is_dir()
-    report = quantize(folder, out, scheme, method_for(scheme), iters=1)
+    report = quantize(folder, out, scheme, [Scaled(), Rule("q_proj", "down_proj")])
     assert decided == ([2] if where == "after" else [1, 2])
     losses = [(row["name"], row["loss_before"], row["loss_after"]) for row in report.calibration["blocks"]]
     decided.clear()
-    whole = quantize(folder, tmp_path / "whole", scheme, method_for(scheme), iters=1)
+    whole = quantize(folder, tmp_path / "whole", scheme, [Scaled(), Rule("q_proj", "down_proj")])
     assert decided == [0, 1, 2] and models.files(out) == models.files(tmp_path / "whole")
     assert losses == [(row["name"], row["loss_before"], row["loss_after"]) for row in whole.calibration["blocks"]]
     assert report.layers == whole.layers
@@ -373,14 +369,15 @@ for layers in (2, 12):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
-    """Ten blocks of 14 MiB more take what a few of them take: what allocators hold on to differs by as much."""
+    """Ten blocks of 14 MiB more take less than two of them take."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "1048576"  # large tensors go back when they are freed
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, tmp_path], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     few, many = map(int, done.stdout.split())
-    assert many - few < 42, (few, many)
+    assert many - few < 28, (few, many)
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
@@ -454,7 +451,7 @@ def test_command_line(run, source, tmp_path):
     folder = Path(shutil.copytree(source("llama"), tmp_path / "tiny"))
     tokenizer_of_letters(folder)
     arguments = ("quantize", folder, tmp_path / "out", "--scheme", "W4A16", "--group-size", 32, "--calibrate",
-                 "signround", "--data", rows, "--samples", 3, "--seqlen", 10, "--batch", 2, "--iters", 2, "--seed", 5,
+                 "rtn", "--data", rows, "--samples", 3, "--seqlen", 10, "--batch", 2, "--iters", 2, "--seed", 5,
                  "--report", tmp_path / "report")  # fmt: skip
     code, out, err = run(*arguments, "--json")
     assert code == 0, err
@@ -465,7 +462,7 @@ def test_command_line(run, source, tmp_path):
     assert (options["samples"], options["seqlen"], options["batch"]) == (3, 10, 2)
     assert (options["iters"], options["seed"]) == (2, 5)
     assert (tmp_path / "report/report.html").is_file()
-    code, out, err = run(*arguments, "--force", "--samples", 8, "--calibrate", "rtn")
+    code, out, err = run(*arguments, "--force", "--samples", 8)
     assert code == 0 and "loss before" in out and "note: calibration data makes 5 samples" in err
 
 

@@ -380,7 +380,7 @@ class Files(Storage):
         for tensor_name, owner, key, tensor in list(_tensors(name, block, True)):
             if (changed := found.get(f"{tensor_name}/dense")) is not None:
                 self._origins._put(tensor_name, owner, key, changed.to(tensor.device))
-        self._tell("restored", name, noted["losses"])
+        self._tell(name, noted["losses"])
         return True
 
     def keep(self, index: int, name: str, block: nn.Module, layers: Sequence[Layer]) -> None:
@@ -416,18 +416,15 @@ class Files(Storage):
         self._manifest.finish(path, sha256, block=name, errors=errors, notes=notes, losses=self._losses(name))
 
     def _losses(self, block: str) -> dict[str, float | None]:
-        """What the report was told about a block: the first loss before, the last one after."""
+        """What the report was told about a block when it was quantized."""
         report = self._job.calibration.result
-        told = [e.details for e in (report.events if report else ()) if e.details.get("block") == block]
-        found: dict[str, float | None] = {}
-        for details in told:
-            found.setdefault("loss_before", details.get("loss_before"))
-            found.update({"loss_after": details["loss_after"]} if "loss_after" in details else {})
-        return found
+        told = [event for event in (report.events if report else ()) if event.what == "quantized"]
+        mine = [event.details for event in told if event.details["block"] == block]
+        return {key: mine[-1].get(key) for key in ("loss_before", "loss_after")} if mine else {}
 
-    def _tell(self, what: str, block: str, losses: dict[str, float | None]) -> None:
+    def _tell(self, block: str, losses: dict[str, float | None]) -> None:
         if self._job.calibration.result is not None:
-            self._job.calibration.result.events(what, block=block, **losses)
+            self._job.calibration.result.events("quantized", block=block, **losses, restored=True)
 
     def leave(self, index: int, name: str, block: nn.Module, layers: Sequence[Layer]) -> None:
         for layer in layers:
