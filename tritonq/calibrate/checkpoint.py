@@ -278,20 +278,20 @@ class Origins:
     def _fill_buffers(self, stored: set[str]) -> None:
         """Buffers that no checkpoint holds, such as frequencies of rotary embeddings: as the model initialises them."""
         for prefix, module in self.model.named_modules():
-            empty = {}
-            for key, buffer in module._buffers.items():
-                name = f"{prefix}.{key}" if prefix else key
-                if buffer is not None and buffer.is_meta and name not in stored:
-                    mark = torch.nan if buffer.is_floating_point() else 1 if buffer.dtype is torch.bool else -77
-                    empty[key] = torch.full(buffer.shape, mark, dtype=buffer.dtype, device=self.device)
+            empty = {
+                key: torch.full(buffer.shape, torch.nan if buffer.is_floating_point() else -77, dtype=buffer.dtype)
+                for key, buffer in module._buffers.items()
+                if buffer is not None and buffer.is_meta and (f"{prefix}.{key}" if prefix else key) not in stored
+            }
             if not empty:
                 continue
-            before = {key: buffer.clone() for key, buffer in empty.items()}
-            module._buffers.update(empty)
+            module._buffers.update({key: buffer.to(self.device) for key, buffer in empty.items()})
             self._owner(prefix)._init_weights(module)
-            for key, buffer in before.items():
+            for key in empty:
                 now = module._buffers[key]
-                if now is None or (now.numel() and torch.equal(now.nan_to_num(), buffer.nan_to_num())):
+                if now is None or (
+                    now.numel() and bool((now.isnan() if now.is_floating_point() else now == -77).all())
+                ):
                     raise ValueError(f"buffer {prefix}.{key} is not in the checkpoint; {_WAY_OUT}")
 
     def _owner(self, name: str) -> Any:
