@@ -218,12 +218,14 @@ def error(model, calls, wanted):
     return float(sum((y.double() - t.double()).square().sum() for y, t in zip(found, wanted, strict=True)))
 
 
-def calibrated(build, method, **options):
+def calibrated(build, method, device=None, **options):
     model, data, calls, _ = family(build)
     options = {"samples": len(calls), "batch": 4, **OPTIONS.get(method, {}), **options}
     calibration = tq.Calibration(data, method=method, **options)
     model = copy.deepcopy(model)
-    found = tq.quantize_(model, "W3A16", group_size=32, search=False, calibration=calibration, progress=False)
+    found = tq.quantize_(
+        model, "W3A16", group_size=32, search=False, calibration=calibration, device=device, progress=False
+    )
     assert found is model
     return model, calibration.result
 
@@ -254,6 +256,17 @@ def test_nearer_than_rounding_to_nearest(build, method, tmp_path):
         assert row["loss_after"] <= row["loss_before"] and row["seconds"] > 0 and row["layers"]
     weights = [p for p in model.parameters() if isinstance(p, tq.QTensor)]
     assert weights and all(w.format.name.startswith("int3_g32") for w in weights)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["signround", "gptq"])
+@pytest.mark.parametrize("build", FAMILIES, ids=lambda build: build.__name__)
+def test_models_of_the_host_visit_the_gpu(build, method):
+    _, _, calls, wanted = family(build)
+    model, report = calibrated(build, method, device="cuda")
+    assert error(model, calls, wanted) < nearest(build)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert any(key.startswith("cuda") for key in report.peak_bytes)
 
 
 def stored(model):
