@@ -5,7 +5,9 @@ One start of two processes for all cases, since importing torch takes longer tha
 """
 
 import copy
+import faulthandler
 import functools
+import gc
 import json
 import sys
 import time
@@ -636,6 +638,7 @@ def main():
     RANK, RANKS, kind, FOLDER = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     only = sys.argv[5:]
     torch.set_num_threads(1)
+    faulthandler.enable()
     DEVICE = torch.device(kind, RANK) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(DEVICE)
@@ -656,6 +659,7 @@ def main():
             results[name] = [traceback.format_exc(limit=-12), 0.0]
         results[name][1] = round(time.perf_counter() - start, 2)
         (FOLDER / f"{RANK}.json").write_text(json.dumps(results))
+    gc.collect()  # shards of models, before the groups that they belong to
     dist.destroy_process_group()
 
 

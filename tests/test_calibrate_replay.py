@@ -578,7 +578,7 @@ def test_blocks_of_families():
     assert any(name.startswith("model.visual.blocks.") for name in names(block_models.qwen3_vl, "all"))
     assert names(block_models.diffusion) == [f"{kind}_blocks.{n}" for kind in ("double", "single") for n in range(2)]
     assert names(block_models.long_skips) == ["in_blocks.0", "in_blocks.1", "mid_block", "out_blocks.0", "out_blocks.1"]
-    assert names(block_models.plain) == ["first", "second"]
+    assert names(block_models.plain) == [""], "linear layers are replaced in the module that holds them"
     assert [name for name, _ in blocks.find(nn.Linear(3, 3))] == [""]
 
 

@@ -135,3 +135,92 @@ def test_quantize_in_place_then_save(kind, scheme, tmp_path):
     model = quantize.quantize_(models.build(kind), scheme, progress=False)
     save_pretrained(model, tmp_path / "memory")
     same(tmp_path / "file", tmp_path / "memory")
+
+
+# ------------------------------------------------------------------------------------ static scales of inputs
+
+
+def with_static_inputs(scheme, values, ignored=(), **shape):
+    """A quantized model whose layers have made-up static parts of inputs, and these by the name of the layer."""
+    import tritonq as tq
+    from tritonq.nn.linear import STATIC, QLinear
+
+    model = tq.quantize_(models.build("llama", **shape), scheme, progress=False)
+    given, generator = {}, torch.Generator().manual_seed(1)
+    for name, module in model.named_modules():
+        if isinstance(module, QLinear) and name.rpartition(".")[2] not in ignored:
+            given[name] = {part: make(torch.rand(1, generator=generator)) for part, make in values.items()}
+            for part, tensor in given[name].items():
+                module.register_buffer(STATIC[part], tensor)
+    return model, given
+
+
+def as_read(folder, name):
+    """A layer as transformers and compressed-tensors set it up, and what they make of an input of it."""
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+    layer = models.load(folder, dequantize=False).get_submodule(name)
+    arguments = layer.quantization_scheme.input_activations
+    return layer, lambda x: forward_quantize(layer.float(), x, "input", arguments), arguments
+
+
+NAME = "model.layers.1.mlp.up_proj"
+
+
+def test_static_scales_of_fp8_inputs_arrive(tmp_path):
+    model, given = with_static_inputs("FP8", {"scale": lambda u: 0.01 + u})
+    save_pretrained(model, tmp_path / "out")
+    found = models.tensors(tmp_path / "out")
+    assert {n for n in found if n.endswith("input_scale")} == {f"{n}.input_scale" for n in given}
+    layer, quantize, arguments = as_read(tmp_path / "out", NAME)
+    assert arguments.dynamic is False and arguments.strategy == "tensor"
+    scale = given[NAME]["scale"].bfloat16()  # what readers cast it to is what was written
+    assert torch.equal(layer.input_scale, scale) and torch.equal(found[f"{NAME}.input_scale"], scale)
+    x = torch.randn(5, 256) * 100  # beyond 448 times the scale in places: clipped
+    wanted = (x / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale.float()
+    assert torch.allclose(quantize(x), wanted, rtol=1e-6) and float((quantize(x) - x).abs().max()) > 0
+    assert "under static scales" in (tmp_path / "out/README.md").read_text()
+
+
+def test_static_divisors_of_nvfp4_inputs_arrive(tmp_path):
+    model, given = with_static_inputs("NVFP4", {"tensor_scale": lambda u: 1 + 100 * u}, ignored=("q_proj",))
+    save_pretrained(model, tmp_path / "out")
+    found = models.tensors(tmp_path / "out")
+    layer, _, arguments = as_read(tmp_path / "out", NAME)
+    assert arguments.dynamic == "local" and arguments.strategy == "tensor_group"
+    assert torch.equal(layer.input_global_scale, given[NAME]["tensor_scale"])
+    assert float(found["model.layers.0.self_attn.q_proj.input_global_scale"]) == 1.0  # covers every input
+
+
+def test_static_scales_of_some_layers(tmp_path):
+    """Layers without them keep scales of each call; both kinds are described."""
+    model, given = with_static_inputs("FP8", {"scale": lambda u: 0.01 + u}, ignored=("down_proj",))
+    save_pretrained(model, tmp_path / "out")
+    found = models.tensors(tmp_path / "out")
+    assert {n for n in found if n.endswith("input_scale")} == {f"{n}.input_scale" for n in given}
+    layer, _, arguments = as_read(tmp_path / "out", NAME)
+    assert arguments.dynamic is False and torch.equal(layer.input_scale, given[NAME]["scale"].bfloat16())
+    layer, _, arguments = as_read(tmp_path / "out", "model.layers.1.mlp.down_proj")
+    assert arguments.dynamic is True and not hasattr(layer, "input_scale")
+
+
+def test_static_zero_points_of_inputs_arrive(tmp_path):
+    scheme = Scheme("W8A8_ASYM", "int8_channel", "int8_tensor_asym")
+    values = {"scale": lambda u: 0.01 + u, "zero_point": lambda u: (u * 255).to(torch.uint8)}
+    model, given = with_static_inputs(scheme, values)
+    save_pretrained(model, tmp_path / "out")
+    layer, quantize, arguments = as_read(tmp_path / "out", NAME)
+    assert arguments.dynamic is False and arguments.symmetric is False
+    scale, zero = given[NAME]["scale"].bfloat16().float(), given[NAME]["zero_point"].float()
+    x = torch.randn(5, 256) * 30
+    codes = (torch.round(x / scale) + zero).clamp(0, 255)
+    assert torch.allclose(quantize(x), (codes - zero) * scale, rtol=1e-6, atol=1e-6)
+    assert int(layer.input_zero_point) == int(given[NAME]["zero_point"]) - 128
+
+
+def test_static_scales_without_a_layout_are_refused(tmp_path):
+    model, _ = with_static_inputs("NVFP4", {"scale": lambda u: u}, num_hidden_layers=1)
+    with pytest.raises(ValueError, match=r"q_proj\.weight has static scales of inputs in nvfp4"):
+        save_pretrained(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

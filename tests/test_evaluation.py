@@ -7,7 +7,8 @@ import models
 import pytest
 import torch
 
-from tritonq.integrations.perplexity import complete, default_text, load, perplexity
+from tritonq.calibrate.data import default_text
+from tritonq.integrations.perplexity import complete, load, perplexity
 from tritonq.io.checkpoint import quantize_checkpoint
 
 transformers = pytest.importorskip("transformers")

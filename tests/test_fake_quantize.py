@@ -343,11 +343,14 @@ def test_static_scales_need_inputs(device):
         again["a"](x)
 
 
-def test_export_of_static_scales_is_refused(built, tmp_path):
+def test_static_scales_are_exported(built, tmp_path):
     model = tq.fake_quantize_(built(), "FP8", inputs="static").train()
     loss(model)
-    with pytest.raises(ValueError, match=r"q_proj has static scales of inputs.*inputs='dynamic'"):
-        tq.save_pretrained(convert(model), tmp_path / "out")
+    tq.save_pretrained(convert(model), tmp_path / "out")
+    found = models.tensors(tmp_path / "out")
+    scales = {name: module.input_scale for name, module in model.named_modules() if hasattr(module, "input_scale")}
+    assert len(scales) == 7 * model.config.num_hidden_layers
+    assert all(torch.equal(found[f"{n}.input_scale"], scale.to(model.dtype)) for n, scale in scales.items())
 
 
 # ------------------------------------------------------------------------------------------- what has to be kept

@@ -618,6 +618,54 @@ def test_three_slabs(count):
             assert device.loads() == 2 or step < 2
 
 
+class EventDevice(FakeDevice):
+    """Counts what costs a call of the driver."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {"submit": 0, "record": 0, "follow": 0}
+
+    def submit(self, lane, function, *after):
+        self.calls["submit"] += 1
+        return super().submit(lane, function, *after)
+
+    def record(self, stream=None):
+        self.calls["record"] += 1
+        return super().record(stream)
+
+    def follow(self, event):
+        self.calls["follow"] += 1
+        super().follow(event)
+
+
+@pytest.mark.parametrize("blocks", [4, 6])
+@pytest.mark.parametrize("fmt", ["int4_g32", "int4_g32_asym"])  # of two and three parts
+def test_what_a_step_asks_of_the_host(blocks, fmt, monkeypatch):
+    """Copies and events are those of groups, however many tensors autograd saves; and quantized weights go to Python
+    for linear layers only, not for attributes that are looked at."""
+    model, x, device, functions = Model(blocks, fmt), data(), EventDevice(), []
+    dispatch = tq.QTensor.__torch_function__.__func__
+
+    def counted(cls, func, types, args=(), kwargs=None):
+        functions.append(getattr(func, "__name__", func))
+        return dispatch(cls, func, types, args, kwargs)
+
+    def step():
+        return torch.autograd.grad(model(leaf).square().sum(), leaf)
+
+    leaf = x.requires_grad_(True)
+    with tq.offload.enable(model, device=device):
+        for _ in range(3):
+            step()
+        monkeypatch.setattr(tq.QTensor, "__torch_function__", classmethod(counted))
+        device.calls = dict.fromkeys(device.calls, 0)
+        step()
+        assert functions == ["linear"] * (2 * blocks)
+        # Each group is waited for in forward and in backward. Its call ends with an event, and copies into slabs that
+        # backward read begin with one: those in backward, and the first two of the next forward.
+        assert device.calls == {"submit": 2 * (blocks - 2), "follow": 2 * blocks, "record": 2 * blocks}
+
+
 def expected_bytes(model, slabs):
     """Bytes on the device: the two slabs, the adapters, head, embedding and buffers."""
     resident = [p for n, p in model.named_parameters() if "adapter" in n or "head" in n or "embed" in n]
@@ -657,6 +705,23 @@ def test_memory_is_what_is_resident(no_gc):
             assert device.live == wanted
         assert device.peak == wanted
     assert device.live == 0
+
+
+def test_a_graph_that_is_dropped_is_freed(no_gc):
+    """Results that their own nodes save (exp) would hold their graph."""
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), Exponential()) for _ in range(3)).requires_grad_(False)
+    with tq.offload.enable(layers, list(layers), FakeDevice()):
+        x = torch.ones(2, 8, requires_grad=True)
+        middle = layers[0](x)
+        y = layers[1](middle)
+        found = [weakref.ref(middle), weakref.ref(y)]
+        del middle, y
+        assert not any(reference() is not None for reference in found)
+
+
+class Exponential(nn.Module):
+    def forward(self, x):
+        return x.exp()
 
 
 class Failure(Exception):

@@ -1,7 +1,9 @@
 """tritonq: a JIT quantization engine for PyTorch."""
 
 import gc
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 _collected = gc.isenabled()
 gc.disable()  # a collection would walk through all that torch has loaded, and take as long as what follows
@@ -42,6 +44,19 @@ finally:
         gc.collect(0)  # of what was just made; else the next one goes through everything
         gc.enable()
 
+if TYPE_CHECKING:
+    from tritonq import calibrate
+    from tritonq.calibrate import Calibration
+
+
+def __getattr__(name: str) -> Any:
+    """`tritonq.calibrate` and `tritonq.Calibration`, loaded when somebody asks for them."""
+    if name not in ("calibrate", "Calibration"):
+        raise AttributeError(f"module 'tritonq' has no attribute {name!r}")
+    found = importlib.import_module("tritonq.calibrate")
+    return found if name == "calibrate" else found.Calibration
+
+
 if os.environ.get("TRITONQ_AUTOTUNE") == "1":
     from tritonq.tune import tune_on_first_use
 
@@ -54,6 +69,7 @@ __all__ = [
     "SCHEMES",
     "Best",
     "BulkBuffer",
+    "Calibration",
     "ElementType",
     "Format",
     "QLinear",
@@ -61,6 +77,7 @@ __all__ = [
     "ScaleType",
     "Scheme",
     "SignStep",
+    "calibrate",
     "convert_",
     "dequantize",
     "fake_quantize_",

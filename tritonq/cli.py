@@ -187,7 +187,8 @@ def evaluate(
     """Perplexity of a language model, through transformers alone."""
     import torch
 
-    from tritonq.integrations.perplexity import complete, default_text, load, perplexity
+    from tritonq.calibrate.data import default_text
+    from tritonq.integrations.perplexity import complete, load, perplexity
 
     content = default_text() if text is None else _read(text)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")

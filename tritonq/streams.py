@@ -64,7 +64,7 @@ class Backend:
         """Let whatever follows on the lane "compute" come after all that was submitted."""
 
     def here(self) -> Any:
-        """The stream that is the caller's current one."""
+        """What `record` takes and tells the stream that is the caller's current one from others."""
         return None
 
     def record(self, stream: Any = None) -> Event:
@@ -160,10 +160,11 @@ class Cuda(Backend):
             self._streams["compute"].wait_stream(self._streams[lane])
 
     def here(self) -> Any:
-        return torch.cuda.current_stream(self.device)
+        return torch._C._cuda_getCurrentStream(self.device.index)  # torch.cuda.Stream costs several times as much
 
     def record(self, stream: Any = None) -> Event:
-        return (torch.cuda.current_stream(self.device) if stream is None else stream).record_event()
+        identity, index, kind = self.here() if stream is None else stream
+        return torch.cuda.Stream(stream_id=identity, device_index=index, device_type=kind).record_event()
 
     def follow(self, event: Event) -> None:
         if event is not None:

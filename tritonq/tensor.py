@@ -386,10 +386,13 @@ class QTensor(Tensor):
             x = args[0] if args else kwargs["input"]
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            trained = torch.is_grad_enabled() and isinstance(weight, QTensor) and weight.requires_grad
-            if isinstance(weight, QTensor) and not isinstance(x, QTensor) and weight.ndim == 2 and not trained:
-                parts = {name: part.contiguous() for name, part in weight.parts().items()}
-                return autograd.linear(x, parts, weight.format, tuple(weight.shape), bias)
+            if isinstance(weight, QTensor) and not isinstance(x, QTensor):
+                layout = weight._layout
+                with torch._C.DisableTorchFunctionSubclass():  # else reading this comes here again, at 2 us
+                    trained = weight.requires_grad and torch.is_grad_enabled()
+                if len(layout.shape) == 2 and not trained:
+                    parts = {name: part.contiguous() for name, part in weight.parts().items()}
+                    return autograd.linear(x, parts, layout.format, layout.shape, bias)
         if func is Tensor.__setitem__ and isinstance(args[0], QTensor):
             return _set_item(*args)
         if func is Tensor.storage:

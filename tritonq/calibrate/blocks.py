@@ -35,6 +35,8 @@ def find(model: nn.Module, blocks: Blocks = None) -> list[tuple[str, nn.Module]]
             return _children(model)
         # Projections that are listed beside the blocks (Gemma 3n's altup_projections), unless there is nothing else.
         found = [entry for entry in found if any(map(groups.owns, entry[1].children()))] or found
+        if not found or any(isinstance(module, nn.Linear) for _, module in found):
+            return _children(model)
         found = _with_others(model, found)
         return found if blocks == "all" else _language(model, found)
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
@@ -55,13 +57,15 @@ def _with_others(model: nn.Module, found: list[tuple[str, nn.Module]]) -> list[t
 
 
 def _children(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Children that hold linear layers, looked for below a single one; else the model."""
+    """Children that hold linear layers, looked for below a single one; else the model. Linear layers are no blocks:
+    they are replaced in the module that holds them."""
     prefix, module = "", model
     while True:
         found = [(prefix + name, child) for name, child in module.named_children() if _has_linear(child)]
         if len(found) != 1 or isinstance(found[0][1], nn.Linear):
             break
         prefix, module = found[0][0] + ".", found[0][1]
+    found = [(name, child) for name, child in found if not isinstance(child, nn.Linear)]
     return found if len(found) > 1 else [("", model)]
 
 
@@ -95,6 +99,8 @@ def _chosen(model: nn.Module, blocks: Iterable[str | nn.Module]) -> list[tuple[s
                 ) from None
         if not isinstance(module, nn.Module) or module not in names:
             raise ValueError(f"blocks holds {type(entry).__name__}, which is no module of the model")
+        if isinstance(module, nn.Linear):
+            raise ValueError(f"blocks holds {names[module]!r}, a linear layer; name the module that it is part of")
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
             chosen.update({child: names[child] for child in module.children()})
         else:

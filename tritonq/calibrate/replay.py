@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import pickle
 import warnings
@@ -90,7 +91,7 @@ class Replay:
             raise ValueError("calibration takes at least one sample, got none")
         self.model, self.calls, self.rows, self.keep_targets = model, calls, rows, keep_targets
         self.cache = ActivationCache(events=events) if cache is None else cache
-        self._events = events if events is not None else lambda what, **details: None
+        self._events = events if events is not None else (lambda what, **details: None)
         self._capture = Capture(model, blocks, device, ready or (lambda module: contextlib.nullcontext()))
         self._outputs: dict[Key, Outputs] = {}  # by block, sample
         self._beside: dict[tuple[int, int], list[Outputs]] = {}  # by tower, sample; one a call
@@ -100,6 +101,7 @@ class Replay:
         self._held = Held(len(calls))
         self._index = -1  # of the block that is worked on
         self._common: dict[Any, int] = {}  # samples whose outputs others have in common with them
+        self._collected = False  # whether nothing else was left to do when memory ran out last
         self._described: dict[int, list[Any]] = {}  # arguments of the block by sample, see `merge.describe`
         self._moved: dict[nn.Module, torch.device] = {}
         self._kinds = [dependencies.kind(call.args, call.kwargs) for call in calls]
@@ -407,6 +409,7 @@ class Replay:
                 else:
                     self._react(error)
                 continue
+            self._collected = False
             done += len(rows)
 
     # Targets
@@ -480,7 +483,9 @@ class Replay:
     def _reacting(self, function: Callable[[], Result]) -> Result:
         while True:
             try:
-                return function()
+                found = function()
+                self._collected = False
+                return found
             except torch.OutOfMemoryError as error:
                 self._react(error)
 
@@ -491,6 +496,10 @@ class Replay:
             self._events("out of memory", where="activations", reaction="moved to the host", bytes=moved)
         elif self.device.type != "cpu" and self._to_cpu():
             self._events("out of memory", where="beside the blocks", reaction="moved to the CPU")
+        elif not self._collected:  # what others hold comes and goes
+            self._collected = True
+            gc.collect()
+            self._events("out of memory", where="forward", reaction="tried again after a garbage collection")
         else:
             sizes = ", ".join(f"{size} bytes on the {tier}" for tier, size in self.cache.nbytes.items())
             raise torch.OutOfMemoryError(

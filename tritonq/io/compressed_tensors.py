@@ -12,11 +12,15 @@ transformers and vLLM read it without tritonq. Everything follows from the field
 | mxfp4-pack-quantized | e2m1, e8m0 by 32 | weight_packed u8 [N, K/2], weight_scale u8 [N, K/32] |
 | nvfp4-pack-quantized | e2m1, e4m3 by 16 | the same, weight_scale f8 [N, K/16], weight_global_scale [1] a divisor |
 
+Inputs with static scales add input_scale [1] (and input_zero_point [1]) where all of them share one, or
+input_global_scale [1], a divisor, where groups have scales of their own below it.
+
 Codes are dense and LSB-first, offset-binary for integers: apart from padding rows to whole words, tritonq's own bytes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,8 +88,8 @@ def holds(scheme: Scheme) -> bool:
     return True
 
 
-def specs(fmt: Format, inputs: Format | None, shape: Shape) -> dict[str, Spec]:
-    """Suffix -> (shape, dtype) of the tensors of a weight [N, K]."""
+def specs(fmt: Format, inputs: Format | None, shape: Shape, static: bool = False) -> dict[str, Spec]:
+    """Suffix -> (shape, dtype) of the tensors of a weight [N, K]; `static` if its inputs have static scales."""
     rows, columns = shape
     parts = fmt.storage(shape)
     scale_shape, scale_dtype = parts["scale"]
@@ -101,15 +105,29 @@ def specs(fmt: Format, inputs: Format | None, shape: Shape) -> dict[str, Spec]:
         tensors["weight_global_scale"] = (1,), torch.float32
     if inputs is not None and inputs.tensor_scale:
         tensors["input_global_scale"] = (1,), torch.float32
+    elif inputs is not None and static:
+        # Readers cast floating scales to the dtype of the model, which is the one of the weight's scale.
+        tensors["input_scale"] = (1,), scale_dtype if scale_dtype.itemsize > 1 else inputs.scale.dtype
+        if inputs.zero_point:
+            tensors["input_zero_point"] = (1,), torch.int8
     return tensors
 
 
-def encode(parts: Parts, fmt: Format, inputs: Format | None, shape: Shape) -> dict[str, Tensor]:
-    """The tensors that `specs` lists from the parts of a weight [N, K]. May overwrite `parts`.
+def holds_static(inputs: Format | None) -> bool:
+    """Whether there is a layout for static scales of inputs: one for all of them, or a divisor of all."""
+    return inputs is not None and (inputs.group[0] == -1 or inputs.tensor_scale) and inputs.bits <= 8
+
+
+def encode(
+    parts: Parts, fmt: Format, inputs: Format | None, shape: Shape, static: Parts | None = None
+) -> dict[str, Tensor]:
+    """The tensors that `specs` lists from the parts of a weight [N, K] and the static parts of its inputs. May
+    overwrite `parts`.
 
     Without calibration data nothing is known about the range of the inputs: their tensor scale, where the layout wants
     one, is 1.
     """
+    static = static or {}
     scale = parts["scale"]
     tensors = {"weight_scale": scale.view(torch.uint8) if fmt.scale.is_exponent else scale}
     if layout(fmt, inputs) == _PACKED_INTEGERS:
@@ -125,7 +143,12 @@ def encode(parts: Parts, fmt: Format, inputs: Format | None, shape: Shape) -> di
     if fmt.tensor_scale:
         tensors["weight_global_scale"] = parts["tensor_scale"]
     if inputs is not None and inputs.tensor_scale:
-        tensors["input_global_scale"] = torch.ones(1)
+        tensors["input_global_scale"] = static["tensor_scale"].reshape(1) if static else torch.ones(1)
+    elif inputs is not None and static:
+        tensors["input_scale"] = static["scale"].reshape(1)
+        if inputs.zero_point:  # from 0..2^b - 1 to the signed codes of the reader
+            zero_point = static["zero_point"].reshape(1).int() - (1 << inputs.bits - 1)
+            tensors["input_zero_point"] = zero_point.to(torch.int8)
     return tensors
 
 
@@ -154,33 +177,44 @@ def _arguments(fmt: Format, strategy: str, dynamic: bool | str) -> dict[str, Any
     return arguments
 
 
-def quantization_config(scheme: Scheme, fmt: Format, ignore: list[str]) -> dict[str, Any]:
+def quantization_config(
+    scheme: Scheme, fmt: Format, ignore: list[str], static: bool = False, dynamic: Sequence[str] = ()
+) -> dict[str, Any]:
     """The `quantization_config` of config.json; `ignore` are the exact names of the modules left dense.
 
     Without `quantization_status` readers would fill the weights with random numbers.
+
+    Args:
+        static: inputs have static scales, except those of the modules named in `dynamic`.
     """
     inputs = scheme.input_format
     name = layout(fmt, inputs)
-    activations = None
-    if inputs is not None:
-        strategy = "token" if _strategy(inputs) == "channel" else _strategy(inputs)
-        if inputs.tensor_scale:  # groups get their scales on the fly, the tensor's is stored
-            activations = _arguments(inputs, "tensor_group", "local")
-        else:
-            activations = _arguments(inputs, strategy, True)
-    group = {
-        "targets": ["Linear"],
-        "weights": _arguments(fmt, "tensor_group" if fmt.tensor_scale else _strategy(fmt), False),
-        "input_activations": activations,
-        "output_activations": None,
-        "format": name,
-    }
+
+    def group(targets: list[str], static: bool) -> dict[str, Any]:
+        activations = None
+        if inputs is not None:
+            strategy = "token" if _strategy(inputs) == "channel" else _strategy(inputs)
+            if inputs.tensor_scale:  # groups get their scales on the fly, the tensor's is stored
+                activations = _arguments(inputs, "tensor_group", "local")
+            else:
+                activations = _arguments(inputs, strategy, not static)
+        return {
+            "targets": targets,
+            "weights": _arguments(fmt, "tensor_group" if fmt.tensor_scale else _strategy(fmt), False),
+            "input_activations": activations,
+            "output_activations": None,
+            "format": name,
+        }
+
+    groups = {"group_0": group(["Linear"], static)}
+    if static and dynamic and inputs is not None and not inputs.tensor_scale:  # names come before classes for readers
+        groups["group_1"] = group(list(dynamic), False)
     return {
         "quant_method": "compressed-tensors",
         "format": name,
         "quantization_status": "compressed",
         "ignore": ignore,
-        "config_groups": {"group_0": group},
+        "config_groups": groups,
     }
 
 

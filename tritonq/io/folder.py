@@ -33,6 +33,7 @@ class Destination:
         self.force = force
         self.partial = self._sibling("partial")
         self.scratch = self._sibling("dense")
+        self.work = self._sibling("work")  # what calibration decided so far; kept by an exception, too
         self._old = self._sibling("old")
         if source is not None and Path(source).expanduser().exists():
             real = Path(source).expanduser().resolve()
@@ -71,6 +72,7 @@ class Destination:
             try:
                 yield self.partial
                 self._publish()
+                shutil.rmtree(self.work, ignore_errors=True)
             except Exception:
                 shutil.rmtree(self.partial, ignore_errors=True)
                 raise

@@ -13,6 +13,7 @@ from torch import Tensor
 from tritonq.formats import Format
 from tritonq.io import card, compressed_tensors, folder, structure, writer
 from tritonq.io.source import natural
+from tritonq.nn.linear import STATIC, QLinear
 from tritonq.nn.schemes import Scheme
 from tritonq.reference import Parts
 
@@ -50,21 +51,18 @@ def save_pretrained(
         raise ValueError(f"this {type(model).__name__} is not quantized; call tritonq.quantize_(model, scheme) first")
     if not hasattr(model, "config") or not hasattr(model.config, "save_pretrained"):
         raise ValueError(f"{type(model).__name__} has no transformers config; only transformers models can be saved")
-    for name, module in model.named_modules():
-        if getattr(module, "input_scale", None) is not None or not _covers_all(
-            getattr(module, "input_global_scale", None)
-        ):
-            raise ValueError(
-                f"{name} has static scales of inputs, which exports do not hold yet; train with inputs='dynamic', or "
-                "keep the model with torch.save"
-            )
     limit = writer.parse_size(max_shard_size)
     destination = folder.Destination(dst, force)
     quantized, dense = _parameters(model)
     if not quantized:
         raise ValueError(f"no parameter of this {type(model).__name__} is quantized; nothing to save")
-    entries = [entry for name, value in quantized.items() for entry in _quantized_entries(model, name, value, scheme)]
-    weights = len(entries)
+    static = {name: _static_inputs(model, name, scheme) for name in quantized}
+    entries, dynamic = [], []
+    for name, value in quantized.items():
+        found = _quantized_entries(model, name, value, scheme, static[name])
+        entries += found
+        dynamic += [] if static[name] else [entry.name for entry in found]
+    weights, any_static = len(entries), any(static.values())
     fmt = _common_format(quantized)
     roles = structure.of_model(model, {name: tuple(tensor.shape) for name, tensor in dense.items()}).roles
     ignore = _ignore(model, quantized, roles, dense)
@@ -73,12 +71,13 @@ def save_pretrained(
     with destination.writing() as path:
         folder.Manifest(path, {"run": uuid.uuid4().hex})  # what another run left is of no use here
         folder.write_shards(path, files)
-        _write_configs(model, path, compressed_tensors.quantization_config(scheme, fmt, ignore))
+        _write_configs(model, path, compressed_tensors.quantization_config(scheme, fmt, ignore, any_static, dynamic))
         elements = sum(value.numel() for value in quantized.values())
         text = card.model_card(
             base=getattr(model.config, "_name_or_path", "").rstrip("/").rpartition("/")[2] or model.config.model_type,
             scheme=scheme,
             fmt=fmt,
+            static=any_static,
             layers={},
             quantized=weights,
             dense=len(dense),
@@ -98,9 +97,29 @@ def save_pretrained(
     return destination.path
 
 
-def _covers_all(divisor: Tensor | None) -> bool:
-    """Whether a tensor-wide divisor of inputs is the one that is written, of a model without calibration."""
-    return divisor is None or bool((divisor == 1).all())
+def _static_inputs(model: Any, name: str, scheme: Scheme) -> Parts:
+    """Static parts of the inputs of the module that holds the parameter `name`; {} where there are none, and for a
+    tensor-wide divisor that is the one of a model without calibration.
+
+    Raises:
+        ValueError: scales that no layout holds.
+    """
+    module, found = model.get_submodule(name.rpartition(".")[0]), {}
+    for part, buffer in STATIC.items():
+        tensor = getattr(module, buffer, None)
+        if isinstance(tensor, Tensor):
+            found[part] = tensor.detach().cpu()
+    inputs = scheme.input_format
+    if inputs is None or (
+        inputs.tensor_scale and found.keys() == {"tensor_scale"} and bool(found["tensor_scale"] == 1)
+    ):
+        return {}
+    if (found and not compressed_tensors.holds_static(inputs)) or (inputs.tensor_scale and "scale" in found):
+        raise ValueError(
+            f"{name} has static scales of inputs in {inputs.name}, and exports hold one for a whole tensor only; "
+            "quantize with dynamic scales, or keep the model with torch.save"
+        )
+    return found
 
 
 def _is_quantized(value: Any) -> bool:
@@ -114,10 +133,14 @@ def _parameters(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied -= {name for name, _ in model.named_parameters()}
     parameters = dict(model.named_parameters())
+    of_inputs = {
+        f"{name}.{buffer}" for name, module in model.named_modules() if isinstance(module, QLinear)
+        for buffer in STATIC.values()
+    }  # fmt: skip
     for name in model.state_dict(keep_vars=True):
         value = parameters.get(name)
         if value is None:
-            if name not in tied:
+            if name not in tied and name not in of_inputs:  # those belong to the weight
                 plain[name] = model.get_buffer(name)
         elif _is_quantized(value):
             quantized[name] = value
@@ -145,7 +168,7 @@ def _dense_entry(name: str, tensor: Tensor) -> writer.Entry:
     return writer.Entry(name, {name: (tuple(tensor.shape), tensor.dtype)}, lambda: {name: tensor})
 
 
-def _quantized_entries(model: Any, name: str, value: Any, scheme: Scheme) -> list[writer.Entry]:
+def _quantized_entries(model: Any, name: str, value: Any, scheme: Scheme, static: Parts) -> list[writer.Entry]:
     """One entry for a weight, one an expert for fused experts."""
     fmt, inputs, shape = value.format, scheme.input_format, tuple(value.shape)
     compressed_tensors.layout(fmt, inputs)
@@ -166,10 +189,10 @@ def _quantized_entries(model: Any, name: str, value: Any, scheme: Scheme) -> lis
             raise ValueError(
                 f"{name} {list(shape)} has no form in checkpoints of this model; ignore it when quantizing"
             )
-    return [_entry(piece, value, fmt, inputs) for piece in pieces]
+    return [_entry(piece, value, fmt, inputs, static) for piece in pieces]
 
 
-def _entry(piece: structure.Piece, value: Any, fmt: Format, inputs: Format | None) -> writer.Entry:
+def _entry(piece: structure.Piece, value: Any, fmt: Format, inputs: Format | None, static: Parts) -> writer.Entry:
     height = fmt.group[0]
     if height > 1 and piece.start % height:
         raise ValueError(
@@ -191,10 +214,10 @@ def _entry(piece: structure.Piece, value: Any, fmt: Format, inputs: Format | Non
                 parts[part] = (tensor if height == -1 else cut(tensor, groups)).cpu().contiguous()
         if value.tensor_scale is not None:
             parts["tensor_scale"] = value.tensor_scale.cpu()
-        tensors = compressed_tensors.encode(parts, fmt, inputs, shape)
+        tensors = compressed_tensors.encode(parts, fmt, inputs, shape, static)
         return {f"{piece.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
-    specs = compressed_tensors.specs(fmt, inputs, shape)
+    specs = compressed_tensors.specs(fmt, inputs, shape, bool(static))
     return writer.Entry(piece.name, {f"{piece.name}.{suffix}": spec for suffix, spec in specs.items()}, make)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,21 @@ from tritonq.nn.schemes import Scheme
 from tritonq.reference import Parts
 
 
+class Decided(Protocol):
+    """What calibration decided about weights; `errors` by name of those that it did decide about."""
+
+    errors: dict[str, LayerError]
+
+    def parts(self, weight: Weight) -> Parts | None:
+        """Of a weight [N, K], in host memory; None is left to rounding to nearest."""
+
+    def inputs(self, weight: Weight) -> Parts:
+        """Static parts of its inputs."""
+
+    def dense(self, name: str) -> Tensor | None:
+        """A tensor of the checkpoint that has changed."""
+
+
 class Quantizer:
     """Makes the output tensors of a plan, one weight at a time, and collects their errors."""
 
@@ -28,11 +43,13 @@ class Quantizer:
         dtype: torch.dtype | None,
         device: torch.device,
         search: str | bool = False,
+        decided: Decided | None = None,
     ) -> None:
-        self.errors: dict[str, LayerError] = {}
+        self.errors: dict[str, LayerError] = dict(decided.errors) if decided else {}
         self._source, self._plan, self._dtype, self._device = source, plan, dtype, device
         self._inputs, self._search = scheme.input_format, search
         self._shared: dict[str, Parts] | None = None
+        self._decided = decided
 
     def entries(self) -> list[writer.Entry]:
         """What has to be written, in natural order of names."""
@@ -53,33 +70,44 @@ class Quantizer:
         stored = self._dtype if floating and self._dtype else info.dtype
 
         def make() -> dict[str, Tensor]:
-            tensor = self._source.load(name)
+            changed = self._decided.dense(name) if self._decided else None
+            tensor = self._source.load(name) if changed is None else changed
             if floating and name.rpartition(".")[2] in ("weight", "bias"):
-                _check_finite(tensor, name, stored)
+                check_finite(tensor, name, stored)
             return {name: tensor}
 
         return writer.Entry(name, {name: (info.shape, stored)}, make)
 
     def _weight(self, weight: Weight) -> writer.Entry:
-        specs = compressed_tensors.specs(weight.fmt, self._inputs, weight.shape)
+        static = self.static(weight)
+        specs = compressed_tensors.specs(weight.fmt, self._inputs, weight.shape, bool(static))
 
         def make() -> dict[str, Tensor]:
-            x = self._load(weight)
-            given: dict[str, Any] = {**self._scales().get(weight.key or "", {})}
-            parts = ops.quantize(x, weight.fmt, **given, search=False if "scale" in given else self._search)
-            self.errors[weight.name] = measure(x, parts, weight.fmt)
-            parts = {name: part.cpu() for name, part in parts.items()}
-            tensors = compressed_tensors.encode(parts, weight.fmt, self._inputs, weight.shape)
+            parts = self._decided.parts(weight) if self._decided else None
+            parts = self._rounded(weight) if parts is None else parts
+            tensors = compressed_tensors.encode(parts, weight.fmt, self._inputs, weight.shape, static)
             return {f"{weight.name}.{suffix}": tensor for suffix, tensor in tensors.items()}
 
         return writer.Entry(weight.name, {f"{weight.name}.{suffix}": spec for suffix, spec in specs.items()}, make)
+
+    def static(self, weight: Weight) -> Parts:
+        """Static parts of the inputs of a weight, {} where there are none."""
+        return self._decided.inputs(weight) if self._decided else {}
+
+    def _rounded(self, weight: Weight) -> Parts:
+        """Rounding to nearest."""
+        x = self._load(weight)
+        given: dict[str, Any] = {**self._scales().get(weight.key or "", {})}
+        parts = ops.quantize(x, weight.fmt, **given, search=False if "scale" in given else self._search)
+        self.errors[weight.name] = measure(x, parts, weight.fmt)
+        return {name: part.cpu() for name, part in parts.items()}
 
     def _load(self, weight: Weight) -> Tensor:
         x = self._source.load(weight.source)
         if weight.piece is not None:
             x = x[weight.piece.expert, weight.piece.start : weight.piece.stop]
         name = weight.source if weight.piece is None else f"{weight.source}[{weight.piece.expert}]"
-        _check_finite(x, name, weight.dtype)
+        check_finite(x, name, weight.dtype)
         return x.to(device=self._device, dtype=weight.dtype)
 
     def _scales(self) -> dict[str, Parts]:
@@ -88,7 +116,7 @@ class Quantizer:
             return self._shared
         members: dict[str, list[Weight]] = collections.defaultdict(list)
         for weight in self._plan.weights:
-            if weight.key is not None:
+            if weight.key is not None and weight.name not in (self._decided.errors if self._decided else ()):
                 members[weight.key].append(weight)
         self._shared = {}
         for key, weights in members.items():
@@ -103,7 +131,7 @@ class Quantizer:
         return self._shared
 
 
-def _check_finite(x: Tensor, name: str, stored: torch.dtype) -> None:
+def check_finite(x: Tensor, name: str, stored: torch.dtype) -> None:
     """ValueError for NaN or infinity, also where storing x as `stored` would make one."""
     if not x.numel():
         return

@@ -50,6 +50,7 @@ class Report:
         layers: name of a weight's module -> its error.
         notes: what a user should know, such as limits of readers.
         seconds: wall time.
+        calibration: what calibration did, as in its `report.json`; None without.
     """
 
     path: str
@@ -63,6 +64,7 @@ class Report:
     layers: dict[str, LayerError]
     notes: tuple[str, ...]
     seconds: float
+    calibration: dict[str, Any] | None = None
 
     @property
     def total(self) -> LayerError:

@@ -40,12 +40,15 @@ class Role:
         module: loaded module (linear, other) or parameter (expert, fused).
         embedding: an embedding's table, which no runtime takes for a linear layer.
         pieces: of a fused tensor.
+        tensor: name of the parameter or buffer of the model whose values these are as they lie; for "expert", which it
+            is a part of; "" for none.
     """
 
     kind: str
     module: str
     embedding: bool = False
     pieces: tuple[Piece, ...] = ()
+    tensor: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def of_source(source: Source) -> Structure:
     """Structure of a checkpoint; by names and shapes where transformers is missing or does not know the model."""
     shapes = {name: info.shape for name, info in source.tensors.items()}
     try:
-        model = _skeleton(source)
+        model = skeleton(source)
     except Exception as error:  # whatever a foreign config makes transformers raise
         reason = (
             str(error).strip().split("\n")[0].replace(str(source.folder), source.name)[:120] or type(error).__name__
@@ -73,7 +76,7 @@ def of_source(source: Source) -> Structure:
     return of_model(model, shapes)
 
 
-def _skeleton(source: Source) -> Any:
+def skeleton(source: Source) -> Any:
     """The model of config.json on the meta device; code that comes with a checkpoint is never run."""
     try:
         import transformers
@@ -129,18 +132,19 @@ def of_model(model: Any, shapes: dict[str, Shape]) -> Structure:
             continue
         module, target = model.get_submodule(parent), tuple(state[name].shape)
         if pattern in merges and len(target) == 3 and len(shape) == 2 and key.endswith(".weight"):
-            roles[key] = Role("expert", name)
+            roles[key] = Role("expert", name, tensor=name)
         elif pattern is not None:  # cut or joined on loading: names of packed tensors would not be
             roles[key] = Role("other", parent)
             rearranged.append(key)
         elif leaf == "weight" and parent in own:
             _check_shape(key, shape, target)
-            roles[key] = Role("linear", parent)
+            roles[key] = Role("linear", parent, tensor=name)
         elif len(target) == 3 and (pieces := fused_pieces(model, name, target)):
             _check_shape(key, shape, target)
-            roles[key] = Role("fused", name, pieces=pieces)
+            roles[key] = Role("fused", name, pieces=pieces, tensor=name)
         else:
-            roles[key] = Role("other", parent, embedding=isinstance(module, nn.Embedding))
+            same = name if tuple(shape) == target else ""
+            roles[key] = Role("other", parent, embedding=isinstance(module, nn.Embedding), tensor=same)
             if len(target) == 3 and not isinstance(module, nn.modules.conv._ConvNd):
                 rearranged.append(key)
     linears = tuple(name for name, module in model.named_modules() if isinstance(module, nn.Linear))

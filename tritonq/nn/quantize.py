@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +44,22 @@ def check_finite(q: QTensor, dense: Tensor, name: str) -> None:
     """ValueError that names the parameter and counts its non-finite elements; a group that holds one has a NaN
     scale."""
     if not bool(torch.isfinite(scales.load(q.scale, q.format)).all()):
-        count = sum(int((~torch.isfinite(row)).sum()) for row in dense.reshape(-1, dense.shape[-1]).split(1024))
-        raise ValueError(
-            f"{name} of shape {tuple(dense.shape)} has {count} non-finite element{'s' if count != 1 else ''} "
-            "(NaN or infinity); repair the weights, or leave the layer out with ignore"
-        )
+        raise _not_finite(dense, name)
+
+
+def check_values(weights: Iterable[tuple[str, Tensor]]) -> None:
+    """The same for weights that nobody has quantized yet."""
+    for name, weight in weights:
+        if weight.numel() and not bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all()):
+            raise _not_finite(weight.detach(), name)
+
+
+def _not_finite(dense: Tensor, name: str) -> ValueError:
+    count = sum(int((~torch.isfinite(row)).sum()) for row in dense.reshape(-1, dense.shape[-1]).split(1024))
+    return ValueError(
+        f"{name} of shape {tuple(dense.shape)} has {count} non-finite element{'s' if count != 1 else ''} "
+        "(NaN or infinity); repair the weights, or leave the layer out with ignore"
+    )
 
 
 Weight = tuple[str, Tensor, Format]  # name, the dense weight, what it is quantized to
@@ -99,8 +111,9 @@ class Targets:
         return [(name, weight, scheme.weight_format(weight.dtype, group_size)) for name, weight in self.weights]
 
 
-def find_targets(model: nn.Module, ignore: Iterable[str]) -> Targets:
-    """The dense linear layers and fused experts that `ignore` leaves.
+def find_targets(model: nn.Module, ignore: Iterable[str], *, values: bool = True) -> Targets:
+    """The dense linear layers and fused experts that `ignore` leaves. Without `values`, weights may be on the meta
+    device.
 
     Raises:
         ValueError: an ignore entry that matches nothing, nothing to quantize, or weights without values.
@@ -126,7 +139,7 @@ def find_targets(model: nn.Module, ignore: Iterable[str]) -> Targets:
     if not linears and not experts:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize (all ignored, or quantized already)")
     meta = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
-    if meta is not None:
+    if values and meta is not None:
         raise ValueError(f"{meta} is on the meta device and has no values; load the weights first")
     return Targets(linears, experts, ignored)  # type: ignore[arg-type]
 
@@ -159,16 +172,32 @@ def quantize_targets(
                 quantized[id(weight)] = nn.Parameter(q, requires_grad=False)
             bar.advance(task)
     layers = {id(m): QLinear.adopt(m, quantized[id(m.weight)], scheme.input_format) for _, m in targets.linears}
-    for parent in list(model.modules()):  # one module may sit in several places
+    replace_layers(model, layers)
+    for _, module, key in targets.experts:
+        setattr(module, key, quantized[id(getattr(module, key))])
+    mark_quantized(model, scheme, group_size, targets.ignored)
+    return layers
+
+
+def replace_layers(model: nn.Module, layers: dict[int, QLinear]) -> None:
+    """Put new layers in place of those whose identities these are; one module may sit in several places."""
+    for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if id(child) in layers:
                 parent._modules[key] = layers[id(child)]
-    for _, module, key in targets.experts:
-        setattr(module, key, quantized[id(getattr(module, key))])
+
+
+def mark_quantized(model: nn.Module, scheme: Scheme, group_size: int | None, ignored: Iterable[str]) -> None:
+    """What exports ask a model for."""
     model.tritonq_scheme = scheme  # type: ignore[assignment]
     model.tritonq_group_size = group_size  # type: ignore[assignment]
-    model.tritonq_ignored = tuple(targets.ignored)  # type: ignore[assignment]
-    return layers
+    model.tritonq_ignored = tuple(ignored)  # type: ignore[assignment]
+
+
+class Calibrates(Protocol):
+    """What quantizes with data: `tritonq.Calibration`, which layers further up hold."""
+
+    def quantize(self, model: nn.Module, scheme: Scheme, **options: Any) -> nn.Module: ...
 
 
 def quantize_(
@@ -178,6 +207,7 @@ def quantize_(
     ignore: Iterable[str] = (),
     group_size: int | None = None,
     search: str | bool | None = None,
+    calibration: Calibrates | None = None,
     device: scheduler.Devices | None = None,
     progress: bool = True,
 ) -> nn.Module:
@@ -192,6 +222,7 @@ def quantize_(
         group_size: another group size than the scheme's, for schemes with groups of integers or of a table.
         search: scale search of the weights, as in `tritonq.quantize`; None is "mse" for codes of 4 bits and less, False
             the scale rule of the format.
+        calibration: a `tritonq.Calibration`: sample data, and an algorithm that decides with it how weights round.
         device: where to quantize, such as "cuda" or a list of devices, through which weights stream that lie elsewhere;
             the result stays where the weight was.
         progress: show a progress bar on a terminal.
@@ -202,6 +233,12 @@ def quantize_(
     """
     scheme = get_scheme(scheme)
     search = scheme.search(search)
+    if calibration is not None:
+        if not hasattr(calibration, "quantize"):
+            raise TypeError(f"calibration is a tritonq.Calibration, got {type(calibration).__name__}")
+        return calibration.quantize(
+            model, scheme, ignore=ignore, group_size=group_size, search=search, device=device, progress=progress
+        )
     targets = find_targets(model, ignore)
     quantize_targets(model, targets, scheme, group_size=group_size, search=search, device=device, progress=progress)
     return model
