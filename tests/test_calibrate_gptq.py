@@ -6,6 +6,7 @@ from calibrate_tasks import Mlp, experts_block, layer_of, make_task
 from torch import nn
 
 from tritonq import ops
+from tritonq.calibrate import gptq
 from tritonq.calibrate.gptq import GPTQ, inverse_factor
 
 # One of each kind: groups (ragged, too), channel, tensor, asymmetric, MX, two levels, a table, super-groups, a block.
@@ -232,3 +233,82 @@ def test_experts_that_saw_nothing_are_rounded_to_nearest():
     for expert in range(4):
         same = torch.equal(layer.result["qdata"][expert], nearest["qdata"][expert])
         assert same == (tokens[expert] == 0)
+
+
+def failing(monkeypatch, fails):
+    """Memory runs out in `propagate` for the shapes of weights that `fails` says."""
+    propagate = gptq.propagate
+
+    def limited(weight, *arguments, **options):
+        if fails(*weight.shape):
+            raise torch.OutOfMemoryError("injected")
+        return propagate(weight, *arguments, **options)
+
+    monkeypatch.setattr(gptq, "propagate", limited)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_out_of_memory_solves_fewer_at_a_time(monkeypatch, act_order):
+    torch.manual_seed(0)
+    block, samples = Mlp(), [torch.randn(9, 16) for _ in range(4)]
+
+    def run(fmt="int4_g8"):
+        layers = [layer_of(block, name, fmt) for name in ("gate", "up", "down")]
+        task, told = make_task(block, layers, samples)
+        GPTQ(act_order=act_order).run(task)
+        return layers, told
+
+    expected, _ = run()
+    failing(monkeypatch, lambda batch, rows, columns: rows > 24)
+    found, told = run()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.result["qdata"], other.result["qdata"])
+    assert [(what, details["where"], details["layer"]) for what, details in told] == [("out of memory", "gptq", "gate")]
+    assert told[0][1]["reaction"] == "1 experts and 1 layers at a time"
+    failing(monkeypatch, lambda batch, rows, columns: True)
+    with pytest.raises(torch.OutOfMemoryError, match=r"gate: GPTQ keeps .* injected; pass a smaller budget"):
+        run()
+
+
+def test_out_of_memory_of_experts(monkeypatch):
+    torch.manual_seed(0)
+    block, samples = experts_block(), [torch.randn(20, 32) for _ in range(3)]
+
+    def run():
+        layer = layer_of(block, "experts", "int4_g8", key="down_proj")
+        task, told = make_task(block, [layer], samples)
+        GPTQ().run(task)
+        return layer, told
+
+    expected, _ = run()
+    failing(monkeypatch, lambda batch, rows, columns: batch > 1)
+    found, told = run()
+    assert torch.equal(found.result["qdata"], expected.result["qdata"])
+    assert found.notes["gptq"] == pytest.approx(expected.notes["gptq"])
+    assert [details["reaction"][:9] for _, details in told] == ["2 experts", "1 experts", "1 experts"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_wide_layers_on_a_gpu(dtype):
+    """Hessians by tensor cores, several chunks of columns, and codes by the kernels."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(1024, 512, bias=False)).to("cuda", dtype)
+    mix = torch.randn(1024, 1024, device="cuda") / 32
+    samples = [(torch.randn(512, 1024, device="cuda") @ mix).to(dtype) for _ in range(8)]
+    x = torch.cat(samples).double()
+    hessian = (x.T @ x / len(x)).cpu()
+    for fmt in ("int4_g128", "mxfp4", "nvfp4", "int3_g128_asym"):
+        layer = layer_of(block, "0", fmt)
+        GPTQ().run(make_task(block, [layer], samples, search="mse")[0])
+        weight = layer.weight.detach()
+        nearest = ops.quantize(weight, layer.fmt, search="mse")
+        plain = ops.dequantize(nearest, layer.fmt, tuple(weight.shape), torch.float32)
+        assert loss(weight.float(), values(layer), hessian) < 0.9 * loss(weight.float(), plain, hessian), fmt
+        damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(1024).double()
+        assert layer.notes["gptq"] == pytest.approx(loss(weight.float(), values(layer), damped) / 512, rel=0.02), fmt
+
+
+def test_options_that_make_no_sense():
+    with pytest.raises(ValueError, match="damping is a number > 0, got 0"):
+        GPTQ(damping=0)

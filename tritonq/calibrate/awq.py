@@ -10,7 +10,6 @@ Rounding is that of the scheme, scale search included, and 1 / s goes where `fol
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,8 +18,8 @@ from torch import Tensor
 
 from tritonq import ops
 from tritonq.calibrate.fold import Fold, find_folds, scale_columns
-from tritonq.calibrate.gptq import choose, divisors
-from tritonq.calibrate.imatrix import set_importance
+from tritonq.calibrate.grid import choose, divisors
+from tritonq.calibrate.imatrix import importance_of
 from tritonq.calibrate.statistics import Columns, Hessian, Observer, collect, shared_inputs
 from tritonq.calibrate.task import Layer, Task
 
@@ -77,7 +76,7 @@ class AWQ:
         if self.clip and task.search:
             for layer in task.layers:
                 if not layer.fmt.super_group:
-                    set_importance(task, layer, squares(seen[layer]))
+                    layer.importance = importance_of(layer, squares(seen[layer]))
         folded = {layer for fold in folds for layer in fold.layers}
         for layer in task.layers:
             if layer not in folded:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonq import ops
-from tritonq.calibrate.gptq import choose, divisors
+from tritonq.calibrate.grid import choose, divisors
 from tritonq.calibrate.statistics import Observer, collect, rounded
 from tritonq.calibrate.task import Layer, Task
 

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tritonq.calibrate.statistics import Calls, eager_experts, one_batch
+from tritonq.calibrate.calls import Calls, eagerly
+from tritonq.calibrate.statistics import one_batch
 from tritonq.calibrate.task import Batch, Layer, Task
 
 Inputs = dict[str, dict[int, list[Tensor]]]  # weight: expert: what it multiplied, call by call
@@ -104,6 +105,18 @@ def unchanged(parameters: Sequence[Tensor]) -> Iterator[None]:
             p.detach().copy_(old)
 
 
+def _close(found: Tensor, expected: Tensor, tolerance: float) -> Tensor:
+    """Which columns differ by no more than a share of their norm, bool [K]."""
+    columns = expected.shape[-1] if expected.ndim else 1
+    found, expected = found.reshape(-1, columns), expected.reshape(-1, columns)
+    result: Tensor = (found - expected).norm(dim=0) <= tolerance * expected.norm(dim=0)
+    return result
+
+
+def _near(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    return found.shape == expected.shape and bool(_close(found, expected, tolerance).all())
+
+
 class _Probe:
     def __init__(self, task: Task) -> None:
         self.task, self.batch = task, one_batch(task)
@@ -119,18 +132,18 @@ class _Probe:
                 own = x if isinstance(expert, int) else x[i if x.shape[0] > 1 else 0]
                 found.setdefault(name, {}).setdefault(e, []).append(own.reshape(-1, own.shape[-1]).float().clone())
 
-        with eager_experts(self.task.block), Calls(self.weights, see):
+        with eagerly(self.task.block), Calls(self.weights, see):
             outputs = self.task.forward(batch)
         return found, [y.float().clone() for y in outputs]
 
-    def tolerance(self, names: Sequence[nn.Parameter]) -> float:
-        return 8 * max(torch.finfo(p.dtype).eps for p in names)
+    def tolerance(self, producer: Producer) -> float:
+        """Relative error of what products of powers of two, exact by themselves, may come to on their way: sums in any
+        order, rounded to the dtype, and those of (1 + p) * s - 1."""
+        return (8 if producer.plus_one else 4) * max(torch.finfo(p.dtype).eps for p in producer.parameters)
 
     def same(self, outputs: list[Tensor], tolerance: float) -> bool:
-        for y, old in zip(outputs, self.outputs, strict=True):
-            if not bool(((y - old).abs().amax() <= tolerance * old.abs().amax())):
-                return False
-        return True
+        """Whether every column of the outputs is as before."""
+        return all(_near(y, old, tolerance) for y, old in zip(outputs, self.outputs, strict=True))
 
     def scaled(self, name: str, now: Inputs, factor: Tensor, tolerance: float) -> bool:
         """Whether all inputs of a weight are those of before times factor [K] or [E, K], of which some are not 1."""
@@ -145,8 +158,7 @@ class _Probe:
             for old, new in zip(olds, after[expert], strict=True):
                 if old.shape != new.shape:
                     return False
-                limit = tolerance * (old.abs().amax(0) * own)
-                if not bool(((new - old * own).abs() <= limit).all()):
+                if not _near(new, old * own, tolerance):
                     return False
                 changed = changed or not torch.equal(old, new)
         return changed
@@ -155,14 +167,15 @@ class _Probe:
         """Who reads the producer; None where anybody else does, or nobody."""
         generator = torch.Generator().manual_seed(self.task.seed)
         shape = (len(producer.views()[0]), producer.channels) if by_expert else (producer.channels,)
-        power = torch.randint(-1, 2, shape, generator=generator).to(producer.parameters[0].device)
-        power[..., 0] = 1  # whatever the draw, some change
+        power = 2 * torch.randint(-1, 2, shape, generator=generator).to(producer.parameters[0].device)
+        power[..., 0] = 2  # whatever the draw, some change
         fold = Fold(producer, {}, [], source, by_expert)
         s = torch.exp2(power.float())
         factor = fold.columns(1 / s)
-        tolerance = self.tolerance(producer.parameters)
+        tolerance = self.tolerance(producer)
         columns = factor.shape[-1]
-        with unchanged([*producer.parameters, *self.weights.values()]):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(unchanged(producer.parameters))
             producer.multiply(1 / s)
             while True:
                 now, outputs = self.run(self.batch)
@@ -174,8 +187,9 @@ class _Probe:
                 if not found:
                     break
                 for name in found:
-                    fold.weights[name] = self.weights[name]  # type: ignore[assignment]
-                    scale_columns(self.weights[name].detach(), fold.columns(s))
+                    fold.weights[name] = weight = self.weights[name]
+                    stack.enter_context(unchanged([weight]))
+                    scale_columns(weight.detach(), fold.columns(s))
             if not fold.weights or not self.same(outputs, tolerance):
                 return None
         fold.layers = [one for one in self.task.layers if any(one.weight is w for w in fold.weights.values())]
@@ -195,9 +209,8 @@ class _Probe:
                 if len(old) != 1 or len(new) != 1 or old[0].shape != new[0].shape:
                     del found[name]
                     continue
-                limit = self.tolerance(producer.parameters) * old[0].abs().amax(0)
-                twice = ((new[0] - 2 * old[0]).abs() <= 2 * limit).all(0)
-                once = ((new[0] - old[0]).abs() <= limit).all(0)
+                twice = _close(new[0], 2 * old[0], self.tolerance(producer))
+                once = _close(new[0], old[0], self.tolerance(producer))
                 if not bool((twice ^ once).all()):
                     del found[name]
                 else:

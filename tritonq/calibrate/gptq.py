@@ -19,138 +19,20 @@ U comes from one Cholesky decomposition: of H with rows and columns reversed, J 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from tritonq import ops, reference
+from tritonq import ops
+from tritonq.calibrate.grid import Grid, choose, divisors, encode
 from tritonq.calibrate.statistics import FEW_TOKENS, Hessian, collect, experts_of, shared_inputs
 from tritonq.calibrate.task import Layer, Task
-from tritonq.codecs import scale as scales
-from tritonq.codecs import super_scale
-from tritonq.formats import Format
-from tritonq.nn.quantize import smallest_divisor
 from tritonq.reference import Parts
 
 DAMPINGS = 5  # how often damping is multiplied by ten before a matrix counts as hopeless
-
-
-# ------------------------------------------------------------------------------------------------------------- scales
-
-
-def divisors(layers: Sequence[Layer], weights: Mapping[Layer, Tensor] | None = None) -> dict[Layer, Tensor]:
-    """Tensor-wide divisors, fp32 [1], of layers whose format has them; those that share one get the smallest. Of
-    `weights` in place of those that the layers have."""
-    sets: dict[str, list[Layer]] = {}
-    for layer in layers:
-        if layer.fmt.tensor_scale:
-            sets.setdefault(layer.shared if layer.shared is not None else f"{id(layer)}", []).append(layer)
-    found = {}
-    for members in sets.values():
-        own = [layer.weight if weights is None else weights[layer] for layer in members]
-        smallest = smallest_divisor(own, members[0].fmt)
-        found.update({layer: smallest.to(layer.weight.device) for layer in members})
-    return found
-
-
-@torch.no_grad()
-def choose(
-    weight: Tensor, fmt: Format, search: str | bool, importance: Tensor | None, divisor: Tensor | None
-) -> Parts:  # fmt: skip
-    """Parts of a weight [..., K] besides the codes.
-
-    Args:
-        search: "mse" or False; formats with super-groups have no search.
-        importance: of the columns in the search, [K], or [E, K] for a weight [E, N, K]; where the experts share a scale
-            its mean counts.
-        divisor: tensor-wide, fp32 [1], of formats that have one.
-    """
-    if not search or fmt.super_group:
-        parts = ops.quantize(weight, fmt, tensor_scale=divisor)
-        del parts["qdata"]
-        return parts
-    if importance is not None and importance.ndim == 2 and (weight.ndim == 2 or fmt.group[0] == -1):
-        importance = importance.mean(0)
-    if importance is None or importance.ndim == 1:
-        return ops.searched_scales(weight, fmt, tensor_scale=divisor, importance=importance)
-    each = [
-        ops.searched_scales(w, fmt, tensor_scale=divisor, importance=own)
-        for w, own in zip(weight, importance, strict=True)
-    ]
-    return {
-        name: part if name == "tensor_scale" else torch.stack([parts[name] for parts in each])
-        for name, part in each[0].items()
-    }
-
-
-@dataclass
-class Grid:
-    """What the codes of a weight [B, N, K] stand for, by column group: [B, N, groups], fp32.
-
-    y = factor * code(x / factor, zero), or with a minimum y = factor * code((x + minimum) / factor) - minimum.
-    """
-
-    fmt: Format
-    factor: Tensor
-    zero: Tensor | None
-    minimum: Tensor | None
-
-    @classmethod
-    def of(cls, parts: Parts, fmt: Format, shape: tuple[int, int, int]) -> Grid:
-        """From the parts of a weight of B * N rows or of B experts."""
-        zero, minimum = parts.get("zero_point"), None
-        if fmt.super_group:
-            factor, minimum = super_scale.load(parts, fmt)
-        else:
-            factor = scales.load(parts["scale"], fmt, parts.get("tensor_scale"))
-        rows = fmt.group[0]
-
-        def spread(part: Tensor | None) -> Tensor | None:
-            if part is None:
-                return None
-            if rows == -1:
-                return part.float().view(1, 1, 1).expand(*shape[:2], 1)
-            part = part.float().view(shape[0], -1, part.shape[-1])
-            return part.repeat_interleave(rows, 1)[:, : shape[1]] if rows > 1 else part
-
-        spread_factor = spread(factor)
-        assert spread_factor is not None
-        return cls(fmt, spread_factor, spread(zero), spread(minimum))
-
-    @classmethod
-    def cat(cls, grids: Sequence[Grid]) -> Grid:
-        """The rows of one after those of another."""
-
-        def cat(name: str) -> Tensor | None:
-            found = [getattr(grid, name) for grid in grids]
-            return None if found[0] is None else torch.cat(found, 1)
-
-        factor = cat("factor")
-        assert factor is not None
-        return cls(grids[0].fmt, factor, cat("zero"), cat("minimum"))
-
-    def at(self, columns: Tensor) -> Grid:
-        """That of columns [B, c], each on the first axis: [c, B, N]."""
-        size = self.fmt.group[1]
-        groups = (columns // size if size > 0 else torch.zeros_like(columns)).unsqueeze(1)
-
-        def pick(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part.gather(2, groups.expand(-1, part.shape[1], -1)).permute(2, 0, 1)
-
-        factor = pick(self.factor)
-        assert factor is not None
-        return Grid(self.fmt, factor.contiguous(), pick(self.zero), pick(self.minimum))
-
-    def round(self, x: Tensor, i: int) -> Tensor:
-        """A column [B, N] to what its codes stand for, under entry i of the first axis."""
-        minimum = None if self.minimum is None else self.minimum[i]
-        zero = self.fmt.zero_code if self.zero is None else self.zero[i]
-        quotient = (x if minimum is None else x + minimum) / self.factor[i]
-        y: Tensor = self.fmt.element.codec.round_ref(quotient, zero, self.fmt.element) * self.factor[i]
-        return y if minimum is None else y - minimum
 
 
 # --------------------------------------------------------------------------------------------------------- one weight
@@ -230,14 +112,6 @@ def propagate(
     return lost
 
 
-def encode(values: Tensor, parts: Parts, fmt: Format) -> Parts:
-    """All parts of values that lie on the grid of `parts`."""
-    if fmt.super_group:
-        factor, minimum = super_scale.load(parts, fmt)
-        return {"qdata": reference.encode(values.clone(), factor, minimum, None, fmt), **parts}
-    return ops.quantize(values, fmt, **parts)  # type: ignore[arg-type]
-
-
 # ------------------------------------------------------------------------------------------------------------- method
 
 
@@ -252,6 +126,14 @@ class _Unit:
     def nbytes(self) -> int:
         return 4 * len(self.experts) * self.layers[0].weight.shape[-1] ** 2
 
+    def halves(self) -> list[_Unit]:
+        """Two smaller ones; none of one expert or layer."""
+        middle = len(self.experts) // 2
+        if middle:
+            return [_Unit(self.layers, self.experts[:middle]), _Unit(self.layers, self.experts[middle:])]
+        middle = len(self.layers) // 2
+        return [_Unit(part, self.experts) for part in (self.layers[:middle], self.layers[middle:])] if middle else []
+
 
 @dataclass(frozen=True)
 class GPTQ:
@@ -261,6 +143,7 @@ class GPTQ:
         act_order: round columns with large inputs first.
         static_groups: fix all scales first; None: with act_order. False takes the scales of a group within a row from
             the weights as they are when its first column comes; act_order then ranks whole groups, and columns in each.
+            Scales of blocks of rows, super-groups, channels and tensors are always there before.
         weighted: weigh the scale search by H_ii.
         damping: what is added to H_ii, in units of their mean.
         chunk: columns between two matrix products.
@@ -316,48 +199,72 @@ class GPTQ:
         return units
 
     def _solve(self, task: Task, unit: _Unit, hessian: Hessian, tokens: int, shared: dict[Layer, Tensor]) -> None:
-        fmt, first = unit.layers[0].fmt, unit.layers[0]
-        few = [e for e, count in zip(unit.experts, hessian.count, strict=True) if count <= FEW_TOKENS * tokens]
+        """Normalize the Hessians of a unit and round its weights, as many at a time as memory takes."""
+        first, h = unit.layers[0], hessian.sum
+        few = []
+        for e, one, count in zip(unit.experts, h, hessian.count, strict=True):
+            if count <= FEW_TOKENS * tokens or not bool(one.isfinite().all()):
+                few.append(e)
+                one.copy_(torch.eye(one.shape[0], device=one.device))  # which leaves rounding to nearest
+            else:
+                one /= count
         for layer in unit.layers:
             if first.is_expert:
                 layer.notes.setdefault("tokens", {}).update(zip(unit.experts, hessian.count, strict=True))
+                if few:
+                    layer.notes.setdefault("fallback", []).extend(few)
             else:
                 layer.notes["tokens"] = tokens
-        h = hessian.sum
-        for e, (one, count) in enumerate(zip(h, hessian.count, strict=True)):
-            if unit.experts[e] in few or not bool(one.isfinite().all()):
-                few += [] if unit.experts[e] in few else [unit.experts[e]]
-                one.copy_(torch.eye(one.shape[0], device=one.device))
-            else:
-                one /= count
+                if few:
+                    layer.notes["fallback"] = "saw no finite input"
         if few and not first.is_expert:
-            for layer in unit.layers:
-                layer.notes["fallback"] = "saw no finite input"
             return
-        if few:
-            first.notes.setdefault("fallback", []).extend(few)
+        waiting = [unit]
+        while waiting:
+            part, failure = waiting.pop(0), None
+            offset = part.experts.start - unit.experts.start
+            try:
+                self._round(task, part, h[offset : offset + len(part.experts)], shared)
+            except torch.OutOfMemoryError as error:
+                failure = str(error)
+            if failure is None:
+                continue
+            halves = part.halves()
+            if not halves:
+                size = 4 * first.weight.shape[-2] * first.weight.shape[-1]
+                raise torch.OutOfMemoryError(
+                    f"{first.name}: GPTQ keeps about three copies of the weight in fp32, of {size >> 20} MiB each, and "
+                    f"its Hessian: {failure}; pass a smaller budget, or keep less on {first.weight.device}"
+                )
+            task.events(
+                "out of memory", block=task.name, where="gptq", layer=first.name, reason=failure,
+                reaction=f"{len(halves[0].experts)} experts and {len(halves[0].layers)} layers at a time",
+            )  # fmt: skip
+            waiting = [*halves, *waiting]
+
+    def _round(self, task: Task, unit: _Unit, h: Tensor, shared: dict[Layer, Tensor]) -> None:
+        """Round the weights of a unit under Hessians [experts, K, K]."""
+        first, fmt = unit.layers[0], unit.layers[0].fmt
         diagonal = h.diagonal(dim1=1, dim2=2).clone()
+        importance = diagonal if self.weighted else None
         order = torch.argsort(diagonal, dim=1, descending=True, stable=True) if self.act_order else None
         static = self.act_order if self.static_groups is None else self.static_groups
         dynamic = not static and fmt.group[0] == 1 and fmt.group[1] > 0 and not fmt.super_group
         if dynamic and order is not None:
             order = _together(order, diagonal, fmt.group[1])
-        importance = diagonal if self.weighted else None
         chosen = [self._scales(task, layer, unit, importance, shared.get(layer)) for layer in unit.layers]
-        upper = []
-        for e, one in enumerate(h):
-            if order is not None:
-                one = one[order[e]][:, order[e]]
-            found, damping = inverse_factor(one, self.damping)
-            upper.append(found)
-            if damping != self.damping:
-                for layer in unit.layers:
-                    layer.notes.setdefault("damping", {})[unit.experts[e]] = damping
         own = slice(unit.experts.start, unit.experts.stop)
+        upper = torch.empty_like(h)
+        dampings = {}
+        for i, (e, one) in enumerate(zip(unit.experts, h, strict=True)):
+            one = one.clone() if order is None else one[order[i].unsqueeze(1), order[i]]
+            upper[i], damping = inverse_factor(one, self.damping)
+            if damping != self.damping:
+                dampings[e] = damping
         weights = [(w.weight.detach()[own] if w.is_expert else w.weight.detach()[None]).float() for w in unit.layers]
-        grid = Grid.cat([Grid.of(p, fmt, tuple(w.shape)) for p, w in zip(chosen, weights, strict=True)])  # type: ignore[arg-type]
+        grid = Grid.cat([Grid.of(p, fmt, (len(w), *w.shape[1:])) for p, w in zip(chosen, weights, strict=True)])
         heights = [w.shape[1] for w in weights]
-        work = torch.cat(weights, 1) if len(weights) > 1 else weights[0].clone()
+        work = torch.cat(weights, 1)
         del weights
 
         def enter(values: Tensor, numbers: Tensor) -> None:
@@ -367,7 +274,7 @@ class GPTQ:
             for parts, piece in zip(chosen, values.split(heights, 1), strict=True):
                 piece = piece.contiguous() if first.is_expert else piece[0].contiguous()
                 found = choose(piece, fmt, task.search, weigh, parts.get("tensor_scale"))
-                fresh = Grid.of({**parts, **found}, fmt, (values.shape[0], piece.shape[-2], 1))
+                fresh = Grid.of({**parts, **found}, fmt, (len(values), piece.shape[-2], 1))
                 for name in {"scale", "zero_point"} & parts.keys():
                     _put(parts[name].view(len(values), -1, parts[name].shape[-1]), group, found[name])
                 rows = slice(at, at := at + piece.shape[-2])
@@ -375,31 +282,37 @@ class GPTQ:
                 if grid.zero is not None and fresh.zero is not None:
                     _put(grid.zero[:, rows], group, fresh.zero)
 
-        lost = propagate(work, torch.stack(upper), grid, order, chunk=self.chunk, enter=enter if dynamic else None)
-        for layer, parts, values in zip(unit.layers, chosen, work.split(heights, 1), strict=True):
-            values = values.contiguous()
-            made = encode(values if layer.is_expert else values[0], parts, fmt)
+        lost = propagate(work, upper, grid, order, chunk=self.chunk, enter=enter if dynamic else None)
+        values = [piece if first.is_expert else piece[0] for piece in work.split(heights, 1)]
+        made = [encode(v.contiguous(), parts, fmt) for v, parts in zip(values, chosen, strict=True)]
+        for layer, parts in zip(unit.layers, made, strict=True):
+            _keep(layer, parts, unit.experts)
             layer.notes["gptq"] = layer.notes.get("gptq", 0.0) + float(lost.sum()) / sum(heights)
-            if len(unit.experts) == experts_of(layer):
-                layer.result = made
-                continue
-            if layer.result is None:
-                layer.result = ops.allocate(fmt, tuple(layer.weight.shape), layer.weight.device)
-            for name, part in made.items():
-                shape = fmt.storage(tuple(layer.weight.shape))[name][0]
-                (layer.result[name][own] if len(shape) == 3 else layer.result[name]).copy_(part)
+            if dampings:
+                layer.notes.setdefault("damping", {}).update(dampings)
 
     def _scales(
         self, task: Task, layer: Layer, unit: _Unit, importance: Tensor | None, divisor: Tensor | None
     ) -> Parts:
         """Scales of the layer, of the experts of the unit; those that all experts share come from all of them."""
         weight = layer.weight.detach()
-        if not layer.is_expert or len(unit.experts) == weight.shape[0]:
-            return choose(weight, layer.fmt, task.search, importance, divisor)
-        if layer.fmt.group[0] == -1:
+        if layer.is_expert and layer.fmt.group[0] == -1 and len(unit.experts) < len(weight):
             return choose(weight, layer.fmt, task.search, None, divisor)
-        own = weight[unit.experts.start : unit.experts.stop]
+        own = weight[unit.experts.start : unit.experts.stop] if layer.is_expert else weight
         return choose(own, layer.fmt, task.search, importance, divisor)
+
+
+def _keep(layer: Layer, parts: Parts, experts: range) -> None:
+    """The result of some experts of a layer, or of all of it."""
+    if len(experts) == experts_of(layer):
+        layer.result = parts
+        return
+    shape = tuple(layer.weight.shape)
+    if layer.result is None:
+        layer.result = ops.allocate(layer.fmt, shape, layer.weight.device)
+    for name, part in parts.items():
+        by_expert = len(layer.fmt.storage(shape)[name][0]) == 3
+        (layer.result[name][experts.start : experts.stop] if by_expert else layer.result[name]).copy_(part)
 
 
 def _put(whole: Tensor, group: Tensor, part: Tensor) -> None:

@@ -13,26 +13,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tritonq import ops
-from tritonq.calibrate.gptq import choose, divisors
 from tritonq.calibrate.statistics import FEW_TOKENS, Columns, Observer, collect, shared_inputs
 from tritonq.calibrate.task import Layer, Task
 
 
-@torch.no_grad()
-def set_importance(task: Task, layer: Layer, importance: Tensor) -> None:
-    """[1, K] of a linear layer, for whoever rounds it; fused experts, [E, K], are rounded here, each by its own."""
-    if not layer.is_expert:
-        layer.importance = importance.reshape(-1).contiguous()
-        return
-    weight, divisor = layer.weight.detach(), divisors(task.layers).get(layer)
-    parts = choose(weight, layer.fmt, task.search, importance, divisor)
-    layer.result = ops.quantize(weight, layer.fmt, **parts)  # type: ignore[arg-type]
+def importance_of(layer: Layer, means: Tensor) -> Tensor:
+    """Means [E, K] as `Layer.importance` has them: [K] of a linear layer."""
+    return means.clone() if layer.is_expert else means.reshape(-1).clone()
 
 
 @dataclass(frozen=True)
 class Imatrix:
-    """Sets the `importance` of linear layers, and the `result` of fused experts; for schemes that search scales."""
+    """Sets the `importance` of layers, of each fused expert its own; for schemes that search scales."""
 
     name: ClassVar[str] = "imatrix"
 
@@ -63,4 +55,4 @@ class Imatrix:
                     layer.notes["tokens"] = dict(enumerate(columns.count))
                     if few:
                         layer.notes["fallback"] = few
-                set_importance(task, layer, mean)
+                layer.importance = importance_of(layer, mean)

@@ -5,8 +5,8 @@
     mse          the range whose QDQ has the smallest squared error, of 65 from the largest magnitude down to 1/16 of it
 
 A format with one scale for a tensor gets `scale` (and `zero_point`) as it computes them of a range; one with a
-tensor-wide divisor (NVFP4) gets `tensor_scale`, its group scales stay dynamic. The errors of a single scale are those of
-a histogram of all inputs, those of a divisor of 256 rows drawn at random.
+tensor-wide divisor (NVFP4) gets `tensor_scale`, its group scales stay dynamic. The errors of a single scale are those
+of a histogram of all inputs, those of a divisor of 256 rows drawn at random.
 """
 
 from __future__ import annotations

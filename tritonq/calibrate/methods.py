@@ -27,11 +27,13 @@ METHODS = {
     "smoothquant": ("smoothquant", "SmoothQuant"), "imatrix": ("imatrix", "Imatrix"),
     "bias": ("bias", "BiasCorrection"), "rtn": ("methods", "Nearest"), "inputs": ("inputs", "StaticInputs"),
 }  # fmt: skip
+SCALING = ("smoothquant", "awq")  # change what goes into layers
 STATIC_INPUTS = ("minmax", "percentile", "mse")
 
 
 def resolve(calibration: Calibration) -> list[Method]:
-    """The methods of a calibration, in order: bias correction last, static inputs before it.
+    """The methods of a calibration, in order: static inputs after those that scale what feeds layers and before those
+    that round weights for them; bias correction last.
 
     Raises:
         ValueError: an unknown name, options of a method that is not asked for, or that it does not take.
@@ -52,7 +54,8 @@ def resolve(calibration: Calibration) -> list[Method]:
     if calibration.inputs != "dynamic":
         if calibration.inputs not in STATIC_INPUTS:
             raise ValueError(f"inputs is 'dynamic' or one of {', '.join(STATIC_INPUTS)}, got {calibration.inputs!r}")
-        found.append(_class("inputs")(calibration.inputs))
+        scaling = [i + 1 for i, method in enumerate(found) if method.name in SCALING]
+        found.insert(max(scaling, default=0), _class("inputs")(calibration.inputs))
     return sorted(found, key=lambda method: method.name == "bias")
 
 

@@ -100,8 +100,8 @@ class Replay:
         self._splits: dict[int, merge.Dims] = {}  # of what blocks put out
         self._held = Held(len(calls))
         self._index = -1  # of the block that is worked on
-        self._common: dict[Any, int] = {}  # samples whose outputs others have in common with them
         self._collected = False  # whether nothing else was left to do when memory ran out last
+        self._common: dict[Any, int] = {}  # samples whose outputs others have in common with them
         self._described: dict[int, list[Any]] = {}  # arguments of the block by sample, see `merge.describe`
         self._moved: dict[nn.Module, torch.device] = {}
         self._kinds = [dependencies.kind(call.args, call.kwargs) for call in calls]

@@ -7,15 +7,13 @@ weights [E, N, K] alone:
     Columns   sum of x, |x| and x^2 by column, fp32 [E, K]           AWQ, SmoothQuant, imatrix, bias correction
     Range     smallest, largest, a histogram and some rows           static scales of inputs
 
-A linear layer counts as one expert. Rows are seen where torch multiplies: every `F.linear` or matrix product with an
-operand that lies in the memory of a layer's weight, whichever module calls it; the expert follows from the address.
-Padding does not count: rows that `Batch.masks` leaves out, and, among the tokens that a router deals out, those that
-were set to zero for being padding.
+A linear layer counts as one expert. Rows are seen where torch multiplies by a weight, see `calls`. Padding does not
+count: rows that `Batch.masks` leaves out, and, among the tokens that a router deals out, those that were set to zero
+for being padding.
 """
 
 from __future__ import annotations
 
-import bisect
 import collections
 import contextlib
 import functools
@@ -25,9 +23,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from tritonq import ops
+from tritonq.calibrate.calls import Calls, eagerly
 from tritonq.calibrate.task import Batch, Layer, Task
 
 FEW_TOKENS = 0.005  # an expert that sees a smaller share of the tokens is not calibrated
@@ -62,9 +60,13 @@ class Hessian:
     def add(self, rows: Tensor, expert: int) -> None:
         if expert in self.experts:
             i = expert - self.experts.start
-            rows = rounded(rows, self.layer).float()
-            absolute = rows.abs().sum(0)
-            self.sum[i].addmm_(rows.T, rows)
+            rows = rounded(rows, self.layer)
+            absolute = rows.abs().sum(0, dtype=torch.float32)
+            if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):  # exact products, summed in fp32
+                self.sum[i] += torch.mm(rows.T, rows, out_dtype=torch.float32)
+            else:
+                rows = rows.float()
+                self.sum[i].addmm_(rows.T, rows)
             self.absolute[i] += absolute
             self.count[i] += rows.shape[0]
 
@@ -175,78 +177,6 @@ def rounded(rows: Tensor, layer: Layer) -> Tensor:
     return ops.qdq(rows, fmt, **given)
 
 
-# ------------------------------------------------------------------------------------------------- who multiplies what
-
-
-class Calls(TorchFunctionMode):
-    """Tells `see(name, expert, x)` of every matrix product with (a view of) one of the named weights.
-
-    x is the other operand as the model passed it; an expert is a number or, of one product for several, a range of
-    them, which x has on its first axis.
-    """
-
-    def __init__(self, weights: Mapping[Any, Tensor], see: Callable[[Any, int | range, Tensor], None]) -> None:
-        super().__init__()
-        found = sorted((w.data_ptr(), i, key, w) for i, (key, w) in enumerate(weights.items()) if w.numel())
-        self.starts = [start for start, _, _, _ in found]
-        self.weights = [(key, w) for _, _, key, w in found]
-        self.see = see
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        product = _PRODUCTS.get(func)
-        if product is not None:
-            x, operand = (_argument(args, kwargs, *where) for where in product[:2])
-            if isinstance(x, Tensor) and isinstance(operand, Tensor):
-                self.look(x, operand if product[2] else operand.mT if operand.ndim > 1 else operand)
-        return func(*args, **kwargs)
-
-    def look(self, x: Tensor, operand: Tensor) -> None:
-        address = operand.data_ptr() if operand.ndim >= 2 and operand.numel() else 0
-        place = bisect.bisect_right(self.starts, address) - 1
-        if place < 0:
-            return
-        key, weight = self.weights[place]
-        offset = (address - self.starts[place]) // weight.element_size()
-        same = operand.dtype is weight.dtype and operand.stride(-1) == 1 and operand.shape[-1] == weight.shape[-1]
-        if offset >= weight.numel() or not same or x.shape[-1] != weight.shape[-1]:
-            return
-        expert = offset // (weight.shape[-2] * weight.shape[-1]) if weight.ndim == 3 else 0
-        if operand.ndim == 3 and operand.shape[0] > 1:
-            self.see(key, range(expert, expert + operand.shape[0]), x)
-        else:
-            self.see(key, expert, x)
-
-
-def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
-    return args[place] if len(args) > place else kwargs.get(name)
-
-
-# Function: (rows, weight, whether the weight is [.., out, in] and not its transpose).
-_PRODUCTS: dict[Any, tuple[tuple[int, str], tuple[int, str], bool]] = {
-    nn.functional.linear: ((0, "input"), (1, "weight"), True),
-    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), ((0, "input"), (1, "other"), False)),
-    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), ((0, "input"), (1, "mat2"), False)),
-    **dict.fromkeys((torch.addmm, Tensor.addmm), ((1, "mat1"), (2, "mat2"), False)),
-    **dict.fromkeys((torch.baddbmm, Tensor.baddbmm), ((1, "batch1"), (2, "batch2"), False)),
-}  # fmt: skip
-
-
-@contextlib.contextmanager
-def eager_experts(block: nn.Module) -> Iterator[None]:
-    """Inside, fused experts multiply by one expert at a time, as far as transformers runs them."""
-    configs = {id(m.config): m.config for m in block.modules() if hasattr(m, "config")}
-    found = [c for c in configs.values() if hasattr(c, "_experts_implementation_internal")]
-    before = [c._experts_implementation_internal for c in found]
-    try:
-        for config in found:
-            config._experts_implementation_internal = "eager"
-        yield
-    finally:
-        for config, old in zip(found, before, strict=True):
-            config._experts_implementation_internal = old
-
-
 def counting_rows(batch: Batch, rows: int) -> Tensor | None:
     """Which of `rows` rows count, bool [rows]; None where all do, or where they cannot be told apart."""
     for i, mask in enumerate(batch.masks):
@@ -274,7 +204,7 @@ def each_batch(task: Task, use: Callable[[Batch], None], settled: Callable[[], N
         size = min(task.micro_batch, task.samples - first)
         failure = None
         try:
-            for batch in task.fetch(range(first, first + size), task.device, False):
+            for batch in task.fetch(range(first, first + size), task.device, True):  # masks come with targets
                 use(batch)
         except torch.OutOfMemoryError as error:
             failure = str(error)  # not the error itself, whose frames keep tensors
@@ -290,7 +220,7 @@ def each_batch(task: Task, use: Callable[[Batch], None], settled: Callable[[], N
             )
         end = max(end, first + size)
         task.micro_batch = size // 2
-        task.events("out of memory", block=task.name, step="statistics", micro_batch=task.micro_batch, error=failure)
+        task.events("out of memory", block=task.name, where="statistics", micro_batch=task.micro_batch, reason=failure)
 
 
 class _Collection:
@@ -384,7 +314,7 @@ def collect(task: Task, observers: Mapping[Layer, Observer]) -> dict[Layer, int]
         torch.OutOfMemoryError: a single sample does not fit; all else leaves fewer samples a call.
     """
     collection = _Collection(task, observers)
-    with eager_experts(task.block):
+    with eagerly(task.block):
         each_batch(task, collection.use, collection.done.clear)
     return collection.tokens
 
@@ -406,7 +336,7 @@ def shared_inputs(task: Task, layers: Sequence[Layer]) -> list[list[Layer]]:
         alive.append(x)
         inputs[layer].append((x.data_ptr(), x.numel(), x.stride(-1), x.dtype, x._version))
 
-    with eager_experts(task.block), Calls({layer: layer.weight for layer in layers}, see):
+    with eagerly(task.block), Calls({layer: layer.weight for layer in layers}, see):
         task.forward(one_batch(task))
     sets: dict[Any, list[Layer]] = {}
     for layer, seen in inputs.items():

@@ -32,7 +32,7 @@ class Layer:
         fmt: what it is quantized to. input_format: what its inputs are quantized to at run time, None for nothing.
         shared: layers with the same text share their tensor-wide divisor (`nn.select.sharing_key`).
         result: what was decided, as `ops.quantize` returns it; None is left to rounding to nearest.
-        importance: of the columns, fp32 [K], for the scale search of rounding to nearest.
+        importance: of the columns, fp32 [K] or of fused experts [E, K], for the scale search of rounding to nearest.
         inputs: static parts of the inputs by name ("scale", "zero_point", "tensor_scale").
         notes: what the report says about it: "fallback", numbers of tokens by expert, errors, ...
     """
