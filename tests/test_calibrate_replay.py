@@ -592,7 +592,8 @@ def test_blocks_that_are_chosen():
     for chosen, text in (
         (["layers.0"], r"names 'layers\.0', which the model does not have; it has blocks such as double_blocks\.0"),
         ([nn.Linear(1, 1)], "holds Linear, which is no module of the model"),
-        (["time", "time.0"], r"holds 'time\.0' and 'time', which contains it"),
+        (["time", "time.1"], r"holds 'time\.1' and 'time', which contains it"),
+        (["time.0"], r"holds 'time\.0', a linear layer"),
         ("time", "blocks is None, 'all', or a list of modules and their names, got 'time'"),
         (3, "got 3"),
     ):
