@@ -157,7 +157,7 @@ def definition(given, method, draws):
             weights[i], given.layers[i].fmt, dy, v=v[i], tensor_scale=divisors[i], **ratios
         )  # fmt: skip
 
-    history = []
+    history, earlier = [], [0.0] * len(weights)
     for step, samples in enumerate([*draws, None]):
         found = [qdq(i, torch.zeros_like(w)).y for i, w in enumerate(weights)]
         if samples is None:
@@ -173,7 +173,8 @@ def definition(given, method, draws):
         history.append((loss.item(), found))
         gradients = torch.autograd.grad(loss, leaves)
         rate = (1 - step / method.iters) * method.lr
-        for i, dy in enumerate(gradients):
+        earlier = [dy + method.momentum * before for dy, before in zip(gradients, earlier, strict=True)]
+        for i, dy in enumerate(earlier):
             of = qdq(i, (dy * 1e6).to(torch.float32))
             v[i] = (v[i] - rate * of.v.sign().float()).clamp(-0.5, 0.5)
             if method.tune_ratios:
@@ -182,12 +183,16 @@ def definition(given, method, draws):
     return None
 
 
-@pytest.mark.parametrize("fmt", ["int4_g16", "int4_g16_asym", "mxfp4", "nvfp4", "fp8_e4m3_channel", "q4_k"])
-def test_codes_are_those_of_the_definition(fmt):
+@pytest.mark.parametrize(
+    ("fmt", "momentum"),
+    [("int4_g16", 0.0), ("int4_g16_asym", 0.0), ("mxfp4", 0.0), ("nvfp4", 0.0), ("fp8_e4m3_channel", 0.0),
+     ("q4_k", 0.0), ("int3_g16", 0.75)],
+)  # fmt: skip
+def test_codes_are_those_of_the_definition(fmt, momentum):
     """Five iterations over all samples: best and last values are those of the definition; so is what is kept."""
     module, data = block(inner=16), inputs(4)
     given = task(module, fmt, data, search=False)
-    method = SignRound(iters=5, lr=0.02, batch=4, evaluation=None, start="rule")
+    method = SignRound(iters=5, lr=0.02, batch=4, evaluation=None, start="rule", momentum=momentum)
     given.data, given.targets = data, [given.fetch([i], CPU, True)[0].targets[0] for i in range(4)]
     history, last = definition(given, method, [[0, 1, 2, 3]] * 5)
     method.run(given)
@@ -633,13 +638,13 @@ def test_experts_on_two_devices():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"iters": 0}, "iters"), ({"batch": 0}, "batch"), ({"patience": 0}, "patience"), ({"evaluation": 0}, "evaluation"),
-     ({"v_dtype": torch.float16}, "float16"), ({"start": "middle"}, "middle"), ({"lr": -1.0}, "-1.0")],
+    ("name", "value"),
+    [("iters", 0), ("batch", 0), ("momentum", 1.0), ("patience", 0), ("evaluation", 0), ("v_dtype", torch.float16),
+     ("start", "middle"), ("lr", -1.0)],
 )  # fmt: skip
-def test_options_out_of_range(options, message):
-    with pytest.raises(ValueError, match=message):
-        SignRound(**options)
+def test_options_out_of_range(name, value):
+    with pytest.raises(ValueError, match=f"{value}"):
+        SignRound(**{name: value})
 
 
 def test_nothing_to_tune():
