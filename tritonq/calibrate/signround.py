@@ -47,8 +47,6 @@ class SignRound:
         iters: iterations. lr: rate of v in the first one, 1 / iters unless it is given, from where it falls linearly to
             0. min_scale_lr: the same for the ratios, lr unless it is given.
         batch: samples an iteration, drawn without repetition until fewer are left.
-        momentum: share of earlier gradients of the rounded weights that is added to this one's; takes the memory of
-            another gradient, and makes small batches less random.
         v_dtype: of the offsets, fp32 or bf16 (half the memory; steps below its resolution are lost).
         tune_ratios: False tunes offsets only.
         fused: False takes gradients of v and of the ratios from autograd and moves them after; for comparisons.
@@ -67,7 +65,6 @@ class SignRound:
     lr: float | None = None
     min_scale_lr: float | None = None
     batch: int = 8
-    momentum: float = 0.0
     v_dtype: torch.dtype = torch.float32
     tune_ratios: bool = True
     fused: bool = True
@@ -85,8 +82,6 @@ class SignRound:
         for name in ("patience", "evaluation"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, or None, got {getattr(self, name)}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is at least 0 and below 1, got {self.momentum}")
         if self.v_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"v_dtype is torch.float32 or torch.bfloat16, got {self.v_dtype}")
         if self.start not in STARTS:
@@ -156,8 +151,6 @@ class Offsets:
         self.codes = ops.allocate(self.fmt, shape, self.weight.device)
         self.best: Parts = {}
         self.idle: list[int] = []
-        self.momentum = method.momentum
-        self.earlier: Tensor | None = None  # gradients, the later the more
 
     @property
     def learned(self) -> Learned:
@@ -201,8 +194,6 @@ class Offsets:
         dy = self.leaf.grad
         if dy is None:  # no expert of these had a token
             return
-        if self.momentum:
-            dy = self.earlier = dy if self.earlier is None else self.earlier.mul_(self.momentum).add_(dy)
         if self.idle:
             dy[self.idle] = 0
         if fused:
@@ -376,7 +367,7 @@ class _Tuning:
         gc.collect()  # frames of the failed attempt may be part of a cycle
         if task.device.type == "cuda":
             torch.cuda.empty_cache()
-        details = {"block": task.name, "during": self.method.name}
+        details = {"block": task.name, "where": self.method.name}
         if self.trial.size > 1:
             task.micro_batch = self.trial.size // 2
             task.events("out of memory", **details, micro_batch=task.micro_batch)
@@ -385,7 +376,9 @@ class _Tuning:
             self.trial.look_ahead(False)
             for one in self.layers:
                 one.best = {name: part.cpu() for name, part in one.best.items()}
-            task.events("out of memory", **details, micro_batch=1, moved="codes of the best iteration, to the host")
+            task.events(
+                "out of memory", **details, micro_batch=1, reaction="codes of the best iteration moved to the host"
+            )
         else:
             raise torch.OutOfMemoryError(reason)
 
