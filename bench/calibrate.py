@@ -23,6 +23,7 @@ import copy
 import gc
 import platform
 import re
+import statistics
 import sys
 import time
 import zipfile
@@ -36,6 +37,8 @@ from torch import Tensor, nn
 
 import tritonq as tq
 from tritonq.bench import measure, report
+from tritonq.calibrate import CalibrationReport
+from tritonq.calibrate.data import samples
 from tritonq.integrations import demo, perplexity
 
 Row = dict[str, Any]
@@ -156,8 +159,6 @@ class Subject:
 
 
 def smollm2(arguments: argparse.Namespace, calibration: str, evaluation: str) -> Subject:
-    from tritonq.calibrate.data import samples
-
     model, tokenizer = perplexity.load(smollm2_folder(arguments.weights), arguments.device)
     data = samples(
         [calibration], model, tokenizer=tokenizer, count=arguments.samples, seqlen=arguments.seqlen, seed=arguments.seed
@@ -204,17 +205,25 @@ def embeddings(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------- run
 
 
-def quantized(subject: Subject, scheme: str, method: str, arguments: argparse.Namespace) -> nn.Module:
+def quantized(
+    subject: Subject, scheme: str, method: str, arguments: argparse.Namespace
+) -> tuple[nn.Module, CalibrationReport | None]:
     model = copy.deepcopy(subject.model)
     options: Row = {"group_size": SCHEMES.get(scheme), "progress": False}
     if method in BASELINES:
-        return tq.quantize_(model, scheme, search=BASELINES[method], **options)
+        return tq.quantize_(model, scheme, search=BASELINES[method], **options), None
     names = tuple(method.split("+"))
     calibration = tq.Calibration(
         subject.data, method=names if len(names) > 1 else names[0], samples=_calls(subject.data),
         seqlen=arguments.seqlen, batch=arguments.batch, iters=arguments.iters, seed=arguments.seed,
     )  # fmt: skip
-    return tq.quantize_(model, scheme, calibration=calibration, **options)
+    return tq.quantize_(model, scheme, calibration=calibration, **options), calibration.result
+
+
+def _mean_ratio(told: CalibrationReport) -> float:
+    """Geometric mean over blocks of the loss after, by that of rounding to nearest."""
+    ratios = [row.loss_after / row.loss_before for row in told.blocks if row.loss_before and row.loss_after]
+    return round(statistics.geometric_mean(ratios), 4) if ratios else 1.0
 
 
 def _calls(data: list[Any]) -> int:
@@ -228,15 +237,15 @@ def rows(subject: Subject, arguments: argparse.Namespace) -> Iterator[Row]:
         reference = None
         for method in (*BASELINES, *arguments.methods):
             row: Row = {"model": subject.name, "scheme": scheme, "group_size": SCHEMES.get(scheme), "method": method}
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
             try:
-                model = quantized(subject, scheme, method, arguments)
+                model, told = quantized(subject, scheme, method, arguments)
                 if cuda:
                     torch.cuda.synchronize()
                 row["quantize_s"] = round(time.perf_counter() - began, 2)
-                row["peak_bytes"] = torch.cuda.max_memory_allocated() if cuda else None
+                if told is not None:
+                    row |= {"peak_bytes": told.peak_bytes, "memory_steps": len(told.memory_steps)}
+                    row["loss_of_before"] = _mean_ratio(told)
                 began = time.perf_counter()
                 row[subject.metric] = value = subject.judge(model)
                 row["judge_s"] = round(time.perf_counter() - began, 2)
@@ -249,6 +258,8 @@ def rows(subject: Subject, arguments: argparse.Namespace) -> Iterator[Row]:
                 elif method not in BASELINES and reference is not None:
                     row["beats_search"] = value < reference if subject.lower else value > reference
             gc.collect()
+            if cuda:
+                torch.cuda.empty_cache()
             yield row
 
 

@@ -17,7 +17,7 @@ hf = pytest.importorskip("transformers")
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96, "max_position_embeddings": 64}  # fmt: skip
-OPTIONS = {"signround": {"iters": 40}, "gptq": {}, "awq": {}}
+OPTIONS = {"signround": {"iters": 12}, "gptq": {}, "awq": {}}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -196,6 +196,9 @@ def family(build):
     torch.manual_seed(0)
     model, data = build()
     model.eval().requires_grad_(False)
+    for module in model.modules():  # channels of very different size, as norms of trained models make them
+        if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
+            module.weight.copy_(random(*module.weight.shape).exp())
     with warnings.catch_warnings(action="ignore"):  # there are fewer
         calls = samples(data, model, count=16, seqlen=64)
     return model, data, calls, outputs(model, calls)
@@ -237,7 +240,12 @@ def nearest(build):
 def test_nearer_than_rounding_to_nearest(build, method, tmp_path):
     _, _, calls, wanted = family(build)
     model, report = calibrated(build, method, report=tmp_path)
-    assert error(model, calls, wanted) < nearest(build)
+    if (build, method) == (diffusion, "awq"):  # its norms have no weights, so nothing can take scales over
+        notes = [notes["awq"] for row in report.blocks for notes in row.layers.values()]
+        assert set(notes) == {"nothing before it can be scaled"}
+        assert error(model, calls, wanted) == nearest(build)
+    else:
+        assert error(model, calls, wanted) < nearest(build)
     count, prefix = FAMILIES[build]
     assert len(report.blocks) == count and all(row.name.startswith(prefix) for row in report.blocks)
     content = json.loads((tmp_path / "report.json").read_text())
@@ -257,15 +265,15 @@ def stored(model):
     return found
 
 
-@pytest.mark.parametrize("build", FAMILIES, ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", [llama, qwen3_moe, qwen3_vl, diffusion], ids=lambda build: build.__name__)
 def test_same_bytes_with_a_seed(build):
-    first, second = (stored(calibrated(build, "signround", seed=3, iters=4)[0]) for _ in range(2))
+    first, second = (stored(calibrated(build, "signround", seed=3, iters=8)[0]) for _ in range(2))
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
 
 
 def test_other_bytes_with_another_seed():
-    first, second = (stored(calibrated(llama, "signround", seed=seed, iters=4)[0]) for seed in (3, 4))
+    first, second = (stored(calibrated(llama, "signround", seed=seed, iters=8)[0]) for seed in (3, 4))
     assert first != second
 
 

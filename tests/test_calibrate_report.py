@@ -194,17 +194,21 @@ def filled(blocks, losses=True, **options):
 
 
 def test_report_json_has_stable_keys_and_finite_numbers(tmp_path):
-    report = filled(2, data=[torch.zeros(3)] * 128, lr=math.inf, methods=("awq", "gptq"), text="x" * 1000)
+    given = {
+        "data": [torch.zeros(3)] * 2, "lr": math.inf, "methods": ("awq", get_format("mxfp4")), "text": "x" * 1000,
+        "ids": torch.arange(3), "many": list(range(17)), "options": {"gptq": {"damping": 0.05}},
+        "rows": {"input_ids": torch.zeros(2, 3)}, "devices": [torch.device("cpu")], "nested": [[1, 2], [3]],
+    }  # fmt: skip
+    report = filled(2, **given)
     report.events("tuned", block="b", loss_before=math.nan, loss_after=torch.tensor(math.inf))
     report.save(tmp_path)
     content = json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda text: pytest.fail(text))
     assert list(content) == KEYS == list(new().to_dict())
     assert content["options"] == {
-        "data": "list of 128",
-        "lr": None,
-        "methods": ["awq", "gptq"],
-        "text": "x" * 197 + "...",
-    }
+        "data": "list of 2", "lr": None, "methods": ["awq", "mxfp4"], "text": "x" * 197 + "...",
+        "ids": "tensor of shape [3]", "many": "list of 17", "options": {"gptq": {"damping": 0.05}},
+        "rows": {"input_ids": "tensor of shape [2, 3]"}, "devices": ["cpu"], "nested": "list of 2",
+    }  # fmt: skip
     assert content["events"][0]["details"] == {"block": "b", "loss_before": None, "loss_after": None}
     assert content["seconds"] == 5.0 and content["peak_bytes"] == {"cuda:0": 2 << 28}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]

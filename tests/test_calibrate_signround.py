@@ -2,6 +2,7 @@
 float64 autograd), the block in float64, signs and rates written out here."""
 
 import copy
+import json
 
 import learned_oracle
 import pytest
@@ -19,6 +20,15 @@ from tritonq.nn.select import sharing_key
 
 HIDDEN, TOKENS = 16, 12
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Products this small wait for other threads longer than they take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Block(nn.Module):
@@ -450,7 +460,15 @@ def test_two_devices_give_the_bytes_of_one(ragged):
     assert found.told[0][1]["loss_after"] == expected.told[0][1]["loss_after"]
 
 
-def test_replicas_share_what_they_can(monkeypatch):
+def test_every_device_has_a_share():
+    """Calls are no larger than a device's share of a batch, nor than the batch."""
+    for devices, expected in (((), 4), ((CPU, CPU), 2), ((CPU,) * 3, 2)):
+        module = block(kind=Limited)
+        run(SignRound(iters=2, batch=4, evaluation=1), module, micro_batch=8, devices=devices)
+        assert max(module.calls) == expected
+
+
+def test_replicas_share_what_they_can():
     """A copy of the block on the same device has no copy of a weight."""
     given = task(block(), devices=(CPU, CPU))
     with Trial(given) as trial:
@@ -629,6 +647,53 @@ def test_nothing_to_tune():
     given.layers = []
     SignRound().run(given)
     assert given.told == []
+
+
+def test_half_precision():
+    """The gradient of a mean would be below what fp16 can hold."""
+    module, data = block(dtype=torch.float16), [x * 1e-3 for x in inputs(dtype=torch.float16)]
+    module.down_proj.weight.data *= 2e-3
+    given = run(SignRound(iters=8, lr=0.02, evaluation=None), module, "int3_g16", data, search=False)
+    ((_, told),) = given.told
+    assert 2 * told["loss_before"] ** 0.5 / (8 * TOKENS * HIDDEN) < 2.0**-25
+    assert told["loss_after"] < 0.97 * told["loss_before"]
+
+
+def test_benchmark_of_a_block(tmp_path, monkeypatch):
+    """`bench.calibrate_block`, tiny and on the CPU, without the package that it compares with."""
+    pytest.importorskip("transformers")
+    calibrate_block = pytest.importorskip("bench.calibrate_block")
+    sizes = {"hidden": 128, "inner": 128, "heads": 4, "samples": 6, "tokens": 8, "iters": 8, "rows": 3}
+    words = [word for name, number in sizes.items() for word in (f"--{name}", str(number))]
+    monkeypatch.setattr("sys.argv", ["", "--device", "cpu", *words, "--peers", "--out", str(tmp_path / "rows.json")])
+    assert calibrate_block.main() == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["batch"] == 2 and 0 < row["loss"] < row["loss_rule"]
+    assert row["kept"] == "nearest" or row["loss"] < row["loss_search"]
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu():
+    """Beside the weight: rounded values, their gradient, offsets of four bytes, codes twice and once more while they
+    are chosen."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    weight = 2 * 8192 * 8192
+    module = nn.Linear(8192, 8192, bias=False, dtype=torch.bfloat16, device=device)
+    x = torch.randn(4, 8192, dtype=torch.bfloat16, device=device)
+    with torch.no_grad():
+        target = module(x)
+    batch = Batch((0,), (x,), {}, [target], [None])
+    layer = Layer("", module, "weight", get_format("int4_g128"))
+    for iters in (2, 3):  # the first compiles, and has cuBLAS take its workspace
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        given = Task("b", module, [layer], 1, lambda *_: [batch], device, lambda what, **d: None, search=False)
+        SignRound(iters=iters).run(given)
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before
+        layer.result = None
+    assert extra <= 5.1 * weight
 
 
 @pytest.mark.gpu

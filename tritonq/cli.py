@@ -83,6 +83,28 @@ def quantize(
     dtype: Annotated[Dtype | None, typer.Option(help="Convert floating tensors to this first.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Bytes of one output file.")] = "2GB",
     force: Annotated[bool, typer.Option("--force", help="Replace DST if it is a checkpoint.")] = False,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tune on sample data: signround, gptq, awq, smoothquant, imatrix, bias or rtn; several run one after "
+            "the other. Comma-separated or repeated. A run that was killed goes on."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text: a .txt, .json or .jsonl file or a data set of the hub; default: pydoc_data.topics."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples to calibrate with; default 128.")] = None,
+    seqlen: Annotated[int | None, typer.Option(min=1, help="Tokens of a sample; default 2048.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Samples of an iteration; default 8.")] = None,
+    iters: Annotated[int | None, typer.Option(min=1, help="Iterations a block, of methods that iterate.")] = None,
+    inputs: Annotated[
+        str | None, typer.Option(help="Scales of inputs: dynamic, or static by minmax, percentile or mse.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of samples and of all that is random; default 0.")] = None,
+    report_to: Annotated[
+        Path | None, typer.Option("--report", help="A folder for the calibration's report.json and report.html.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize a checkpoint, file to file."""
@@ -93,12 +115,17 @@ def quantize(
     from tritonq.io.checkpoint import quantize_checkpoint
     from tritonq.io.report import by_kind
 
-    report = quantize_checkpoint(
-        src, dst, scheme, group_size=group_size, search={None: None, Search.mse: "mse", Search.rule: False}[search],
-        ignore=tuple(ignore or ()), device=device, force=force,
-        dtype=None if dtype is None else getattr(torch, dtype.value), max_shard_size=max_shard_size,
-        progress=not as_json,
-    )  # fmt: skip
+    options = {
+        "data": data, "samples": samples, "seqlen": seqlen, "batch": batch, "iters": iters, "inputs": inputs,
+        "seed": seed, "report": report_to,
+    }  # fmt: skip
+    with _notes_of_warnings():
+        report = quantize_checkpoint(
+            src, dst, scheme, group_size=group_size, search={None: None, Search.mse: "mse", Search.rule: False}[search],
+            ignore=tuple(ignore or ()), device=device, force=force,
+            dtype=None if dtype is None else getattr(torch, dtype.value), max_shard_size=max_shard_size,
+            progress=not as_json, calibration=_calibration(_names(calibrate), options),
+        )  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if as_json:
         _print_json({**report.to_dict(), "peak_rss_bytes": peak})
@@ -108,6 +135,8 @@ def quantize(
         total = sum(errors[1:], errors[0])
         table.add_row(kind, str(len(errors)), f"{total.relative:.4f}", _db(total.sqnr))
     out.print(table)
+    if report.calibration is not None:
+        _print_losses(report.calibration)
     for note in report.notes:
         out.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     speed = report.bytes_before / max(report.seconds, 1e-9)
@@ -121,6 +150,40 @@ def quantize(
         soft_wrap=True,
     )
     out.print(f"wrote {report.path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _calibration(methods: list[str] | None, options: dict[str, Any]) -> Any:
+    """The `Calibration` of these options, None without a method."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if methods is None:
+        for name in given:
+            raise ValueError(f"--{name} is for calibration; pass --calibrate METHOD, such as signround, as well")
+        return None
+    from tritonq.calibrate.calibration import Calibration
+
+    return Calibration(method=methods, **given)
+
+
+@contextlib.contextmanager
+def _notes_of_warnings() -> Iterator[None]:
+    """Warnings as one line each on stderr, without a line of source code."""
+    import warnings
+
+    def show(message: Any, *details: Any, **more: Any) -> None:
+        err.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def _print_losses(calibration: dict[str, Any]) -> None:
+    table = _table(("block", "loss before", "after", "seconds"), f"calibrated with {calibration['method']}")
+    for row in calibration["blocks"]:
+        losses = [row[key] for key in ("loss_before", "loss_after")]
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+        table.add_row(row["name"], *("" if loss is None else f"{loss:.3e}" for loss in losses), seconds)
+    out.print(table)
 
 
 def _db(value: float | None) -> str:

@@ -30,21 +30,30 @@ def find(model: nn.Module, blocks: Blocks = None) -> list[tuple[str, nn.Module]]
         ValueError: another text, an unknown name, a module that is not part of the model, a block within a block.
     """
     if blocks is None or blocks == "all":
-        found = [(name, module) for name, module in groups.find(model, "block") if _in_list(model, name)]
+        found = groups.find(model, "block")
+        if found == groups.find(model, "leaf"):  # what it gives where there are no lists
+            return _children(model)
         # Projections that are listed beside the blocks (Gemma 3n's altup_projections), unless there is nothing else.
         found = [entry for entry in found if any(map(groups.owns, entry[1].children()))] or found
         if not found or any(isinstance(module, nn.Linear) for _, module in found):
             return _children(model)
+        found = _with_others(model, found)
         return found if blocks == "all" else _language(model, found)
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
         raise ValueError(f"blocks is None, 'all', or a list of modules and their names, got {blocks!r}")
     return _chosen(model, blocks)
 
 
-def _in_list(model: nn.Module, name: str) -> bool:
-    """Whether it is an entry of a container; `groups.find` takes single layers of models without any."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(parent, groups.CONTAINERS)
+def _with_others(model: nn.Module, found: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """And modules of the same classes that are in no list, such as the one between the two halves of U-ViT."""
+    classes = {type(module) for _, module in found if not type(module).__module__.startswith("torch.nn.")}
+    chosen = {module for _, module in found}
+    inside = {module for block in chosen for module in block.modules()}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if module in chosen or (type(module) in classes and module not in inside)
+    ]
 
 
 def _children(model: nn.Module) -> list[tuple[str, nn.Module]]:

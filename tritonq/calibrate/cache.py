@@ -54,20 +54,23 @@ class Piece:
         nbytes: that it has. tier: of `TIERS`.
         memory: uint8 [nbytes], on the device or the host; None while it is in a file.
         buffer: of pinned memory, that `memory` is a part of. path: the file.
-        views: of its tensors by number.
+        entries: in how many it is.
         copied: the event of the copy to the host. reads: of the last copies from it.
         ahead: copies on their way to a device: the memory and the event.
     """
 
     nbytes: int
     tier: str
-    views: dict[int, View]
+    entries: int = 1
     memory: Tensor | None = None
     buffer: Buffer | None = None
     path: Path | None = None
     copied: Event = None
     reads: dict[Any, Event] = field(default_factory=dict)
     ahead: dict[torch.device, tuple[Tensor, Event]] = field(default_factory=dict)
+
+
+Part = tuple[Piece, dict[int, View]]  # of an entry: tensors by number, and what they lie in
 
 
 class ActivationCache:
@@ -87,13 +90,13 @@ class ActivationCache:
         self,
         host: int | None = None,
         folder: str | Path | None = None,
-        room: Mapping[torch.device, int] | None = None,
+        room: Mapping[torch.device | str, int] | None = None,
         events: Callable[..., None] | None = None,
     ) -> None:
-        self.host, self.room = host, {torch.device(device): size for device, size in (room or {}).items()}
+        self.host, self.room = host, {_indexed(torch.device(device)): size for device, size in (room or {}).items()}
         self._given = None if folder is None else Path(folder)
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._entries: dict[Key, list[Piece]] = {}
+        self._entries: dict[Key, list[Part]] = {}
         self._used = dict.fromkeys(TIERS, 0)
         self._on_device: dict[torch.device, int] = {}
         self._pool, self._backends = PinnedPool(), {}  # type: PinnedPool, dict[torch.device, Backend]
@@ -115,7 +118,22 @@ class ActivationCache:
 
     def numbers(self, key: Key) -> set[int]:
         """Of the tensors of an entry that are kept."""
-        return {number for piece in self._entries.get(key, ()) for number in piece.views}
+        return {number for _, views in self._entries.get(key, ()) for number in views}
+
+    def allow(self, device: torch.device | str, nbytes: int) -> None:
+        """Let entries that come from now on take so many bytes on a device."""
+        self.room[_indexed(torch.device(device))] = nbytes
+
+    def place(self, key: Key, number: int) -> tuple[int, int]:
+        """Where a tensor lies: the same for those that share their memory.
+
+        Raises:
+            KeyError: it is not there.
+        """
+        for piece, views in self._entries.get(key, ()):
+            if number in views:
+                return id(piece), views[number].start
+        raise KeyError(f"block {key[0]}, sample {key[1]}: tensor {number} is not kept")
 
     # In and out
 
@@ -125,7 +143,19 @@ class ActivationCache:
         if taken:
             raise ValueError(f"block {key[0]}, sample {key[1]} has tensors {sorted(taken)} already; drop them first")
         for span, views in _spans(tensors):
-            self._entries.setdefault(key, []).append(self._store(span, views))
+            self._entries.setdefault(key, []).append((self._store(span), views))
+
+    def share(self, key: Key, other: Key, number: int) -> None:
+        """Let an entry have a tensor of another one, too, in the same memory.
+
+        Raises:
+            KeyError: the other one does not have it.
+        """
+        place, _ = self.place(other, number)
+        for piece, views in self._entries[other]:
+            if id(piece) == place:
+                piece.entries += 1
+                self._entries.setdefault(key, []).append((piece, {number: views[number]}))
 
     def get(self, key: Key, device: torch.device | str, numbers: Iterable[int] | None = None) -> dict[int, Tensor]:
         """Tensors of an entry by number, on a device; not to be written to.
@@ -139,22 +169,24 @@ class ActivationCache:
         if missing or key not in self._entries:
             raise KeyError(f"block {key[0]}, sample {key[1]}: tensors {sorted(missing)} are not kept")
         found = {}
-        for piece in self._entries[key]:
-            if wanted & piece.views.keys():
+        for piece, views in self._entries[key]:
+            if wanted & views.keys():
                 memory = self._load(piece, device)
-                found.update({number: view.of(memory) for number, view in piece.views.items() if number in wanted})
+                found.update({number: view.of(memory) for number, view in views.items() if number in wanted})
         return found
 
     def drop(self, key: Key, keep: Iterable[int] = ()) -> None:
         """Free an entry, but for the memory of tensors of these numbers; nothing where it is not there."""
-        kept = set(keep)
-        pieces = self._entries.pop(key, [])
-        for piece in pieces:
-            piece.views = {number: view for number, view in piece.views.items() if number in kept}
-        for piece in pieces:
-            if not piece.views:
-                self._free(piece)
-        if left := [piece for piece in pieces if piece.views]:
+        kept, left = set(keep), []
+        for piece, views in self._entries.pop(key, []):
+            views = {number: view for number, view in views.items() if number in kept}
+            if views:
+                left.append((piece, views))
+            else:
+                piece.entries -= 1
+                if not piece.entries:
+                    self._free(piece)
+        if left:
             self._entries[key] = left
 
     def replace(self, key: Key, tensors: Mapping[int, Tensor], old: Key | None = None) -> None:
@@ -177,7 +209,7 @@ class ActivationCache:
             return
         streams = self._backend(device)
         for key in keys:
-            for piece in self._entries.get(key, ()):
+            for piece, _ in self._entries.get(key, ()):
                 if piece.tier == "device" or device in piece.ahead:
                     continue
                 source = self._on_host(piece)
@@ -195,8 +227,8 @@ class ActivationCache:
         how many bytes that were."""
         self.room = {}
         moved = 0
-        for pieces in self._entries.values():
-            for piece in pieces:
+        for parts in self._entries.values():
+            for piece, _ in parts:
                 self._forget(piece)
                 if piece.tier == "device":
                     assert piece.memory is not None
@@ -217,13 +249,17 @@ class ActivationCache:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         index = []
-        for number, (key, pieces) in enumerate(self._entries.items()):
-            names = {}
-            for position, piece in enumerate(pieces):
-                names[str(position)] = self._on_host(piece)
-            self._wait(pieces)
-            save_file(names, aside / f"{number}.safetensors")
-            index.append({"key": key, "pieces": [_described(piece) for piece in pieces]})
+        written: dict[Piece, int] = {}
+        for key, parts in self._entries.items():
+            described = []
+            for piece, views in parts:
+                if piece not in written:
+                    written[piece] = len(written)
+                    memory = self._on_host(piece)
+                    self._wait([piece])
+                    save_file({"bytes": memory}, aside / f"{written[piece]}.safetensors")
+                described.append([written[piece], _described(views)])
+            index.append({"key": key, "parts": described})
         (aside / "index.json").write_text(json.dumps(index))
         for name, content in (others or {}).items():
             (aside / name).write_bytes(content)
@@ -240,11 +276,16 @@ class ActivationCache:
         index = json.loads((folder / "index.json").read_text())
         for key in self:
             self.drop(key)
-        for number, entry in enumerate(index):
-            with safe_open(folder / f"{number}.safetensors", "pt") as handle:
-                for position, views in enumerate(entry["pieces"]):
-                    piece = self._store(handle.get_tensor(str(position)), _views(views))
-                    self._entries.setdefault((entry["key"][0], entry["key"][1]), []).append(piece)
+        pieces: dict[int, Piece] = {}
+        for entry in index:
+            parts = self._entries.setdefault((entry["key"][0], entry["key"][1]), [])
+            for number, views in entry["parts"]:
+                if number in pieces:
+                    pieces[number].entries += 1
+                else:
+                    with safe_open(folder / f"{number}.safetensors", "pt") as handle:
+                        pieces[number] = self._store(handle.get_tensor("bytes"))
+                parts.append((pieces[number], _views(views)))
 
     def close(self) -> None:
         """Free everything, and remove the files."""
@@ -256,9 +297,9 @@ class ActivationCache:
 
     # Tiers
 
-    def _store(self, memory: Tensor, views: dict[int, View]) -> Piece:
+    def _store(self, memory: Tensor) -> Piece:
         """A piece of a copy of this memory, uint8."""
-        piece = Piece(memory.nbytes, "device", views)
+        piece = Piece(memory.nbytes, "device")
         device = memory.device
         if self.room.get(device, 0) >= self._on_device.get(device, 0) + piece.nbytes:
             try:
@@ -428,10 +469,10 @@ def _spans(tensors: Mapping[int, Tensor]) -> list[tuple[Tensor, dict[int, View]]
     return found
 
 
-def _described(piece: Piece) -> dict[str, Any]:
+def _described(views: Mapping[int, View]) -> dict[str, Any]:
     return {
         str(number): [view.start, str(view.dtype).removeprefix("torch."), list(view.shape), list(view.strides)]
-        for number, view in piece.views.items()
+        for number, view in views.items()
     }
 
 

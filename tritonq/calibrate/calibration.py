@@ -108,6 +108,7 @@ class Calibration:
             )  # fmt: skip
             run()
             mark_quantized(model, scheme, group_size, targets.ignored)
+            model.tritonq_calibration = f"{report.method} on {len(calls)} samples"  # type: ignore[assignment]
             report.complete = True
         finally:
             if self.report is not None:

@@ -69,6 +69,8 @@ class Job:
         done = work / "report.json"
         if manifest.finished(done):
             own.result = CalibrationReport.from_dict(read_json(done))
+            if own.report is not None:
+                own.result.save(own.report)
             return Results(self, work, manifest)
         storage = Files(self, work, manifest)
         try:
@@ -203,7 +205,7 @@ class Origins:
 
     def key(self, name: str) -> str | None:
         """The one checkpoint tensor that a tensor of the model comes from, None where it is not one."""
-        keys = [key for alias in self._aliases.get(name, [name]) for key in self._keys.get(alias, ())]
+        keys = [key for alias in self.aliases(name) for key in self._keys.get(alias, ())]
         return keys[0] if len(keys) == 1 else None
 
     def read(self, name: str, device: torch.device | str) -> Tensor:
@@ -232,6 +234,10 @@ class Origins:
     def __contains__(self, name: str) -> bool:
         return name in self._aliases
 
+    def aliases(self, name: str) -> list[str]:
+        """All names of a tensor of the model; several where it is tied."""
+        return self._aliases.get(name, [name])
+
     def like(self, name: str) -> Tensor:
         """The tensor of the model, wherever it is now."""
         place, _, leaf = name.rpartition(".")
@@ -257,7 +263,7 @@ class Origins:
             return
         old = owner._parameters[key]
         new = nn.Parameter(values, requires_grad=False)
-        for alias in self._aliases.get(name, [name]):
+        for alias in self.aliases(name):
             place, _, leaf = alias.rpartition(".")
             other = self.model.get_submodule(place)
             if other._parameters.get(leaf) is old:
@@ -272,20 +278,20 @@ class Origins:
     def _fill_buffers(self, stored: set[str]) -> None:
         """Buffers that no checkpoint holds, such as frequencies of rotary embeddings: as the model initialises them."""
         for prefix, module in self.model.named_modules():
-            empty = {}
-            for key, buffer in module._buffers.items():
-                name = f"{prefix}.{key}" if prefix else key
-                if buffer is not None and buffer.is_meta and name not in stored:
-                    mark = torch.nan if buffer.is_floating_point() else 1 if buffer.dtype is torch.bool else -77
-                    empty[key] = torch.full(buffer.shape, mark, dtype=buffer.dtype, device=self.device)
+            empty = {
+                key: torch.full(buffer.shape, torch.nan if buffer.is_floating_point() else -77, dtype=buffer.dtype)
+                for key, buffer in module._buffers.items()
+                if buffer is not None and buffer.is_meta and (f"{prefix}.{key}" if prefix else key) not in stored
+            }
             if not empty:
                 continue
-            before = {key: buffer.clone() for key, buffer in empty.items()}
-            module._buffers.update(empty)
+            module._buffers.update({key: buffer.to(self.device) for key, buffer in empty.items()})
             self._owner(prefix)._init_weights(module)
-            for key, buffer in before.items():
+            for key in empty:
                 now = module._buffers[key]
-                if now is None or (now.numel() and torch.equal(now.nan_to_num(), buffer.nan_to_num())):
+                if now is None or (
+                    now.numel() and bool((now.isnan() if now.is_floating_point() else now == -77).all())
+                ):
                     raise ValueError(f"buffer {prefix}.{key} is not in the checkpoint; {_WAY_OUT}")
 
     def _owner(self, name: str) -> Any:
@@ -324,7 +330,8 @@ class Files(Storage):
 
     @contextlib.contextmanager
     def lazily(self) -> Iterator[None]:
-        """Within this, modules beside the blocks get their values when they are first called."""
+        """Within this, modules beside the blocks get their values when they are first called. A head of its own is as
+        large as an embedding and not called for a block, so its values go again."""
         model = self._origins.model
         inside = {module for _, block in blocks.find(model, self._job.calibration.blocks) for module in block.modules()}
 
@@ -332,6 +339,9 @@ class Files(Storage):
             self._origins.materialize(self._names[module], module, recurse=False)
 
         handles = [module.register_forward_pre_hook(arrive) for module in self._names if module not in inside]
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if head is not None and len(self._origins.aliases(f"{self._names[head]}.weight")) == 1:
+            handles.append(head.register_forward_hook(lambda *_: self._origins.release(self._names[head], head)))
         try:
             yield
         finally:
@@ -370,7 +380,7 @@ class Files(Storage):
         for tensor_name, owner, key, tensor in list(_tensors(name, block, True)):
             if (changed := found.get(f"{tensor_name}/dense")) is not None:
                 self._origins._put(tensor_name, owner, key, changed.to(tensor.device))
-        self._tell("restored", name, noted["losses"])
+        self._tell(name, noted["losses"])
         return True
 
     def keep(self, index: int, name: str, block: nn.Module, layers: Sequence[Layer]) -> None:
@@ -406,17 +416,15 @@ class Files(Storage):
         self._manifest.finish(path, sha256, block=name, errors=errors, notes=notes, losses=self._losses(name))
 
     def _losses(self, block: str) -> dict[str, float | None]:
-        """What the report was told last about a block."""
+        """What the report was told about a block when it was quantized."""
         report = self._job.calibration.result
-        told = [e.details for e in (report.events if report else ()) if e.details.get("block") == block]
-        found: dict[str, float | None] = {}
-        for details in told:
-            found.update({key: details[key] for key in ("loss_before", "loss_after") if key in details})
-        return found
+        told = [event for event in (report.events if report else ()) if event.what == "quantized"]
+        mine = [event.details for event in told if event.details["block"] == block]
+        return {key: mine[-1].get(key) for key in ("loss_before", "loss_after")} if mine else {}
 
-    def _tell(self, what: str, block: str, losses: dict[str, float | None]) -> None:
+    def _tell(self, block: str, losses: dict[str, float | None]) -> None:
         if self._job.calibration.result is not None:
-            self._job.calibration.result.events(what, block=block, **losses)
+            self._job.calibration.result.events("quantized", block=block, **losses, restored=True)
 
     def leave(self, index: int, name: str, block: nn.Module, layers: Sequence[Layer]) -> None:
         for layer in layers:

@@ -16,7 +16,8 @@ import functools
 import gc
 import inspect
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,11 +95,13 @@ class Replay:
         self._capture = Capture(model, blocks, device, ready or (lambda module: contextlib.nullcontext()))
         self._outputs: dict[Key, Outputs] = {}  # by block, sample
         self._beside: dict[tuple[int, int], list[Outputs]] = {}  # by tower, sample; one a call
-        self._rules: dict[Any, Rule | None] = {}  # by class and structure of the arguments
-        self._rule_of: dict[int, Rule | None] = {}  # of blocks that were worked on
-        self._held = Held(lambda: sum(self.cache.nbytes.values()) / 16)
+        self._dims: dict[Any, merge.Dims] = {}  # of arguments, by class of the block and their types
+        self._rules: dict[Any, Rule | None] = {}  # by block and types of its arguments
+        self._splits: dict[int, merge.Dims] = {}  # of what blocks put out
+        self._held = Held(len(calls))
         self._index = -1  # of the block that is worked on
         self._collected = False  # whether nothing else was left to do when memory ran out last
+        self._common: dict[Any, int] = {}  # samples whose outputs others have in common with them
         self._described: dict[int, list[Any]] = {}  # arguments of the block by sample, see `merge.describe`
         self._moved: dict[nn.Module, torch.device] = {}
         self._kinds = [dependencies.kind(call.args, call.kwargs) for call in calls]
@@ -149,44 +152,63 @@ class Replay:
             targets: with what the block puts out for them. That is found the first time that it is asked for, when the
                 block has to be dense, and kept until the next block if `keep_targets`.
         """
-        with self._capture.quiet(), torch.no_grad():
+        with torch.no_grad():
             found = []
             for group, rule in self._groups(index, samples):
                 batch = self._batch(index, group, rule, device)
                 if targets:
-                    batch.targets = self._targets(index, batch, rule)
-                    dims = rule.targets if rule else [0] * len(batch.targets)
-                    batch.masks = [
-                        self._mask(index, batch.samples, target, dim)
-                        for target, dim in zip(batch.targets, dims, strict=True)
-                    ]
+                    self._add_targets(index, batch, rule)
                 found.append(batch)
             return found
 
-    def advance(self, index: int, device: torch.device | str | None = None) -> None:
+    def advance(
+        self,
+        index: int,
+        device: torch.device | str | None = None,
+        watch: Callable[[Batch, list[Tensor]], None] | None = None,
+    ) -> None:
         """Run a block, as it is now, on all samples, and keep what later blocks need of what it puts out, in place of
-        what they do not need any more."""
+        what they do not need any more.
+
+        Args:
+            device: of the block. watch: is given each batch, with its targets where all of them are kept, and the
+                floating outputs.
+        """
         with self._capture.quiet(), torch.no_grad():
             device = self.device if device is None else device
+            self._common = {}
             for group, rule in self._groups(index, range(len(self.calls))):
-                self._in_rows(group, functools.partial(self._advance, index, rule, device))
+                self._in_rows(group, functools.partial(self._advance, index, rule, device, watch), index)
             for sample in range(len(self.calls)):
                 self.cache.drop((TARGETS, sample))
                 self.cache.drop((MADE, sample))
 
-    def _advance(self, index: int, rule: Rule | None, device: torch.device | str, samples: Sequence[int]) -> None:
+    def _advance(
+        self,
+        index: int,
+        rule: Rule | None,
+        device: torch.device | str,
+        watch: Callable[[Batch, list[Tensor]], None] | None,
+        samples: Sequence[int],
+    ) -> None:
         batch = self._batch(index, samples, rule, device)
-        _, structure, tensors = self._run(index, batch)
+        returned, structure, tensors = self._run(index, batch)
+        if watch is not None:
+            if all((TARGETS, sample) in self.cache for sample in samples):
+                self._add_targets(index, batch, rule)
+            watch(batch, floating(returned))
         for number, sample in enumerate(samples):
             dims = rule.outputs if rule else [None] * len(tensors)
             parts = [merge.part(t, dim, number, len(samples)) for t, dim in zip(tensors, dims, strict=True)]
-            self._keep(index, sample, structure.of(parts), parts)
+            self._keep(index, sample, structure.of(parts), parts, {n for n, dim in enumerate(dims) if dim is None})
 
     def _run(self, index: int, batch: Batch) -> tuple[Any, Outputs, list[Tensor]]:
         name, module = self.blocks[index]
-        return self._capture.run(name, module, batch.args, batch.kwargs)
+        with self._capture.quiet():
+            return self._capture.run(name, module, batch.args, batch.kwargs)
 
-    def _keep(self, index: int, sample: int, structure: Outputs, tensors: Sequence[Tensor]) -> None:
+    def _keep(self, index: int, sample: int, structure: Outputs, tensors: Sequence[Tensor], common: set[int]) -> None:
+        """Args: common: tensors that may be the same for other samples."""
         scan = self.scan(sample)
         position = scan.order.index(index)
         for earlier in scan.order[:position]:
@@ -196,7 +218,16 @@ class Replay:
         self.cache.drop((TARGETS, sample))
         self._outputs[index, sample] = structure
         live = {n: tensor for n, tensor in enumerate(tensors) if scan.last_use((index, n)) > position}
-        self.cache.replace((index, sample), live)
+        self.cache.drop((index, sample))
+        for n in common & live.keys() if len(live) > 1 else ():  # a block's only output is a sample's own
+            mark = (n, live[n].shape, live[n].dtype, dependencies.fingerprint(live[n]))
+            other = self._common.setdefault(mark, sample)
+            if n in self.cache.numbers((index, other)) and other != sample:
+                self.cache.share((index, sample), (index, other), n)
+                del live[n]
+            else:
+                self._common[mark] = sample
+        self.cache.put((index, sample), live)
 
     # Arguments of a sample
 
@@ -225,21 +256,23 @@ class Replay:
         source = _Sample(self, sample)
         uses = scan.uses[index]
         leaves, tree = flatten(self._capture.arguments(index, source, scan.order, uses, scan.towers[index]))
-        leaves, new = self._held.take(leaves, tree, source.loaded)
-        if sample not in self._described:
-            self._described[sample] = merge.describe(leaves, self._held.marks(leaves))
+        leaves, marks, new, over = self._held.take(sample, leaves, tree, source.loaded)
+        for other, made in over:
+            self.cache.drop((MADE, other), self.cache.numbers((MADE, other)) - {made})
+        self._described[sample] = merge.describe(leaves, marks)
         if new is None:
             return leaves, tree
-        passed = {source.loaded[id(leaf)] for leaf in leaves if id(leaf) in source.loaded}
+        # Outputs that only this block needs, and not as they are, make room for what was made of them.
+        passed = {source.loaded[id(leaf)][0] for leaf in leaves if id(leaf) in source.loaded}
         position = scan.order.index(index)
-        over = {use for use in uses - passed if scan.last_use(use) == position}
-        room = sum(source.sizes[use] for use in over)
+        gone = {use for use in uses - passed if scan.last_use(use) == position}
+        room = sum(source.sizes[use] for use in gone)
         nbytes = sum(leaves[p].nbytes for p in new)
         if not new or not uses or nbytes <= room or self.cache.spare(self.device) >= nbytes:
             if new:
-                for block in {block for block, _ in over}:
-                    gone = {n for b, n in over if b == block}
-                    self.cache.drop((block, sample), self.cache.numbers((block, sample)) - gone)
+                for block in {block for block, _ in gone}:
+                    numbers = self.cache.numbers((block, sample))
+                    self.cache.drop((block, sample), {n for n in numbers if (block, n) not in gone})
                 self.cache.replace((MADE, sample), {p: leaves[p] for p in new})
             self._held.keep(sample)
         return leaves, tree
@@ -278,55 +311,65 @@ class Replay:
     def _rule(self, index: int, one: int, other: int, described: list[Any]) -> Rule | None:
         """How calls of a block are put together, which is found out with two samples; None: they are not."""
         leaves = tuple((len(entry[0]), str(entry[1])) if len(entry) == 3 else type(entry[0]) for entry in described)
-        key = (type(self.blocks[index][1]).__qualname__, leaves)
-        if key not in self._rules:
+        if (index, leaves) not in self._rules:
             (a, tree), (b, _) = self._leaves(index, one), self._leaves(index, other)
-            find = functools.partial(self._find_rule, index, (one, a), (other, b), tree)
-            self._rules[key] = self._reacting(find)
-        self._rule_of[index] = self._rules[key]
-        return self._rules[key]
+            find = functools.partial(self._find_rule, index, (one, a), (other, b), tree, leaves)
+            rule = self._rules[index, leaves] = self._reacting(find)
+            if rule is None:
+                self._events("samples are not put together", block=self.blocks[index][0])
+            else:
+                self._splits[index] = rule.outputs
+        return self._rules[index, leaves]
 
     def _find_rule(
-        self, index: int, one: tuple[int, list[Any]], other: tuple[int, list[Any]], tree: Tree
+        self, index: int, one: tuple[int, list[Any]], other: tuple[int, list[Any]], tree: Tree, leaves: Any
     ) -> Rule | None:
-        scan = self.scan(one[0])
+        """The dimensions are those of blocks of the same class with such arguments, else of a call of the model with
+        both samples, else the first; if this block bears them out."""
         tried: list[merge.Dims] = []
-        real = self._capture.real
+        key = (type(self.blocks[index][1]).__qualname__, leaves)
+        for dims in self._candidates(index, one, other, key):
+            if dims not in tried and any(dim is not None for dim in dims):
+                tried.append(dims)
+                rule = self._checked(index, one, other, dims, tree)
+                if rule is not None:
+                    self._dims[key] = dims
+                    return rule
+        return None
+
+    def _candidates(
+        self, index: int, one: tuple[int, list[Any]], other: tuple[int, list[Any]], key: Any
+    ) -> Iterator[merge.Dims]:
+        if key in self._dims:
+            yield self._dims[key]
+        scan, real = self.scan(one[0]), self._capture.real
         for call in merge.joined_calls(self.calls[one[0]], self.calls[other[0]]):
             source = _Pair(self, one[0], other[0], call)
             try:
-                both, _ = flatten(
-                    self._capture.arguments(index, source, scan.order, scan.uses[index], scan.towers[index])
-                )
+                found = self._capture.arguments(index, source, scan.order, scan.uses[index], scan.towers[index])
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # the model does not take two such samples at a time
                 self._capture.real = real
                 continue
-            dims = merge.dims_of(one[1], other[1], both)
-            if dims is not None and dims not in tried:
-                tried.append(dims)
-        guess = merge.guessed(one[1], other[1])
-        for dims in [*tried, *([] if guess in tried else [guess])]:
-            if any(dim is not None for dim in dims):
-                rule = self._checked(index, one, other, dims, tree)
-                if rule is not None:
-                    return rule
-        self._events("samples are not put together", block=self.blocks[index][0])
-        return None
+            both = flatten(found)[0]
+            dims = merge.dims_of(one[1], other[1], both, None if source.complete else [False] * len(both))
+            if dims is not None:
+                yield dims
+        yield merge.guessed(one[1], other[1])
 
     def _checked(
         self, index: int, one: tuple[int, list[Any]], other: tuple[int, list[Any]], dims: merge.Dims, tree: Tree
     ) -> Rule | None:
         """Whether a call with both gives what single ones give, and along which dimensions."""
         name, module = self.blocks[index]
-        device = next((p.device for p in module.parameters()), self.device)
-        device = self.device if device.type == "meta" else device
+        device = self._device_of(index, self.device)
         results = []
         for leaves in (one[1], other[1], merge.join([one[1], other[1]], dims)):
             args, kwargs = self._capture.to(unflatten(leaves, tree), device)
             try:
-                results.append(self._capture.run(name, module, args, kwargs))
+                with self._capture.quiet(), torch.no_grad():
+                    results.append(self._capture.run(name, module, args, kwargs))
             except Exception as error:
                 if len(results) < 2:
                     raise
@@ -343,12 +386,21 @@ class Replay:
             return None
         return Rule(dims, found, targets)
 
-    def _in_rows(self, samples: Sequence[int], function: Callable[[Sequence[int]], None]) -> None:
-        """Call it with some samples at a time, fewer where memory runs out."""
+    def _device_of(self, index: int, default: torch.device) -> torch.device:
+        """Where a block runs: `default` where it has no weights, or none in place."""
+        device = next((p.device for p in self.blocks[index][1].parameters()), default)
+        return default if device.type == "meta" else device
+
+    def _in_rows(self, samples: Sequence[int], function: Callable[[Sequence[int]], None], index: int) -> None:
+        """Call it with some samples at a time, fewer where memory runs out; inputs of the block for the next ones are
+        copied meanwhile."""
         done = 0
         while done < len(samples):
             rows = samples[done : done + self.rows]
             try:
+                following = samples[done + len(rows) : done + 2 * len(rows)]
+                used = {block for sample in following for block, _ in self.scan(sample).uses[index]} | {MADE}
+                self.cache.prefetch([(block, sample) for sample in following for block in used], self.device)
                 function(rows)
             except torch.OutOfMemoryError as error:
                 if len(rows) > 1:
@@ -362,16 +414,24 @@ class Replay:
 
     # Targets
 
+    def _add_targets(self, index: int, batch: Batch, rule: Rule | None) -> None:
+        batch.targets = self._targets(index, batch, rule)
+        dims = rule.targets if rule else [0] * len(batch.targets)
+        batch.masks = [
+            self._mask(index, batch.samples, target, dim) for target, dim in zip(batch.targets, dims, strict=True)
+        ]
+
     def _targets(self, index: int, batch: Batch, rule: Rule | None) -> list[Tensor]:
         dims = rule.targets if rule else []
         missing = [sample for sample in batch.samples if (TARGETS, sample) not in self.cache]
-        device = next(leaf.device for leaf in flatten((batch.args, batch.kwargs))[0] if isinstance(leaf, Tensor))
-        if len(batch.samples) > 1 and any(dim is None for dim in dims):
-            return floating(self._run(index, batch)[0])
+        leaves, _ = flatten((batch.args, batch.kwargs))
+        device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), self.device)
+        home = self._device_of(index, device)
         found: dict[int, list[Tensor]] = {}
 
         def run(rows: Sequence[int]) -> None:
-            part = batch if tuple(rows) == batch.samples else self._batch(index, rows, rule, device)
+            whole = tuple(rows) == batch.samples and device == home
+            part = batch if whole else self._batch(index, rows, rule, home)
             tensors = floating(self._run(index, part)[0])
             for number, sample in enumerate(rows):
                 parts = [
@@ -380,9 +440,9 @@ class Replay:
                 if self.keep_targets:
                     self.cache.replace((TARGETS, sample), dict(enumerate(parts)))
                 else:
-                    found[sample] = parts
+                    found[sample] = [part.to(device) for part in parts]
 
-        self._in_rows(missing, run)
+        self._in_rows(missing, run, index)
         for sample in batch.samples:
             if sample not in found:
                 kept = self._reacting(functools.partial(self.cache.get, (TARGETS, sample), device))
@@ -404,8 +464,9 @@ class Replay:
         """The mask of tokens in a sample's call that has the first two dimensions of its part of a target."""
         call = self.calls[sample]
         names: dict[str, Any] = dict(call.kwargs)
-        with contextlib.suppress(TypeError, ValueError):
-            names = {**inspect.signature(self.model.forward).bind_partial(*call.args).arguments, **names}
+        if call.args:
+            with contextlib.suppress(TypeError, ValueError):
+                names = {**inspect.signature(self.model.forward).bind_partial(*call.args).arguments, **names}
         found = [name for name in names if name.endswith(("attention_mask", "hidden_states_mask"))]
         decoder = "decoder" in self.blocks[index][0]
         found.sort(key=lambda name: name.startswith("decoder") != decoder)
@@ -433,8 +494,6 @@ class Replay:
         moved = self.cache.to_host()
         if moved:
             self._events("out of memory", where="activations", reaction="moved to the host", bytes=moved)
-        elif self._held.clear():
-            self._events("out of memory", where="activations", reaction="arguments are not held")
         elif self.device.type != "cpu" and self._to_cpu():
             self._events("out of memory", where="beside the blocks", reaction="moved to the CPU")
         elif not self._collected:  # what others hold comes and goes
@@ -460,12 +519,13 @@ class Replay:
                 self._moved[module] = tensor.device
                 module._apply(lambda t: t.to("cpu"), recurse=False)
         self._capture.device = torch.device("cpu")
+        self._held.to(self.device)
         return True
 
     def close(self) -> None:
         """Free the activations, and put back on its device what had to leave it."""
         self.cache.close()
-        self._held.clear()
+        self._held.at(-1)
         for module, device in self._moved.items():
             module._apply(lambda t, device=device: t.to(device), recurse=False)
         self._moved = {}
@@ -510,14 +570,15 @@ class Replay:
             "scans": self._scans,
             "outputs": self._outputs,
             "beside": self._beside,
-            "rules": self._rules,
-            "rule_of": self._rule_of,
+            "rules": (self._dims, self._rules, self._splits),
             "flags": (self._capture.real, self._capture.writes, self.rows),
         }
         self.cache.save(folder, {STATE: pickle.dumps(state)})
 
     def _load(self, folder: Path) -> None:
-        state = pickle.loads((folder / STATE).read_bytes())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # pytree's specs meet one of their own
+            state = pickle.loads((folder / STATE).read_bytes())
         given = dict(self._capture.given)
         missing = [name for name in state["blocks"] if name not in given]
         if missing:
@@ -527,7 +588,7 @@ class Replay:
         unknown = set(self._kinds) - self._scans.keys()
         if unknown:
             raise ValueError(f"{folder} was written for other samples; resume with the same data")
-        self._rules, self._rule_of = state["rules"], state["rule_of"]
+        self._dims, self._rules, self._splits = state["rules"]
         self._capture.real, self._capture.writes, self.rows = state["flags"]
         self.cache.load(folder)
 
@@ -536,12 +597,12 @@ class _Sample:
     """A sample as the source of a forward.
 
     Attributes:
-        loaded: what came out of the cache, by `id`; sizes: its bytes.
+        loaded: what came out of the cache, by `id`, and where it lies there. sizes: its bytes.
     """
 
     def __init__(self, replay: Replay, sample: int) -> None:
         self._replay, self._sample = replay, sample
-        self.loaded: dict[int, Use] = {}
+        self.loaded: dict[int, tuple[Use, tuple[int, int]]] = {}
         self.sizes: dict[Use, int] = {}
         self._alive: list[Tensor] = []
 
@@ -553,12 +614,18 @@ class _Sample:
         return self._replay._outputs.get((block, self._sample))
 
     def load(self, block: int, numbers: Iterable[int]) -> dict[int, Tensor]:
-        replay = self._replay
+        replay, numbers = self._replay, set(numbers)
+        if numbers - replay.cache.numbers((block, self._sample)):
+            raise ValueError(
+                f"what {replay.blocks[block][0]!r} has put out for sample {self._sample} is not kept any more: blocks "
+                "are gone through in order, and each is left for good by `advance`"
+            )
         found = replay.cache.get((block, self._sample), replay.device, numbers)
         self.sizes.update({(block, n): tensor.nbytes for n, tensor in found.items()})
         if replay._capture.writes:
             return {n: tensor.clone() for n, tensor in found.items()}
-        self.loaded.update({id(tensor): (block, n) for n, tensor in found.items()})
+        for n, tensor in found.items():
+            self.loaded[id(tensor)] = (block, n), replay.cache.place((block, self._sample), n)
         self._alive += found.values()
         return found
 
@@ -574,6 +641,7 @@ class _Pair:
 
     def __init__(self, replay: Replay, one: int, other: int, call: Arguments) -> None:
         self._replay, self._samples, self._call = replay, (one, other), call
+        self.complete = True  # outputs were there; else only shapes come out right
 
     def call(self) -> Arguments:
         return self._call
@@ -583,14 +651,14 @@ class _Pair:
         return one.doubled(self._dims(block))
 
     def _dims(self, block: int) -> merge.Dims:
-        rule = self._replay._rule_of.get(block)
-        if rule is None:
-            raise ValueError("what this block puts out for two samples is not known")
-        return rule.outputs
+        return self._replay._splits[block]
 
     def load(self, block: int, numbers: Iterable[int]) -> dict[int, Tensor]:
         numbers, dims = list(numbers), self._dims(block)
         cache, device = self._replay.cache, self._replay.device
+        if any(set(numbers) - cache.numbers((block, sample)) for sample in self._samples):
+            self.complete = False
+            return {}
         one, other = (cache.get((block, sample), device, numbers) for sample in self._samples)
         pairs = [[one[n] for n in numbers], [other[n] for n in numbers]]
         return dict(zip(numbers, merge.join(pairs, [dims[n] for n in numbers]), strict=True))

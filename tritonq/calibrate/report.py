@@ -13,8 +13,8 @@
 
 Any text and any details are kept. Memory steps and fallbacks are warnings of the logger `tritonq.calibrate`, all else
 is its info. `CalibrationReport` collects one row a block (losses, seconds, peak memory by device) and what layers note:
-`layer.notes["tokens"]`, a count for each expert in order or by its number, and `layer.notes["fallback"]`, the experts or
-the reason.
+`layer.notes["tokens"]`, a count for each expert in order or by its number, and `layer.notes["fallback"]`, the experts
+or the reason.
 """
 
 from __future__ import annotations
@@ -87,9 +87,6 @@ class Events:
             self._happened.append(event)
         logger.log(logging.WARNING if event.is_memory_step or event.is_fallback else logging.INFO, "%s", event)
 
-    def __len__(self) -> int:
-        return len(self._happened)
-
     def __iter__(self) -> Iterator[Event]:
         with self._lock:
             return iter(list(self._happened))
@@ -150,11 +147,11 @@ class CalibrationReport:
 
         Peak memory of GPUs is that of torch's allocator within, whose statistics are reset at the start.
         """
-        first = len(self.events)
+        first = len(list(self.events))
         with self._measured(name, devices) as row:
             yield row
-        told = [event for event in list(self.events)[first:] if event.details.get("block") == name]
-        told = [event.details for event in [one for one in told if one.what == "quantized"] or told]
+        events = [event for event in list(self.events)[first:] if event.details.get("block") == name]
+        told = [event.details for event in [one for one in events if one.what == "quantized"] or events]
         before = [details["loss_before"] for details in told if "loss_before" in details]
         after = [details["loss_after"] for details in told if "loss_after" in details]
         row.loss_before = before[0] if row.loss_before is None and before else as_json(row.loss_before)
@@ -339,15 +336,22 @@ def _tensor(value: Tensor) -> Any:
 
 
 def _briefly(value: Any) -> Any:
-    """An option; data are not copied into the report."""
-    if isinstance(value, (Mapping, list, tuple, set, frozenset)) and len(value) > _LONG:
-        return f"{type(value).__name__} of {len(value)}"
-    if isinstance(value, (list, tuple)):
-        return [_briefly(entry) for entry in value]
-    if isinstance(value, Tensor) and value.numel() > _LONG:
+    """An option; data are not copied into the report, only what they are and how many."""
+    if isinstance(value, Tensor):
         return f"tensor of shape {list(value.shape)}"
+    if isinstance(value, Mapping) and len(value) <= _LONG:
+        return {str(key): _briefly(entry) for key, entry in value.items()}
+    if isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        short = len(value) <= _LONG and all(map(_is_plain, value))
+        return [_briefly(entry) for entry in value] if short else f"{type(value).__name__} of {len(value)}"
     found = as_json(value)
     return found[:197] + "..." if isinstance(found, str) and len(found) > 200 else found
+
+
+def _is_plain(entry: Any) -> bool:
+    """Whether an entry of a list says what it is in a word: a number, a name, or what has a name."""
+    plain = (type(None), bool, int, float, str, os.PathLike, torch.device, nn.Module)
+    return isinstance(entry, plain) or isinstance(getattr(entry, "name", None), str)
 
 
 def _text(value: Any) -> str:

@@ -13,6 +13,7 @@ v; the codes are there twice.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,9 @@ STARTS = ("rule", "search")
 @dataclass(eq=False)
 class SignRound:
     """Signed gradient descent on the rounding of every layer of a block, experts included.
+
+    Samples of an iteration are spread over `task.devices`, at most `task.micro_batch` of them a call. How they are cut
+    decides the order of sums: devices change no bit as long as `micro_batch` is no more than their share of a batch.
 
     Attributes:
         iters: iterations. lr: rate of v in the first one, 1 / iters unless it is given, from where it falls linearly to
@@ -65,7 +69,7 @@ class SignRound:
     tune_ratios: bool = True
     fused: bool = True
     patience: int | None = None
-    evaluation: int | None = 32
+    evaluation: int | None = 16
     start: str = "search"
     deterministic: bool = True
     compile: bool = False
@@ -97,7 +101,8 @@ class SignRound:
         if not task.layers or not task.samples:
             return
         try:
-            with deterministic(self.deterministic), Trial(task, self.compile) as trial:
+            share = -(-self.batch // max(1, len(task.devices)))
+            with deterministic(self.deterministic), Trial(task, share, self.compile) as trial:
                 _Tuning(self, task, trial).run()
             return
         except torch.OutOfMemoryError as error:
@@ -359,11 +364,12 @@ class _Tuning:
         """Make room, and say how; raises where there is nothing left to do."""
         task = self.task
         self.trial.forget()
+        gc.collect()  # frames of the failed attempt may be part of a cycle
         if task.device.type == "cuda":
             torch.cuda.empty_cache()
         details = {"block": task.name, "during": self.method.name}
-        if task.micro_batch > 1:
-            task.micro_batch //= 2
+        if self.trial.size > 1:
+            task.micro_batch = self.trial.size // 2
             task.events("out of memory", **details, micro_batch=task.micro_batch)
         elif not self.spilled:
             self.spilled = True

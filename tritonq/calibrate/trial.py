@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils import deterministic as uninitialized
 
 from tritonq.autograd import qdq
 from tritonq.calibrate.task import Batch, Layer, Task
@@ -230,33 +231,32 @@ def deterministic(enabled: bool) -> Iterator[None]:
     if not enabled:
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    before = torch.get_deterministic_debug_mode()
+    filled = uninitialized.fill_uninitialized_memory  # type: ignore[attr-defined]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*deterministic.*")
         try:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+            torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms would import the compiler
+            uninitialized.fill_uninitialized_memory = False  # type: ignore[attr-defined]
             yield
         finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+            torch.set_deterministic_debug_mode(before)
+            uninitialized.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 Call = tuple[Replica, Batch]
 
 
 class Trial:
-    """See above.
+    """See above. A call takes `micro_batch` samples of the task, and `most` at most.
 
     Attributes:
         leaves: one for each layer of the task, of the shape and dtype of its weight, on the first device.
         replicas: of the block, the first of them the block itself.
     """
 
-    def __init__(self, task: Task, compile: bool = False) -> None:
-        self.task = task
-        self.compile = compile
+    def __init__(self, task: Task, most: int | None = None, compile: bool = False) -> None:
+        self.task, self.most, self.compile = task, most, compile
         self.replicas: list[Replica] = []
         self._undo = contextlib.ExitStack()
         self.ahead: dict[int, Ahead] = {}
@@ -319,7 +319,7 @@ class Trial:
     def run(
         self, samples: Sequence[int], gradients: bool, following: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(sum of (y - t)^2, number of elements) over `samples`, fp32 and fp64 [] on the first device, `micro_batch`
+        """(sum of (y - t)^2, number of elements) over `samples`, fp32 and fp64 [] on the first device, `size`
         samples at a time; with `gradients`, those of half the sum are added to the leaves'. `following` come next."""
         chunks = self._chunks(samples)
         after = self._chunks(following or ())
@@ -335,6 +335,7 @@ class Trial:
                     total, count = self._together(group, gradients, total, count)
                     group = []
                 group.append((replica, batch))
+                del batch  # or it would live on beside the next one, and the one after that
                 if own == len(self.replicas) - 1:  # nobody is left to wait for
                     total, count = self._together(group, gradients, total, count)
                     group = []
@@ -342,8 +343,13 @@ class Trial:
             total, count = self._together(group, gradients, total, count)
         return total, count
 
+    @property
+    def size(self) -> int:
+        """Samples in a call."""
+        return self.task.micro_batch if self.most is None else min(self.task.micro_batch, self.most)
+
     def _chunks(self, samples: Sequence[int]) -> list[tuple[int, ...]]:
-        size = self.task.micro_batch
+        size = self.size
         return [tuple(samples[i : i + size]) for i in range(0, len(samples), size)]
 
     def _together(self, group: list[Call], gradients: bool, total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -363,7 +369,7 @@ class Trial:
         return total, count
 
     def _forward(self, replica: Replica, batch: Batch) -> list[Tensor]:
-        return self.task.forward(batch, replica.compiled or replica.block)
+        return self.task.forward(batch, replica.block if replica.compiled is None else replica.compiled)
 
     def _collect(self, replica: Replica) -> None:
         """Add a replica's gradients to those of the first."""

@@ -114,7 +114,7 @@ def quantize_checkpoint(
             folder.copy_companions(source.folder, path)
             writer.write_json(path / "config.json", config)
             report = _report(source, plan, scheme, quantizer, files, notes, str(dst))
-            report.calibration = decided.report.to_dict() if decided else None
+            report.calibration = decided.report.to_dict() if decided and decided.report else None
             static = any(quantizer.static(weight) for weight in plan.weights)
             (path / "README.md").write_text(_card(source, plan, scheme, report, static), encoding="utf-8")
     report.seconds = time.perf_counter() - begin
@@ -210,6 +210,7 @@ def _report(
 
 
 def _card(source: Source, plan: Plan, scheme: Scheme, report: Report, static: bool) -> str:
+    done = report.calibration
     return card.model_card(
         base=source.name,
         scheme=scheme,
@@ -222,7 +223,7 @@ def _card(source: Source, plan: Plan, scheme: Scheme, report: Report, static: bo
         causal=any("CausalLM" in name for name in source.config.get("architectures") or ()),
         licence=card.licence(source.folder),
         static=static,
-        calibration=report.calibration and f"{report.calibration['method']}",
+        calibration=None if done is None else f"{done['method']} on {done['options']['samples']} samples",
     )
 
 

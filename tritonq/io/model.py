@@ -78,6 +78,7 @@ def save_pretrained(
             scheme=scheme,
             fmt=fmt,
             static=any_static,
+            calibration=getattr(model, "tritonq_calibration", None),
             layers={},
             quantized=weights,
             dense=len(dense),
