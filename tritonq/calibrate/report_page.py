@@ -41,7 +41,7 @@ svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 table { border-collapse: collapse; width: 100%; font-size: 13px; font-variant-numeric: tabular-nums; }
 th { position: sticky; top: 0; background: var(--panel); text-align: left; font-weight: 600; white-space: nowrap; }
 th, td { padding: 4px 10px; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
-td:first-child { min-width: 9em; }
+td:first-child { min-width: 9em; } td:nth-child(2) { min-width: 7em; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 summary { cursor: pointer; font-size: 17px; font-weight: 600; margin: 28px 0 6px; }
 """ + "\n".join(
@@ -422,7 +422,11 @@ def _block_table(content: Content) -> str:
 
 def _layer_table(blocks: Sequence[Content]) -> str:
     rows = [
-        (name, notes.get("format", ""), _words({k: v for k, v in notes.items() if k not in ("format", "tokens")}))
+        (
+            name,
+            notes.get("format", ""),
+            _words({k: v for k, v in notes.items() if k not in ("format", "tokens") and v != []}),
+        )
         for block in blocks
         for name, notes in block["layers"].items()
     ]
