@@ -129,7 +129,7 @@ class Calibration:
         return tuple(streams.backend(one).device for one in several)  # with their numbers
 
 
-def _room(device: torch.device) -> dict[torch.device | str, int]:
+def _room(device: torch.device) -> dict[torch.device, int]:
     """Bytes that activations may take of a GPU: a third of what is free, the rest is for the block."""
     return {device: torch.cuda.mem_get_info(device)[0] // 3} if device.type == "cuda" else {}
 
