@@ -8,7 +8,7 @@ from torch import nn
 from tritonq import ops
 from tritonq.calibrate.awq import AWQ
 from tritonq.calibrate.bias import BiasCorrection
-from tritonq.calibrate.fold import find_folds
+from tritonq.calibrate.fold import Producer, find_folds
 from tritonq.calibrate.imatrix import Imatrix
 from tritonq.calibrate.pipeline import rounded
 from tritonq.calibrate.smoothquant import SmoothQuant
@@ -82,6 +82,19 @@ def test_pairs_are_found_by_what_happens(device, name, dtype):
         found[fold.producer.name] = (" ".join(layer.name for layer in fold.layers), source)
     assert found == expected
     assert all(torch.equal(p, before[key]) for key, p in block.named_parameters())
+
+
+def test_channels_of_weights_and_biases():
+    """Row r of a weight and entry r of its bias, of all experts or of a linear layer."""
+    factor = torch.tensor([2.0, 4.0])
+    for lead, by in (((), factor), ((3,), factor * torch.arange(1, 4)[:, None])):
+        weight, bias = nn.Parameter(torch.randn(*lead, 5, 6)), nn.Parameter(torch.randn(*lead, 5))
+        expected = torch.ones(*lead, 5)
+        expected[..., 2:4] = by
+        before = weight.detach().clone(), bias.detach().clone()
+        Producer("p", [weight, bias], slice(2, 4), 2).multiply(by)
+        assert torch.equal(weight, before[0] * expected.unsqueeze(-1))
+        assert torch.equal(bias, before[1] * expected)
 
 
 def test_pairs_of_experts(device):

@@ -578,7 +578,7 @@ def test_blocks_of_families():
     assert any(name.startswith("model.visual.blocks.") for name in names(block_models.qwen3_vl, "all"))
     assert names(block_models.diffusion) == [f"{kind}_blocks.{n}" for kind in ("double", "single") for n in range(2)]
     assert names(block_models.long_skips) == ["in_blocks.0", "in_blocks.1", "mid_block", "out_blocks.0", "out_blocks.1"]
-    assert names(block_models.plain) == ["first", "second"]
+    assert names(block_models.plain) == [""], "linear layers are replaced in the module that holds them"
     assert [name for name, _ in blocks.find(nn.Linear(3, 3))] == [""]
 
 
@@ -592,7 +592,8 @@ def test_blocks_that_are_chosen():
     for chosen, text in (
         (["layers.0"], r"names 'layers\.0', which the model does not have; it has blocks such as double_blocks\.0"),
         ([nn.Linear(1, 1)], "holds Linear, which is no module of the model"),
-        (["time", "time.0"], r"holds 'time\.0' and 'time', which contains it"),
+        (["time", "time.1"], r"holds 'time\.1' and 'time', which contains it"),
+        (["time.0"], r"holds 'time\.0', a linear layer"),
         ("time", "blocks is None, 'all', or a list of modules and their names, got 'time'"),
         (3, "got 3"),
     ):

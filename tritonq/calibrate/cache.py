@@ -90,7 +90,7 @@ class ActivationCache:
         self,
         host: int | None = None,
         folder: str | Path | None = None,
-        room: Mapping[torch.device | str, int] | None = None,
+        room: Mapping[torch.device, int] | None = None,
         events: Callable[..., None] | None = None,
     ) -> None:
         self.host, self.room = host, {_indexed(torch.device(device)): size for device, size in (room or {}).items()}

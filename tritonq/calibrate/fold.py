@@ -30,8 +30,8 @@ Inputs = dict[str, dict[int, list[Tensor]]]  # weight: expert: what it multiplie
 
 @dataclass(eq=False)
 class Producer:
-    """Parameters whose entries along `axis` are output channels, `rows` of them; `plus_one` where 1 + p is what
-    multiplies. Channels lie on the last but one axis of weights and on the last of vectors."""
+    """The first parameter is a vector [N], a weight [N, K] or that of fused experts [E, N, K], others are biases [N] or
+    [E, N]; `rows` of N are output channels, `channels` many. `plus_one` where 1 + p is what multiplies."""
 
     name: str
     parameters: list[nn.Parameter]
@@ -41,7 +41,8 @@ class Producer:
 
     def views(self) -> list[Tensor]:
         """[.., channels] or [.., channels, 1 .. K], that share memory."""
-        return [_channels(p.detach(), self.rows) for p in self.parameters]
+        experts = self.parameters[0].ndim == 3
+        return [p.detach()[:, self.rows] if experts else p.detach()[self.rows] for p in self.parameters]
 
     def multiply(self, factor: Tensor) -> None:
         """By [channels], or [E, channels] for fused experts."""
@@ -49,10 +50,6 @@ class Producer:
             by = factor if own.ndim == factor.ndim else factor.unsqueeze(-1)
             value = own.float()
             own.copy_((value + 1) * by - 1 if self.plus_one else value * by)
-
-
-def _channels(p: Tensor, rows: slice) -> Tensor:
-    return p[rows] if p.ndim <= 2 else p[:, rows]
 
 
 @dataclass(eq=False)

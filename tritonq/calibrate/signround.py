@@ -367,7 +367,7 @@ class _Tuning:
         gc.collect()  # frames of the failed attempt may be part of a cycle
         if task.device.type == "cuda":
             torch.cuda.empty_cache()
-        details = {"block": task.name, "during": self.method.name}
+        details = {"block": task.name, "where": self.method.name}
         if self.trial.size > 1:
             task.micro_batch = self.trial.size // 2
             task.events("out of memory", **details, micro_batch=task.micro_batch)
@@ -376,7 +376,9 @@ class _Tuning:
             self.trial.look_ahead(False)
             for one in self.layers:
                 one.best = {name: part.cpu() for name, part in one.best.items()}
-            task.events("out of memory", **details, micro_batch=1, moved="codes of the best iteration, to the host")
+            task.events(
+                "out of memory", **details, micro_batch=1, reaction="codes of the best iteration moved to the host"
+            )
         else:
             raise torch.OutOfMemoryError(reason)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -336,8 +337,23 @@ def shared_inputs(task: Task, layers: Sequence[Layer]) -> list[list[Layer]]:
         alive.append(x)
         inputs[layer].append((x.data_ptr(), x.numel(), x.stride(-1), x.dtype, x._version))
 
-    with eagerly(task.block), Calls({layer: layer.weight for layer in layers}, see):
-        task.forward(one_batch(task))
+    def look() -> None:
+        with eagerly(task.block), Calls({layer: layer.weight for layer in layers}, see):
+            task.forward(one_batch(task))
+
+    reason = None
+    try:
+        look()
+    except torch.OutOfMemoryError as error:
+        reason = str(error)  # not the error itself, whose frames keep tensors
+    if reason is not None:
+        task.events("out of memory", block=task.name, where="structure", reaction="tried again", reason=reason)
+        alive.clear()
+        inputs.update({layer: [] for layer in layers})
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        look()
     sets: dict[Any, list[Layer]] = {}
     for layer, seen in inputs.items():
         alike = seen and not layer.is_expert and layer.weight.shape[-1]
