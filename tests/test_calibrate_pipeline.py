@@ -130,6 +130,75 @@ def test_nothing_is_left_behind():
     assert torch.isfinite(m(ids()[0])[0]).all()
 
 
+class Aliased(nn.Module):
+    """A layer that sits in two blocks and beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = Stack().layers
+        self.layers[2][0] = self.again = self.layers[0][0]
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.again(x)
+
+
+def test_a_layer_in_several_places_stays_one():
+    m, data = Aliased(), [(torch.randn(3, 32, generator=torch.Generator().manual_seed(i)),) for i in range(3)]
+    tq.quantize_(m, "W8A16", calibration=tq.Calibration(data, "gptq", samples=3), progress=False)
+    assert isinstance(m.again.weight, tq.QTensor)
+    assert m.again is m.layers[0][0] and m.again is m.layers[2][0]
+
+
+class Convolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()) for _ in range(2))
+        self.head, self.last = nn.Linear(64, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(self.head(x.flatten(1)))
+
+
+def test_lists_without_linear_layers_are_no_blocks():
+    """The layers beside them see data, too."""
+    torch.manual_seed(0)
+    data = list(torch.randn(6, 1, 4, 8, 8))
+    own = tq.Calibration([(x,) for x in data], "gptq", samples=6)
+    tq.quantize_(Convolutions(), "W4A16", group_size=32, calibration=own, progress=False)
+    (row,) = own.result.blocks
+    assert row.loss_after < row.loss_before
+
+
+def test_every_module_trains_again():
+    m = model().train()
+    m.model.layers[0].mlp.eval()
+    before = {name: module.training for name, module in m.named_modules()}
+    tq.quantize_(m, "W4A16", group_size=32, calibration=calibration(), progress=False)
+    assert {name: module.training for name, module in m.named_modules()} == before
+
+
+def test_within_autocast():
+    """Its copies of weights are none of an iteration before."""
+    with torch.autocast("cpu", torch.bfloat16):
+        _, own = run("signround", iters=3)
+        assert torch.is_autocast_cache_enabled()
+    assert all(row.loss_after <= 1.05 * row.loss_before for row in own.result.blocks), own.result.blocks
+
+
+def test_models_made_in_inference_mode():
+    expected, _ = run("gptq")
+    with torch.inference_mode():
+        m = model()
+        assert m.model.norm.weight.requires_grad
+    tq.quantize_(m, "W4A16", group_size=32, calibration=calibration("gptq"), progress=False)
+    for name, q in quantized(m).items():
+        assert torch.equal(q._buf, quantized(expected)[name]._buf), name
+
+
 def test_report_and_export(tmp_path):
     m, own = run("gptq", kind="qwen3moe", report=tmp_path / "report")
     content = json.loads((tmp_path / "report" / "report.json").read_text())

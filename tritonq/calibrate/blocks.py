@@ -35,8 +35,8 @@ def find(model: nn.Module, blocks: Blocks = None) -> list[tuple[str, nn.Module]]
             return _children(model)
         # Projections that are listed beside the blocks (Gemma 3n's altup_projections), unless there is nothing else.
         found = [entry for entry in found if any(map(groups.owns, entry[1].children()))] or found
-        if not found or any(isinstance(module, nn.Linear) for _, module in found):
-            return _children(model)
+        if not any(_has_linear(module) for _, module in found) or any(isinstance(m, nn.Linear) for _, m in found):
+            return _children(model)  # also where the lists are of convolutions, and linear layers beside them
         found = _with_others(model, found)
         return found if blocks == "all" else _language(model, found)
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):

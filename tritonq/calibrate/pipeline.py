@@ -143,7 +143,8 @@ class Run:
                 self._decide(replay, index, layers, device)
                 self.storage.keep(index, name, block, layers)
             if layers:
-                install(block, layers, [self._packed(layer, layer.result or {}) for layer in layers])
+                weights = [self._packed(layer, layer.result or {}) for layer in layers]
+                install(self.model, layers, weights)  # a layer may sit in other places, too
             replay.advance(index, device)
         self.storage.leave(index, name, block, layers)
         return {id(layer.module) for layer in layers}
@@ -365,17 +366,23 @@ def _move(tensor: Tensor, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Neither dropout nor gradients of parameters, as before afterwards."""
-    training = [module for module in model.modules() if module.training]
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for module in training:
+    """Neither dropout nor gradients of parameters, as before afterwards, also of layers that came in place of others.
+    Autocast keeps no copies of weights, which methods change."""
+    training = {name for name, module in model.named_modules(remove_duplicate=False) if module.training}
+    # Tensors made in inference mode cannot be told again that they require gradients.
+    learned = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
+    copies = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    for module in model.modules():
         module.training = False
     for parameter in learned:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for name, module in model.named_modules(remove_duplicate=False):
+            module.training = name in training
+        torch.set_autocast_cache_enabled(copies)
         for parameter in learned:
             parameter.requires_grad_(True)

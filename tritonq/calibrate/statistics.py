@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from tritonq import ops
 from tritonq.calibrate.calls import Calls, eagerly
+from tritonq.calibrate.outputs import version
 from tritonq.calibrate.task import Batch, Layer, Task
 
 FEW_TOKENS = 0.005  # an expert that sees a smaller share of the tokens is not calibrated
@@ -335,7 +336,7 @@ def shared_inputs(task: Task, layers: Sequence[Layer]) -> list[list[Layer]]:
 
     def see(layer: Layer, expert: int | range, x: Tensor) -> None:
         alive.append(x)
-        inputs[layer].append((x.data_ptr(), x.numel(), x.stride(-1), x.dtype, x._version))
+        inputs[layer].append((x.data_ptr(), x.numel(), x.stride(-1), x.dtype, version(x)))
 
     def look() -> None:
         with eagerly(task.block), Calls({layer: layer.weight for layer in layers}, see):
