@@ -1,6 +1,8 @@
 """`quantize_(calibration=)`: the loop over blocks, what it leaves behind, and what it does when memory runs out."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -197,6 +199,23 @@ def test_models_made_in_inference_mode():
     tq.quantize_(m, "W4A16", group_size=32, calibration=calibration("gptq"), progress=False)
     for name, q in quantized(m).items():
         assert torch.equal(q._buf, quantized(expected)[name]._buf), name
+
+
+def test_dense_weights_are_freed_block_by_block():
+    m, alive = model(), []
+    weights = [weakref.ref(layer.mlp.up_proj.weight) for layer in m.model.layers]
+
+    class Looking:
+        name = "looking"
+
+        def run(self, task: Task) -> None:
+            gc.collect()
+            alive.append([weight() is not None for weight in weights])
+
+    tq.quantize_(m, "W4A16", group_size=32, calibration=calibration(Looking()), progress=False)
+    assert alive == [[True, True], [False, True]]
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
 
 
 def test_report_and_export(tmp_path):

@@ -436,7 +436,7 @@ class Files(Storage):
             layer.result, layer.inputs = None, {}
         self._origins.release(name, block)
 
-    def rest(self, run: Run, done: set[int]) -> None:
+    def rest(self, run: Run) -> None:
         """The writer rounds what is in no block."""
 
 

@@ -63,14 +63,12 @@ class Storage:
     def leave(self, index: int, name: str, block: nn.Module, layers: Sequence[Layer]) -> None:
         """The block is quantized, and what it puts out is in the cache; its memory may go."""
 
-    def rest(self, run: Run, done: set[int]) -> None:
-        """Quantize what is in no block: all but the modules of these identities."""
-        linears = [(name, module) for name, module in run.targets.linears if id(module) not in done]
-        experts = [entry for entry in run.targets.experts if id(entry[1]) not in done]
-        if linears or experts:
+    def rest(self, run: Run) -> None:
+        """Quantize the targets that are left, which are in no block."""
+        if run.targets.linears or run.targets.experts:
             quantize_targets(
-                run.model, Targets(linears, experts, []), run.scheme, group_size=run.group_size, search=run.search,
-                device=run.device, progress=run.progress,
+                run.model, run.targets, run.scheme, group_size=run.group_size, search=run.search, device=run.device,
+                progress=run.progress,
             )  # fmt: skip
 
 
@@ -106,7 +104,7 @@ class Run:
 
     def __call__(self) -> None:
         """Quantize all blocks, then what is outside of them."""
-        rest, events, done = self._outside(), self.report.events, set[int]()
+        rest, events = self._outside(), self.report.events
         with _evaluating(self.model), placed(lambda: rest, self.device, events, "what is beside the blocks") as at:
             with self.report.part("capture", self.devices):
                 replay = Replay(
@@ -117,9 +115,9 @@ class Run:
                 task = bar.add_task(f"calibrating {self.scheme.name}", total=len(replay.blocks))
                 for index, (name, _) in enumerate(replay.blocks):
                     bar.update(task, description=name)
-                    done |= self._quantize(replay, index)
+                    self._quantize(replay, index)
                     bar.advance(task)
-        self.storage.rest(self, done)
+        self.storage.rest(self)
 
     def _outside(self) -> list[nn.Module]:
         """Modules that are in no block."""
@@ -132,8 +130,8 @@ class Run:
         with self.storage.ready(block), placed(block.modules, self.device, self.report.events, "a block"):
             yield
 
-    def _quantize(self, replay: Replay, index: int) -> set[int]:
-        """One block; the identities of the modules that hold what was quantized."""
+    def _quantize(self, replay: Replay, index: int) -> None:
+        """One block, whose dense weights nobody holds afterwards."""
         name, block = replay.blocks[index]
         self.storage.enter(index, name, block)
         layers = self.layers(block)
@@ -147,7 +145,9 @@ class Run:
                 install(self.model, layers, weights)  # a layer may sit in other places, too
             replay.advance(index, device)
         self.storage.leave(index, name, block, layers)
-        return {id(layer.module) for layer in layers}
+        done = {id(layer.module) for layer in layers}
+        self.targets.linears = [entry for entry in self.targets.linears if id(entry[1]) not in done]
+        self.targets.experts = [entry for entry in self.targets.experts if id(entry[1]) not in done]
 
     def _decide(self, replay: Replay, index: int, layers: list[Layer], device: torch.device) -> None:
         """Set the results of all layers."""
@@ -370,19 +370,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     Autocast keeps no copies of weights, which methods change."""
     training = {name for name, module in model.named_modules(remove_duplicate=False) if module.training}
     # Tensors made in inference mode cannot be told again that they require gradients.
-    learned = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
+    learned = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad and not p.is_inference()}
     copies = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()
     for module in model.modules():
         module.training = False
-    for parameter in learned:
-        parameter.requires_grad_(False)
+    for name in learned:
+        model.get_parameter(name).requires_grad_(False)
     try:
         yield
     finally:
         for name, module in model.named_modules(remove_duplicate=False):
             module.training = name in training
         torch.set_autocast_cache_enabled(copies)
-        for parameter in learned:
-            parameter.requires_grad_(True)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in learned and not isinstance(parameter, QTensor):
+                parameter.requires_grad_(True)
