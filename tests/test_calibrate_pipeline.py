@@ -199,6 +199,16 @@ def test_models_made_in_inference_mode():
         assert torch.equal(q._buf, quantized(expected)[name]._buf), name
 
 
+def test_files_go_where_the_model_raises(tmp_path):
+    m = Stack()
+    m.layers[1].register_forward_hook(lambda *args: 1 / 0)
+    data = [torch.ones(1, 4, 32)]
+    with pytest.raises(ZeroDivisionError) as _:  # which holds the frames
+        own = tq.Calibration(data, "rtn", samples=1, cache=1, disk=tmp_path)
+        tq.quantize_(m, "W8A16", calibration=own, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_report_and_export(tmp_path):
     m, own = run("gptq", kind="qwen3moe", report=tmp_path / "report")
     content = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -315,6 +325,9 @@ def test_errors():
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.* has .* non-finite"):
         tq.quantize_(m, "W4A16", group_size=32, calibration=calibration(), progress=False)
     assert not quantized(m)
+    data = [torch.ones(1, 4, 32), torch.full((1, 4, 32), torch.nan)]
+    with pytest.raises(ValueError, match="sample 1 of the calibration data has 128 NaN"):
+        tq.quantize_(Stack(), "W8A16", calibration=tq.Calibration(data, "awq", samples=2), progress=False)
 
 
 # --------------------------------------------------------------------------------------------------------------- GPUs
