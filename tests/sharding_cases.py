@@ -621,7 +621,9 @@ def collectives():
         mine, theirs = tq.quantize(dense((64, 256), RANK), name), tq.quantize(dense((64, 256), 1 - RANK), name)
         first = tq.quantize(dense((64, 256), 0), name)
         for target in (mine.clone(), torch.cat([mine, mine])[64:]):
-            if tuple(target.shape) == (64, 256):
+            if DEVICE.type == "cuda" and not target._is_compact():
+                refused(lambda t=target: dist.broadcast(t, src=0), name, "tensor of its own")
+            elif tuple(target.shape) == (64, 256):
                 dist.broadcast(target, src=0)
                 assert torch.equal(target.dequantize(), first.dequantize()) or (
                     name == "nvfp4" and not target._is_compact()

@@ -218,6 +218,16 @@ def test_dense_weights_are_freed_block_by_block():
     assert not any(weight() is not None for weight in weights)
 
 
+def test_files_go_where_the_model_raises(tmp_path):
+    m = Stack()
+    m.layers[1].register_forward_hook(lambda *args: 1 / 0)
+    data = [torch.ones(1, 4, 32)]
+    with pytest.raises(ZeroDivisionError) as _:  # which holds the frames
+        own = tq.Calibration(data, "rtn", samples=1, cache=1, disk=tmp_path)
+        tq.quantize_(m, "W8A16", calibration=own, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_report_and_export(tmp_path):
     m, own = run("gptq", kind="qwen3moe", report=tmp_path / "report")
     content = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -334,6 +344,9 @@ def test_errors():
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.* has .* non-finite"):
         tq.quantize_(m, "W4A16", group_size=32, calibration=calibration(), progress=False)
     assert not quantized(m)
+    data = [torch.ones(1, 4, 32), torch.full((1, 4, 32), torch.nan)]
+    with pytest.raises(ValueError, match="sample 1 of the calibration data has 128 NaN"):
+        tq.quantize_(Stack(), "W8A16", calibration=tq.Calibration(data, "awq", samples=2), progress=False)
 
 
 # --------------------------------------------------------------------------------------------------------------- GPUs
@@ -354,10 +367,12 @@ def test_gpu_computes_for_a_model_in_host_memory(kind, method):
     assert own.result.complete and not own.result.memory_steps and own.result.peak_bytes["cuda:0"]
     for row, other in zip(own.result.blocks, expected.result.blocks, strict=True):
         assert row.loss_after == pytest.approx(other.loss_after, rel=0.3), (own.result.blocks, expected.result.blocks)
-    if method == "rtn":  # kernels have what they keep
+    if method == "rtn":  # kernels have what they keep by now
+        gc.collect()
         held = torch.cuda.memory_allocated()
         tq.quantize_(model(kind), scheme, group_size=group_size, calibration=calibration(method), device="cuda")
-        assert torch.cuda.memory_allocated() <= held  # nothing stays there
+        gc.collect()
+        assert torch.cuda.memory_allocated() - held < 1 << 14  # the smallest weight is as large as that
 
 
 @pytest.mark.gpu

@@ -39,9 +39,15 @@ def _communicate(func: Any, args: Any, kwargs: Any) -> Any:
             "all_gather into quantized tensors, send and recv), not reduced; dequantize them first"
         )
     compact = {id(t): t._compacted() for t in tensors if isinstance(t, QTensor)}
+    written = pytree.tree_leaves(args[0]) if name != "send" else []  # the first argument
+    windows = [t for t in written if compact[id(t)] is not t]
+    if any(window.device.type != "cpu" for window in windows):
+        raise RuntimeError(  # waiting for NCCL from here crashes the process (torch 2.11)
+            f"{func} into a part of a quantized tensor ({windows[0].format.name}) on {windows[0].device}; pass a "
+            "tensor of its own, such as part.clone(), and copy it to the part afterwards"
+        )
     result = func(*pytree.tree_map_only(QTensor, lambda t: compact[id(t)]._buf, args), **kwargs)
-    windows = [t for t in pytree.tree_leaves(args[0]) if compact[id(t)] is not t]
-    if windows and name != "send":  # the first argument is what is written
+    if windows:
         (result[-1] if isinstance(result, tuple | list) else result).wait()
         for window in windows:
             window.copy_(compact[id(window)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from tritonq import memory, scheduler, streams
 from tritonq.calibrate import blocks as structure
@@ -98,6 +100,7 @@ class Calibration:
         calls = samples.samples(
             self.data, model, tokenizer=self.tokenizer, count=self.samples, seqlen=self.seqlen, seed=self.seed
         )
+        _check_numbers(calls)
         options = {key: value for key, value in vars(self).items() if key not in ("result", "tokenizer", "report")}
         report = self.result = CalibrationReport(_called(self.method), scheme.name, type(model).__name__, options)
         try:
@@ -106,7 +109,8 @@ class Calibration:
                 model, scheme, targets, structure.find(model, self.blocks), resolve(self), calls, devices, cache,
                 report, group_size, search, min(self.batch, len(calls)), self.seed, storage or Storage(), progress,
             )  # fmt: skip
-            run()
+            with contextlib.closing(cache):  # also where the model raises while its calls are looked at
+                run()
             mark_quantized(model, scheme, group_size, targets.ignored)
             model.tritonq_calibration = f"{report.method} on {len(calls)} samples"  # type: ignore[assignment]
             report.complete = True
@@ -127,6 +131,17 @@ class Calibration:
         if not several:
             raise ValueError("devices names none; leave it out, or name some")
         return tuple(streams.backend(one).device for one in several)  # with their numbers
+
+
+def _check_numbers(calls: Sequence[samples.Call]) -> None:
+    """ValueError for NaN in arguments of the model; infinity is what masks are made of."""
+    for number, call in enumerate(calls):
+        for leaf in pytree.tree_leaves((call.args, call.kwargs)):
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any()):
+                raise ValueError(
+                    f"sample {number} of the calibration data has {int(leaf.isnan().sum())} NaN in a tensor of shape "
+                    f"{tuple(leaf.shape)}; leave it out, or repair it"
+                )
 
 
 def _room(device: torch.device) -> dict[torch.device, int]:
