@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-search bench-streaming bench-grouped bench-activations bench-offload bench-check bench-cpu instructions lint tables clean
+.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-search bench-streaming bench-grouped bench-activations bench-offload bench-calibrate bench-calibrate-block bench-check bench-cpu instructions lint tables clean
 
 demo: $(STAMP)
 	$(BIN)/tritonq demo
@@ -51,6 +51,14 @@ bench-offload:
 # Training steps with saved activations in host memory, beside torch's save_on_cpu.
 bench-activations:
 	PYTHONPATH=. $(BIN)/python -m bench.activations
+
+# Every calibration method on two small models beside rounding to nearest; weights are found or downloaded.
+bench-calibrate:
+	PYTHONPATH=. $(BIN)/python -m bench.calibrate
+
+# SignRound of one large block beside auto-round, where that is installed.
+bench-calibrate-block:
+	PYTHONPATH=. $(BIN)/python -m bench.calibrate_block
 
 # Exit code 1 if anything got slower than a committed file: `make bench-check RESULTS=bench/results/<gpu>/kernels.json`.
 bench-check:
