@@ -12,6 +12,7 @@ from tritonq.calibrate.fold import Producer, find_folds
 from tritonq.calibrate.imatrix import Imatrix
 from tritonq.calibrate.pipeline import rounded
 from tritonq.calibrate.smoothquant import SmoothQuant
+from tritonq.nn.schemes import get_scheme
 
 
 class Moe(nn.Module):
@@ -198,7 +199,7 @@ def test_methods_on_experts(device):
 
 def test_smoothquant_needs_quantized_inputs():
     with pytest.raises(ValueError, match="leaves inputs alone"):
-        SmoothQuant().run(make("mlp")[1])
+        SmoothQuant().check(get_scheme("W4A16"), "mse")
     with pytest.raises(ValueError, match="from 0 to 1, got 2"):
         SmoothQuant(2)
 
@@ -236,7 +237,7 @@ def test_importance_by_expert():
 
 def test_importance_needs_a_search():
     with pytest.raises(ValueError, match="search='mse'"):
-        Imatrix().run(make("mlp")[1])
+        Imatrix().check(get_scheme("W4A16"), False)
 
 
 @pytest.mark.parametrize("input_format", [None, "int4_channel_f32_absmax"])

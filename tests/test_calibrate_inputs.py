@@ -11,6 +11,7 @@ from tritonq.calibrate.gptq import GPTQ
 from tritonq.calibrate.inputs import StaticInputs, install
 from tritonq.calibrate.methods import resolve
 from tritonq.nn.linear import QLinear
+from tritonq.nn.schemes import get_scheme
 from tritonq.tensor import quantize
 
 
@@ -118,10 +119,11 @@ def test_layers_with_one_input_get_the_same():
 
 
 def test_formats_without_anything_static_are_refused():
-    for input_format, what in (("fp8_e4m3_channel", "scales of their own"), ("mxfp8", "mxfp8"), (None, "alone")):
-        _, _, task = layers_of("cpu", input_format, heavy())
+    for scheme, what in (("FP8_DYNAMIC", "scales of their own"), ("MXFP8", "mxfp8"), ("W4A16", "alone")):
         with pytest.raises(ValueError, match=what):
-            StaticInputs().run(task)
+            StaticInputs().check(get_scheme(scheme), "mse")
+    for scheme in ("FP8", "NVFP4"):
+        StaticInputs().check(get_scheme(scheme), "mse")
     with pytest.raises(ValueError, match="minmax, percentile, mse, got 'max'"):
         StaticInputs("max")
     with pytest.raises(ValueError, match="up to 100, got 101"):

@@ -228,6 +228,21 @@ def test_files_go_where_the_model_raises(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_in_no_block_is_told():
+    own = tq.Calibration([torch.ones(1, 4, 32)], "rtn", samples=1, cache=0)  # also: everything through files
+    tq.quantize_(Stack(), "W8A16", calibration=own, progress=False)
+    (event,) = [event for event in own.result.events if event.what == "rounded without data"]
+    assert event.details["layers"] == ["first"]
+
+
+def test_activations_that_are_not_finite_are_told():
+    m = Stack()
+    m.layers[2][0].bias.data[0] = torch.inf
+    own = tq.Calibration([torch.ones(1, 4, 32)], "rtn", samples=1)
+    tq.quantize_(m, "W8A16", calibration=own, progress=False)
+    assert any(event.what == "outputs are not finite" for event in own.result.events)
+
+
 def test_report_and_export(tmp_path):
     m, own = run("gptq", kind="qwen3moe", report=tmp_path / "report")
     content = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -337,6 +352,14 @@ def test_errors():
         tq.Calibration(samples=0)
     with pytest.raises(TypeError, match=r"calibration is a .*, got str"):
         tq.quantize_(model(), "W4A16", calibration="signround")
+    for method, scheme, inputs in (
+        ("smoothquant", "W4A16", "dynamic"),
+        ("imatrix", "W8A16", "dynamic"),
+        ("rtn", "MXFP8", "minmax"),
+    ):
+        with pytest.raises(ValueError, match=r"inputs|search"):  # before the model is called
+            own = tq.Calibration(iter(()), method, inputs=inputs)
+            tq.quantize_(model(), scheme, calibration=own, progress=False)
     with pytest.raises(ValueError, match="devices names none"):
         tq.quantize_(model(), "W4A16", calibration=calibration(devices=[]), progress=False)
     m = model()

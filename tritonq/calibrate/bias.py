@@ -24,7 +24,7 @@ class _Means:
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self.sums = torch.zeros(2, layer.weight.shape[-1], device=layer.weight.device)
+        self.sums = torch.zeros(2, layer.weight.shape[-1], dtype=torch.float32, device=layer.weight.device)
         self.count = 0
 
     def add(self, rows: Tensor, expert: int) -> None:

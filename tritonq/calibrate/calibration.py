@@ -42,7 +42,7 @@ class Calibration:
         batch: samples of an iteration, and most that are put into one call of a block.
         iters, lr: of methods that iterate; None is the method's own.
         options: more arguments of the methods, by method: {"gptq": {"damping": 0.01}}.
-        blocks: names or modules, where the structure of the model does not tell.
+        blocks: names or modules, where the structure of the model does not tell; "all" takes towers, too.
         inputs: "dynamic", or static scales of inputs of schemes that quantize them: "minmax", "percentile" or "mse".
         devices: where blocks are computed, several share the samples; None is `device` of `quantize_`, or where the
             model lies.
@@ -62,7 +62,7 @@ class Calibration:
     iters: int | None = None
     lr: float | None = None
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    blocks: Sequence[str | nn.Module] | None = None
+    blocks: str | Sequence[str | nn.Module] | None = None
     inputs: str = "dynamic"
     tokenizer: Any = None
     devices: Sequence[torch.device | str] | None = None
@@ -93,6 +93,9 @@ class Calibration:
     ) -> nn.Module:
         """Called by `tritonq.quantize_`, whose arguments these are. Layers outside of blocks are rounded to
         nearest."""
+        for method in resolve(self):
+            if hasattr(method, "check"):
+                method.check(scheme, search)
         targets = find_targets(model, ignore, values=storage is None)
         if storage is None:
             check_values(targets.weights)  # before anything is changed
@@ -120,7 +123,8 @@ class Calibration:
         return model
 
     def _budget(self) -> int | None:
-        return None if self.cache is None else memory.parse_size(self.cache, "cache")
+        """Bytes of host memory; 0 has everything go to files."""
+        return self.cache if self.cache in (None, 0) else memory.parse_size(self.cache, "cache")  # type: ignore
 
     def _devices(self, model: nn.Module, device: scheduler.Devices | None) -> tuple[torch.device, ...]:
         chosen: Any = self.devices if self.devices is not None else device

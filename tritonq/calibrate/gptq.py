@@ -88,7 +88,7 @@ def propagate(
     numbers = torch.arange(columns, device=weight.device).expand(batch, columns) if order is None else order
     index = None if order is None else order.unsqueeze(1).expand(batch, rows, columns)
     work = weight if index is None else weight.gather(2, index)
-    lost = torch.zeros(batch, device=weight.device)
+    lost = torch.zeros(batch, dtype=torch.float32, device=weight.device)
     for start in range(0, columns, max(1, chunk)):
         end = min(start + max(1, chunk), columns)
         block = work[:, :, start:end].permute(2, 0, 1).contiguous()  # [c, B, N]

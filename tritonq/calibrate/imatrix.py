@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tritonq.calibrate.statistics import FEW_TOKENS, Columns, Observer, collect, shared_inputs
 from tritonq.calibrate.task import Layer, Task
+from tritonq.nn.schemes import Scheme
 
 
 def importance_of(layer: Layer, means: Tensor) -> Tensor:
@@ -28,13 +29,16 @@ class Imatrix:
 
     name: ClassVar[str] = "imatrix"
 
-    @torch.no_grad()
-    def run(self, task: Task) -> None:
-        if not task.search:
+    def check(self, scheme: Scheme, search: str | bool) -> None:
+        """ValueError where no scale is searched for."""
+        if not search:
             raise ValueError(
                 "imatrix weighs the errors of a scale search, and this scheme takes scales by the rule of its format; "
                 "pass search='mse', or another method"
             )
+
+    @torch.no_grad()
+    def run(self, task: Task) -> None:
         layers = [layer for layer in task.layers if not layer.fmt.super_group]
         for layer in set(task.layers) - set(layers):
             layer.notes["imatrix"] = f"{layer.fmt.name} has no scale search"

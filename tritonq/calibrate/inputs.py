@@ -22,6 +22,7 @@ from tritonq.calibrate.statistics import Observer, Range, collect, shared_inputs
 from tritonq.calibrate.task import Layer, Task
 from tritonq.formats import Format
 from tritonq.nn.linear import STATIC, QLinear
+from tritonq.nn.schemes import Scheme
 from tritonq.reference import Parts
 
 OBSERVERS = ("minmax", "percentile", "mse")
@@ -66,17 +67,19 @@ class StaticInputs:
         if not 0 < self.percentile <= 100:
             raise ValueError(f"percentile is a number of percent, above 0 and up to 100, got {self.percentile}")
 
+    def check(self, scheme: Scheme, search: str | bool) -> None:
+        """ValueError for schemes whose inputs have nothing static."""
+        fmt = scheme.input_format
+        if not takes_static(fmt):
+            what = "leaves inputs alone" if fmt is None else f"gives inputs scales of their own ({fmt.name})"
+            raise ValueError(
+                f"{scheme.name} {what}; static scales go with one scale for all inputs or a tensor-wide divisor, such "
+                "as FP8 and NVFP4 have: take one of those, or inputs='dynamic'"
+            )
+
     @torch.no_grad()
     def run(self, task: Task) -> None:
-        linears = [layer for layer in task.layers if not layer.is_expert]
-        layers = [layer for layer in linears if takes_static(layer.input_format)]
-        if not layers:
-            formats = sorted({layer.input_format.name for layer in linears if layer.input_format is not None})
-            what = f"gives inputs scales of their own ({', '.join(formats)})" if formats else "leaves inputs alone"
-            raise ValueError(
-                f"the scheme {what}; static scales go with one scale for all inputs or a tensor-wide divisor, such as "
-                "FP8 and NVFP4 have: take one of those, or inputs='dynamic'"
-            )
+        layers = [layer for layer in task.layers if not layer.is_expert and takes_static(layer.input_format)]
         sets = shared_inputs(task, layers)
         seen = {members[0]: Range(members[0], rows=256, seed=task.seed) for members in sets}
         observers: dict[Layer, Observer] = dict(seen)

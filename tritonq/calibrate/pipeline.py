@@ -16,6 +16,7 @@ import collections
 import contextlib
 import functools
 import gc
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -66,6 +67,8 @@ class Storage:
     def rest(self, run: Run) -> None:
         """Quantize the targets that are left, which are in no block."""
         if run.targets.linears or run.targets.experts:
+            names = [name for name, _ in run.targets.weights]
+            run.report.events("rounded without data", reason="in no block that is called", layers=names)
             quantize_targets(
                 run.model, run.targets, run.scheme, group_size=run.group_size, search=run.search, device=run.device,
                 progress=run.progress,
@@ -176,6 +179,8 @@ class Run:
             layer.result = parts
         after = self._loss(task, measured, [layer.result or {} for layer in layers])
         self.report.events("quantized", block=name, loss_before=before, loss_after=after)
+        if not math.isfinite(before):
+            self.report.events("outputs are not finite", block=name, advice="run the model in bfloat16 or float32")
 
     def _nearest(self, layers: Sequence[Layer], all_layers: Sequence[Layer]) -> list[Parts]:
         """Rounding to nearest of the weights as they are, which a method may have scaled."""

@@ -218,7 +218,7 @@ class Offsets:
 def _ratios(searched: Parts, nearest: Parts, of: Offsets) -> Tensor:
     """What extremes are multiplied by to have the searched scales come out of the rule, at most 1."""
     if of.fmt.super_group:
-        return torch.ones(nearest["scale"].shape, device=of.weight.device)
+        return torch.ones(nearest["scale"].shape, dtype=torch.float32, device=of.weight.device)
     found, rule = (scales.load(parts["scale"], of.fmt, of.divisor) for parts in (searched, nearest))
     return (found / rule).abs_().nan_to_num_(1.0).clamp_(max=1.0)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from tritonq.calibrate.fold import Fold, find_folds
 from tritonq.calibrate.statistics import Columns, Observer, collect, shared_inputs
 from tritonq.calibrate.task import Layer, Task
+from tritonq.nn.schemes import Scheme
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,16 @@ class SmoothQuant:
         if not 0 <= self.strength <= 1:
             raise ValueError(f"strength is a number from 0 to 1, got {self.strength}; 0.5 is usual")
 
-    @torch.no_grad()
-    def run(self, task: Task) -> None:
-        if not any(layer.input_format for layer in task.layers):
+    def check(self, scheme: Scheme, search: str | bool) -> None:
+        """ValueError for schemes that leave inputs alone."""
+        if scheme.input_format is None:
             raise ValueError(
                 "smoothquant moves outliers of inputs into weights, and this scheme leaves inputs alone; take one that "
                 "quantizes inputs, such as W8A8, or awq"
             )
+
+    @torch.no_grad()
+    def run(self, task: Task) -> None:
         folds = [fold for fold in find_folds(task) if any(layer.input_format for layer in fold.layers)]
         seen: dict[Layer, Columns] = {}
         observers: dict[Layer, Observer] = {}

@@ -55,8 +55,8 @@ class Hessian:
         self.layer = layer
         self.experts = range(experts_of(layer)) if experts is None else experts
         columns = layer.weight.shape[-1]
-        self.sum = torch.zeros(len(self.experts), columns, columns, device=layer.weight.device)
-        self.absolute = torch.zeros(len(self.experts), columns, device=layer.weight.device)
+        self.sum = torch.zeros(len(self.experts), columns, columns, dtype=torch.float32, device=layer.weight.device)
+        self.absolute = torch.zeros(len(self.experts), columns, dtype=torch.float32, device=layer.weight.device)
         self.count = [0] * len(self.experts)
 
     def add(self, rows: Tensor, expert: int) -> None:
@@ -78,7 +78,7 @@ class Columns:
 
     def __init__(self, layer: Layer) -> None:
         shape = (experts_of(layer), layer.weight.shape[-1])
-        sums = torch.zeros(4, *shape, device=layer.weight.device)
+        sums = torch.zeros(4, *shape, dtype=torch.float32, device=layer.weight.device)
         self.sum, self.absolute, self.square, self.largest = sums
         self.count = [0] * shape[0]
 
@@ -116,13 +116,13 @@ class Range:
 
     def __init__(self, layer: Layer, rows: int = 0, seed: int = 0) -> None:
         device = layer.weight.device
-        self.low = torch.zeros((), device=device)  # a range of inputs includes 0
-        self.high = torch.zeros((), device=device)
+        self.low = torch.zeros((), dtype=torch.float32, device=device)  # a range of inputs includes 0
+        self.high = torch.zeros((), dtype=torch.float32, device=device)
         self.counts = torch.zeros(2, self.BINS, dtype=torch.float64, device=device)
         self.width = 2.0**-126
         self.total = 0
-        self.rows = torch.empty(0, layer.weight.shape[-1], device=device)
-        self._most, self._keys = rows, torch.empty(0)
+        self.rows = torch.empty(0, layer.weight.shape[-1], dtype=torch.float32, device=device)
+        self._most, self._keys = rows, torch.empty(0, dtype=torch.float32)
         self._generator = torch.Generator().manual_seed(seed)
 
     def add(self, rows: Tensor, expert: int) -> None:
@@ -175,7 +175,7 @@ def rounded(rows: Tensor, layer: Layer) -> Tensor:
         return rows
     given: dict[str, Any] = dict(layer.inputs)
     if fmt.tensor_scale and "tensor_scale" not in given:  # what `QLinear` takes without calibration
-        given["tensor_scale"] = torch.ones(1, device=rows.device)
+        given["tensor_scale"] = torch.ones(1, dtype=torch.float32, device=rows.device)
     return ops.qdq(rows, fmt, **given)
 
 

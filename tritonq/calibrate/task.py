@@ -150,7 +150,8 @@ def squared_error(outputs: Sequence[Tensor], batch: Batch) -> Tensor:
 
 class Method(Protocol):
     """An algorithm. `run` changes weights without changing what the block computes (AWQ, SmoothQuant), or sets
-    `result`, `importance` or `inputs` of layers."""
+    `result`, `importance` or `inputs` of layers. One with a method `check(scheme, search)` may refuse a scheme there,
+    before anything runs."""
 
     name: str
 
