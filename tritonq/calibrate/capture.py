@@ -356,9 +356,9 @@ class Capture:
         if not right(uses, everywhere):
             raise ValueError(
                 f"arguments of {self.blocks[block][0]!r} come out differently when the model is called again with what "
-                "the blocks before it have put out: something random, not finite, or kept between calls, or handed from "
-                "block to block on another way than arguments and outputs. Choose modules that contain these blocks by "
-                "blocks="
+                "the blocks before it have put out: something random, not finite, or kept between calls, or handed "
+                "from block to block on another way than arguments and outputs. Choose modules that contain these "
+                "blocks by blocks="
             )
         for earlier in order[:position]:
             fewer = {use for use in uses if use[0] != earlier}
