@@ -76,3 +76,12 @@ def run(monkeypatch, capsys):
         return code or 0, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tensors so small that threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

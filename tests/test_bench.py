@@ -21,13 +21,7 @@ ROOT = Path(__file__).parent.parent
 UNLISTED = (*cases.UNLISTED, "int7_g64_asym", "int8_g64_asym", "int4_g32_half_range", "fp8_e4m3_b64x96")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are so small that threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def same(a, b):

@@ -10,14 +10,7 @@ from torch import nn
 import tritonq as tq
 from bench import calibrate
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are so small that threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def runs(text, count=20):

@@ -20,13 +20,7 @@ SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 OPTIONS = {"signround": {"iters": 12}, "gptq": {}, "awq": {}}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors are so small that threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random(*shape, seed=1):

@@ -8,7 +8,7 @@ from torch import nn
 from tritonq import ops
 from tritonq.calibrate.calibration import Calibration
 from tritonq.calibrate.gptq import GPTQ
-from tritonq.calibrate.inputs import StaticInputs, install
+from tritonq.calibrate.inputs import StaticInputs, use_static
 from tritonq.calibrate.methods import resolve
 from tritonq.nn.linear import QLinear
 from tritonq.nn.schemes import get_scheme
@@ -90,7 +90,7 @@ def test_quantized_layers_use_them(device, input_format):
     quantized = QLinear.adopt(block[0], weight, layer.input_format)
     x = heavy()[0].to(device)  # not the one with the largest, whose own scale would be the same
     dynamic = quantized(x)
-    install(quantized, layer.inputs)
+    use_static(quantized, layer.inputs)
     expected = ops.qdq(x, layer.input_format, **layer.inputs) @ weight.dequantize().T + block[0].bias
     assert torch.allclose(quantized(x), expected, atol=1e-4)
     assert not torch.allclose(dynamic, expected, atol=1e-4)

@@ -42,7 +42,7 @@ def parts_of_range(low: Tensor, high: Tensor, fmt: Format) -> Parts:
     return {name: part for name, part in ops.quantize(extremes, fmt).items() if name != "qdata"}
 
 
-def install(layer: QLinear, parts: Parts) -> None:
+def use_static(layer: QLinear, parts: Parts) -> None:
     """Have a quantized layer use static parts of its inputs."""
     for name, part in parts.items():
         layer.register_buffer(STATIC[name], part.to(layer.weight.device))

@@ -27,12 +27,14 @@ from torch import Tensor, nn
 from tritonq import ops
 from tritonq.calibrate.cache import ActivationCache
 from tritonq.calibrate.data import Call
+from tritonq.calibrate.grid import divisors
+from tritonq.calibrate.inputs import use_static
 from tritonq.calibrate.replay import Replay
 from tritonq.calibrate.report import CalibrationReport
 from tritonq.calibrate.task import Batch, Events, Layer, Method, Task, squared_error
 from tritonq.formats import Format
-from tritonq.nn.linear import STATIC, QLinear
-from tritonq.nn.quantize import Targets, check_finite, quantize_targets, replace_layers, smallest_divisor
+from tritonq.nn.linear import QLinear
+from tritonq.nn.quantize import Targets, check_finite, quantize_targets, replace_layers
 from tritonq.nn.schemes import Scheme
 from tritonq.nn.select import sharing_key
 from tritonq.progress import progress_bar
@@ -186,7 +188,7 @@ class Run:
         """Rounding to nearest of the weights as they are, which a method may have scaled."""
         shared = divisors(all_layers)
         return [
-            self._with_room(layer, functools.partial(rounded, layer, shared.get(id(layer)), self.search))
+            self._with_room(layer, functools.partial(rounded, layer, shared.get(layer), self.search))
             for layer in layers
         ]
 
@@ -244,19 +246,6 @@ def to(value: Any, device: torch.device) -> Any:
     return value
 
 
-def divisors(layers: Sequence[Layer]) -> dict[int, Tensor]:
-    """Tensor-wide divisors of layers that share one, fp32 [1], by the identity of the layer."""
-    members: dict[str, list[Layer]] = {}
-    for layer in layers:
-        if layer.shared is not None:
-            members.setdefault(layer.shared, []).append(layer)
-    found = {}
-    for together in members.values():
-        smallest = smallest_divisor([layer.weight for layer in together], together[0].fmt)
-        found.update({id(layer): smallest for layer in together})
-    return found
-
-
 def rounded(layer: Layer, divisor: Tensor | None, search: str | bool) -> Parts:
     """Rounding to nearest, with the scale search, and with the importance of columns where there is one."""
     weight, fmt, importance = layer.weight.detach(), layer.fmt, layer.importance
@@ -299,8 +288,7 @@ def install(block: nn.Module, layers: Sequence[Layer], weights: Sequence[nn.Para
             continue
         assert isinstance(layer.module, nn.Linear)
         made = QLinear.adopt(layer.module, weight, layer.input_format)
-        for name, part in layer.inputs.items():
-            made.register_buffer(STATIC[name], part.to(weight.device))
+        use_static(made, layer.inputs)
         new[id(layer.module)], old[id(made)] = made, layer.module
     replace_layers(block, new)
 

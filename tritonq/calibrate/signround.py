@@ -24,11 +24,11 @@ from torch import Tensor
 
 from tritonq import learned_ops, ops
 from tritonq.autograd import qdq
+from tritonq.calibrate.grid import divisors
 from tritonq.calibrate.task import Layer, Task
 from tritonq.calibrate.trial import Trial, counted_tokens, deterministic
 from tritonq.codecs import scale as scales
 from tritonq.learned_reference import Learned, moved
-from tritonq.nn.quantize import smallest_divisor
 from tritonq.reference import Parts
 from tritonq.sign_step import SignStep
 
@@ -229,9 +229,9 @@ class _Tuning:
     def __init__(self, method: SignRound, task: Task, trial: Trial) -> None:
         self.method, self.task, self.trial = method, task, trial
         self.spilled = False
-        divisors = _divisors(task.layers)
+        shared = divisors(task.layers)
         self.layers = [
-            Offsets(method, task, layer, leaf, divisors.get(id(layer)))
+            Offsets(method, task, layer, leaf, shared.get(layer))
             for layer, leaf in zip(task.layers, trial.leaves, strict=True)
         ]
         self.step = method.rates(task.device)
@@ -389,16 +389,3 @@ def _gib(nbytes: int) -> str:
 
 def _orderable(loss: float) -> float:
     return loss if loss == loss else float("inf")
-
-
-def _divisors(layers: Sequence[Layer]) -> dict[int, Tensor]:
-    """Tensor-wide divisors by the identity of the layer; the smallest of those that share one."""
-    sets: dict[Any, list[Layer]] = {}
-    for layer in layers:
-        if layer.fmt.tensor_scale:
-            sets.setdefault(id(layer) if layer.shared is None else layer.shared, []).append(layer)
-    found = {}
-    for members in sets.values():
-        divisor = smallest_divisor([layer.weight for layer in members], members[0].fmt)
-        found.update({id(layer): divisor.to(layer.weight.device) for layer in members})
-    return found
