@@ -304,7 +304,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=128, help="of the language model; four times as many sentences")
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--iters", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, help="samples of an iteration; left to the method")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens, whose perplexity is taken")
     parser.add_argument("--sentences", type=int, default=256, help="whose embeddings are compared")

@@ -9,6 +9,10 @@ quantizer's `quantize_block`, without the passes before and after), after a run 
 whatever there is to compile; peak is all memory that torch had allocated meanwhile, weights, inputs and targets
 included where they are on the device.
 
+One more row is `tritonq.quantize_` with its defaults on a model of this one block, with all that comes before and after
+tuning (inputs taken from the model's own forward, dense outputs, losses, packing), beside auto-round's time with the
+same; inputs begin on the host there.
+
 auto-round runs as LLM Compressor calls it for one block, with its defaults (200 iterations, 8 samples each, inputs and
 targets kept on the device), eager and with torch.compile. `--auto-round` names folders that it is imported from where
 it is not installed.
@@ -30,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import tritonq as tq
 from tritonq import ops
 from tritonq.bench import measure, report
 from tritonq.calibrate.signround import SignRound
@@ -38,28 +43,28 @@ from tritonq.nn.schemes import get_scheme
 
 Row = dict[str, Any]
 WARM = 3  # iterations of the run before
+WHOLE = "quantize_, defaults"
 
 
 @dataclass(frozen=True)
 class Ours:
-    """A row of ours: samples an iteration and a call, where inputs and targets are, and the rest of the options."""
+    """A row of ours: samples a call, where inputs and targets are, and options of SignRound."""
 
     name: str
-    batch: int
     micro_batch: int
     on_device: bool
     options: tuple[tuple[str, Any], ...] = ()
 
 
 OURS = (
-    Ours("defaults", 8, 8, True),
-    Ours("defaults, in pieces of 2, inputs on the host", 8, 2, False),
-    Ours("4 samples", 4, 4, True, (("batch", 4),)),
-    Ours("2 samples", 2, 2, True, (("batch", 2),)),
-    Ours("2 samples, inputs on the host", 2, 2, False, (("batch", 2),)),
-    Ours("2 samples, bf16 offsets, inputs on the host", 2, 2, False, (("batch", 2), ("v_dtype", torch.bfloat16))),
+    Ours("defaults, inputs on the host", 8, False),
+    Ours("defaults, inputs on the device", 8, True),
+    Ours("bf16 offsets, inputs on the host", 8, False, (("v_dtype", torch.bfloat16),)),
+    Ours("no momentum, inputs on the host", 8, False, (("momentum", 0.0),)),
+    Ours("8 samples, inputs on the device", 8, True, (("batch", 8),)),
+    Ours("8 samples in pieces of 2, inputs on the host", 2, False, (("batch", 8),)),
 )
-COMPILED = (Ours("defaults, compiled", 8, 8, True, (("compile", True),)),)
+COMPILED = (Ours("defaults, compiled", 8, False, (("compile", True),)),)
 
 
 class Samples:
@@ -178,11 +183,32 @@ def ours(samples: Samples, row: Ours, iters: int) -> Row:
         weight.data.copy_(ops.dequantize(layer.result, layer.fmt, tuple(weight.shape), weight.dtype))
     tuned = told[-1]
     return {
-        "what": "tritonq", "name": row.name, "batch": row.batch, "micro_batch": task.micro_batch,
+        "what": "tritonq", "name": row.name, "batch": tuned["batch"], "micro_batch": task.micro_batch,
         "inputs_on_device": row.on_device, "options": {k: str(v) for k, v in options.items()},
         "seconds": watch.seconds, "peak_gib": watch.peak, "loss": samples.loss(copied),
         "loss_rule": tuned["loss_before"], "loss_search": tuned["loss_nearest"], "kept": tuned["kept"],
         "best_iteration": tuned["best_iteration"], "seconds_of_first": first,
+    }  # fmt: skip
+
+
+def whole(samples: Samples, iters: int) -> Row:
+    """Everything between a model of one block and samples of its inputs on the host, and its packed weights."""
+    data = [{"inputs_embeds": x[None]} for x in samples.inputs]
+    for wanted in (WARM, iters):
+        model = copy.deepcopy(samples.model)
+        samples.model.cpu()
+        clear(samples.device)
+        calibration = tq.Calibration(data, samples=samples.count, seqlen=samples.tokens, iters=wanted)
+        try:
+            with Watch(samples.device) as watch:
+                tq.quantize_(model, "W4A16", calibration=calibration, progress=False)
+        finally:
+            samples.model.to(samples.device)
+    assert calibration.result is not None
+    return {
+        "what": "tritonq", "name": WHOLE, "seconds_with_passes": watch.seconds, "peak_gib": watch.peak,
+        "loss": samples.loss(model.model.layers[0]),
+        "events": [str(event) for event in calibration.result.events],
     }  # fmt: skip
 
 
@@ -239,9 +265,10 @@ def compare(rows: list[Row]) -> list[Row]:
     for mine in (row for row in rows if row["what"] == "tritonq"):
         for other in (row for row in rows if row["what"] == "auto-round"):
             peaks = mine["peak_gib"] and other["peak_gib"]
+            timed = "seconds" if "seconds" in mine else "seconds_with_passes"
             found.append({
                 "ours": mine["name"], "auto_round": other["name"],
-                "times_as_fast": round(other["seconds"] / mine["seconds"], 2),
+                "times_as_fast": round(other[timed] / mine[timed], 2),
                 "loss_ratio": round(mine["loss"] / other["loss"], 4),
                 "peak_ratio": round(mine["peak_gib"] / other["peak_gib"], 3) if peaks else None,
             })  # fmt: skip
@@ -255,6 +282,7 @@ def main() -> int:
                           ("iters", 200)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rows", nargs="*", type=int, help=f"of ours, by number: {[row.name for row in OURS]}")
+    parser.add_argument("--no-whole", dest="whole", action="store_false", help=f"leave out {WHOLE!r}")
     parser.add_argument("--compile", action="store_true", help="ours with a compiled block, too")
     parser.add_argument("--peers", nargs="*", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--auto-round", nargs="*", default=[], metavar="DIR", help="where auto-round is imported from")
@@ -272,11 +300,12 @@ def main() -> int:
     shape = {name: getattr(arguments, name) for name in ("hidden", "inner", "heads", "samples", "tokens", "iters")}
     result |= {"scheme": "W4A16", "shape": shape, "rows": [], "failed": [], "left_out": []}
     samples = Samples(arguments, device)
+    wholes = [(f"tritonq {WHOLE}", functools.partial(whole, samples, arguments.iters))] if arguments.whole else []
     chosen = [OURS[i] for i in arguments.rows] if arguments.rows is not None else list(OURS)
     chosen += COMPILED if arguments.compile else ()
     todo: list[tuple[str, Callable[[], Row]]] = [
         (f"tritonq {row.name}", functools.partial(ours, samples, row, arguments.iters)) for row in chosen
-    ]
+    ] + wholes
     for kind in arguments.peers:  # last: what it changes in torch and transformers cannot slow down ours
         call = functools.partial(auto_round, samples, kind == "compiled", arguments.iters)
         todo.append((f"auto-round {kind}", call))

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import tritonq as tq
+from tritonq.calibrate import find_blocks
 from tritonq.calibrate.data import Call, record, samples
 
 hf = pytest.importorskip("transformers")
@@ -317,3 +318,33 @@ def test_what_is_no_linear_layer_stays():
     for name, module in dense.named_modules():
         if isinstance(module, nn.Conv2d):
             assert torch.equal(model.get_submodule(name).weight, module.weight)
+
+
+ONE = {**SMALL, "num_hidden_layers": 1}
+EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ONE)), ["model.layers.0"]),
+        (lambda: hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**ONE, **EXPERTS)), ["model.layers.0"]),
+        (
+            lambda: hf.T5ForConditionalGeneration(
+                hf.T5Config(d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=1)
+            ),
+            ["encoder.block.0", "decoder.block.0"],
+        ),
+    ],
+)
+def test_a_model_of_one_layer_has_a_block(model, expected):
+    """And what is around it stays out: tuning for the logits of a tiny model moved the wrong weights."""
+    assert [name for name, _ in find_blocks(model())] == expected
+
+
+def test_a_list_of_one_head_is_no_block():
+    """Most of the model is beside the list."""
+    model = nn.Module()
+    model.body = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model.heads = nn.ModuleList([nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 2))])
+    assert not any(name.startswith("heads.") for name, _ in find_blocks(model))

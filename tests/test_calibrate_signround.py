@@ -151,7 +151,7 @@ def definition(given, method, draws):
             weights[i], given.layers[i].fmt, dy, v=v[i], tensor_scale=divisors[i], **ratios
         )  # fmt: skip
 
-    history = []
+    history, sums = [], [0.0] * len(weights)
     for step, samples in enumerate([*draws, None]):
         found = [qdq(i, torch.zeros_like(w)).y for i, w in enumerate(weights)]
         if samples is None:
@@ -168,7 +168,8 @@ def definition(given, method, draws):
         gradients = torch.autograd.grad(loss, leaves)
         rate = (1 - step / method.iters) * method.lr
         for i, dy in enumerate(gradients):
-            of = qdq(i, (dy * 1e6).to(torch.float32))
+            sums[i] = method.momentum * sums[i] + dy
+            of = qdq(i, (sums[i] * 1e6).to(torch.float32))
             v[i] = (v[i] - rate * of.v.sign().float()).clamp(-0.5, 0.5)
             if method.tune_ratios:
                 low[i] = (low[i] - rate * of.min_scale.sign().float()).clamp(0, 1)
@@ -176,12 +177,13 @@ def definition(given, method, draws):
     return None
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("fmt", ["int4_g16", "int4_g16_asym", "mxfp4", "nvfp4", "fp8_e4m3_channel", "q4_k"])
-def test_codes_are_those_of_the_definition(fmt):
+def test_codes_are_those_of_the_definition(fmt, momentum):
     """Five iterations over all samples: best and last values are those of the definition; so is what is kept."""
     module, data = block(inner=16), inputs(4)
     given = task(module, fmt, data, search=False)
-    method = SignRound(iters=5, lr=0.02, batch=4, evaluation=None, start="rule")
+    method = SignRound(iters=5, lr=0.02, batch=4, momentum=momentum, evaluation=None, start="rule")
     given.data, given.targets = data, [given.fetch([i], CPU, True)[0].targets[0] for i in range(4)]
     history, last = definition(given, method, [[0, 1, 2, 3]] * 5)
     method.run(given)
@@ -238,6 +240,13 @@ def test_samples_are_drawn_without_repetition():
     for pair in (drawn[:2], drawn[2:]):
         assert len({i for s in pair for i in s}) == 4
     assert drawn[:2] != drawn[2:]
+
+
+def test_samples_of_an_iteration_by_their_tokens():
+    """Enough for 4096 tokens, two to eight of them, and never more than there are."""
+    for tokens, samples, expected in ((12, 9, 8), (600, 9, 7), (4000, 3, 2), (12, 3, 3)):
+        given = run(SignRound(iters=1, evaluation=1), block(), data=[torch.ones(1, tokens, HIDDEN)] * samples)
+        assert given.told[-1][1]["batch"] == expected
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -663,9 +672,10 @@ def test_benchmark_of_a_block(tmp_path, monkeypatch):
     words = [word for name, number in sizes.items() for word in (f"--{name}", str(number))]
     monkeypatch.setattr("sys.argv", ["", "--device", "cpu", *words, "--peers", "--out", str(tmp_path / "rows.json")])
     assert calibrate_block.main() == 0
-    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert row["batch"] == 2 and 0 < row["loss"] < row["loss_rule"]
+    row, whole = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["batch"] == 6 and 0 < row["loss"] < row["loss_rule"]
     assert row["kept"] == "nearest" or row["loss"] < row["loss_search"]
+    assert 0 < whole["loss"] < row["loss_rule"] and whole["seconds_with_passes"] > 0
 
 
 @pytest.mark.gpu

@@ -96,7 +96,9 @@ def quantize(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples to calibrate with; default 128.")] = None,
     seqlen: Annotated[int | None, typer.Option(min=1, help="Tokens of a sample; default 2048.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Samples of an iteration; default 8.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Samples of an iteration; by default as many as the method likes.")
+    ] = None,
     iters: Annotated[int | None, typer.Option(min=1, help="Iterations a block, of methods that iterate.")] = None,
     inputs: Annotated[
         str | None, typer.Option(help="Scales of inputs: dynamic, or static by minmax, percentile or mse.")

@@ -2,7 +2,8 @@
 
 Blocks are the children of the outermost lists in which at least two have the same class, as for offload. Of a model
 with a language model inside (`get_decoder`, or a child with such a name) only its blocks are taken: what looks and
-listens is small and sensitive, and is chosen by `blocks=` where it is wanted. Models without lists are taken by their
+listens is small and sensitive, and is chosen by `blocks=` where it is wanted. A list of one module makes a block, too,
+where it holds most of what is around it (a model of one layer). Models without lists are taken by their
 children that hold linear layers; where there are fewer than two, the whole model is one block.
 """
 
@@ -30,9 +31,11 @@ def find(model: nn.Module, blocks: Blocks = None) -> list[tuple[str, nn.Module]]
         ValueError: another text, an unknown name, a module that is not part of the model, a block within a block.
     """
     if blocks is None or blocks == "all":
-        found = groups.find(model, "block")
+        found, alone = groups.find(model, "block"), _alone(model)
         if found == groups.find(model, "leaf"):  # what it gives where there are no lists
-            return _children(model)
+            return alone or _children(model)
+        if alone and all(any(name.startswith(f"{block}.") for block, _ in alone) for name, _ in found):
+            return alone  # the lists are within, of experts for example
         # Projections that are listed beside the blocks (Gemma 3n's altup_projections), unless there is nothing else.
         found = [entry for entry in found if any(map(groups.owns, entry[1].children()))] or found
         if not any(_has_linear(module) for _, module in found) or any(isinstance(m, nn.Linear) for _, m in found):
@@ -42,6 +45,23 @@ def find(model: nn.Module, blocks: Blocks = None) -> list[tuple[str, nn.Module]]
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
         raise ValueError(f"blocks is None, 'all', or a list of modules and their names, got {blocks!r}")
     return _chosen(model, blocks)
+
+
+def _alone(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The entries of outermost lists of one module each, that hold most of the linear weights around the list."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) != 1 or isinstance(module[0], nn.Linear):
+            continue
+        around = model.get_submodule(name.rpartition(".")[0])
+        within = any(name.startswith(f"{block}.") for block, _ in found)
+        if not within and 2 * _linear_weights(module) > _linear_weights(around):
+            found.append((f"{name}.0", module[0]))
+    return found
+
+
+def _linear_weights(module: nn.Module) -> int:
+    return sum(child.weight.numel() for child in module.modules() if isinstance(child, nn.Linear))
 
 
 def _with_others(model: nn.Module, found: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:

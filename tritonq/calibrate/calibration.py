@@ -23,6 +23,10 @@ from tritonq.calibrate.task import Method
 from tritonq.nn.quantize import check_values, find_targets, mark_quantized
 from tritonq.nn.schemes import Scheme
 
+MICRO_BATCH = 8  # samples in a call
+ON_DEVICE = (
+    1 << 30
+)  # bytes of activations: from pinned memory they come while the device computes, so more buys nothing
 Methods = str | Method | Sequence[str | Method]
 
 
@@ -39,7 +43,8 @@ class Calibration:
         method: "signround", "gptq", "awq", "smoothquant", "imatrix" (importance for the scale search), "bias"
             (correction), "rtn", a Method, or several that follow each other.
         samples, seqlen: how many are taken, and the tokens of each, where the data is text.
-        batch: samples of an iteration, and most that are put into one call of a block.
+        batch: samples of an iteration, and most that are put into one call of a block; None leaves the first to the
+            method and the second at 8.
         iters, lr: of methods that iterate; None is the method's own.
         options: more arguments of the methods, by method: {"gptq": {"damping": 0.01}}.
         blocks: names or modules, where the structure of the model does not tell; "all" takes towers, too.
@@ -58,7 +63,7 @@ class Calibration:
     method: Methods = "signround"
     samples: int = 128
     seqlen: int = 2048
-    batch: int = 8
+    batch: int | None = None
     iters: int | None = None
     lr: float | None = None
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -75,7 +80,7 @@ class Calibration:
     def __post_init__(self) -> None:
         for name in ("samples", "seqlen", "batch"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if (value is not None or name != "batch") and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is a number >= 1, got {value!r}")
         resolve(self)  # errors now rather than after the first block
 
@@ -108,9 +113,10 @@ class Calibration:
         report = self.result = CalibrationReport(_called(self.method), scheme.name, type(model).__name__, options)
         try:
             cache = ActivationCache(self._budget(), self.disk, _room(devices[0]), report.events)
+            together = min(self.batch or MICRO_BATCH, len(calls))
             run = Run(
                 model, scheme, targets, structure.find(model, self.blocks), resolve(self), calls, devices, cache,
-                report, group_size, search, min(self.batch, len(calls)), self.seed, storage or Storage(), progress,
+                report, group_size, search, together, self.seed, storage or Storage(), progress,
             )  # fmt: skip
             with contextlib.closing(cache):  # also where the model raises while its calls are looked at
                 run()
@@ -149,8 +155,8 @@ def _check_numbers(calls: Sequence[samples.Call]) -> None:
 
 
 def _room(device: torch.device) -> dict[torch.device, int]:
-    """Bytes that activations may take of a GPU: a third of what is free, the rest is for the block."""
-    return {device: torch.cuda.mem_get_info(device)[0] // 3} if device.type == "cuda" else {}
+    """Bytes that activations may take of a GPU: never more than a third of what is free, the rest is for the block."""
+    return {device: min(ON_DEVICE, torch.cuda.mem_get_info(device)[0] // 3)} if device.type == "cuda" else {}
 
 
 def _called(method: Methods) -> str:

@@ -32,6 +32,8 @@ from tritonq.learned_reference import Learned, moved
 from tritonq.reference import Parts
 from tritonq.sign_step import SignStep
 
+TOKENS = 4096  # of an iteration
+SAMPLES = (2, 8)  # of an iteration, at least and at most
 FEW_TOKENS = 0.005  # of all; experts that saw fewer are not tuned
 STARTS = ("rule", "search")
 
@@ -46,7 +48,10 @@ class SignRound:
     Attributes:
         iters: iterations. lr: rate of v in the first one, 1 / iters unless it is given, from where it falls linearly to
             0. min_scale_lr: the same for the ratios, lr unless it is given.
-        batch: samples an iteration, drawn without repetition until fewer are left.
+        batch: samples an iteration, drawn without repetition until fewer are left; None: as many as have 4096 tokens,
+            2 to 8.
+        momentum: how much of the gradients of the iterations so far the next one's are added to. Signs of few samples
+            are noisy, which this averages; 0 is the published method.
         v_dtype: of the offsets, fp32 or bf16 (half the memory; steps below its resolution are lost).
         tune_ratios: False tunes offsets only.
         fused: False takes gradients of v and of the ratios from autograd and moves them after; for comparisons.
@@ -64,7 +69,8 @@ class SignRound:
     iters: int = 200
     lr: float | None = None
     min_scale_lr: float | None = None
-    batch: int = 8
+    batch: int | None = None
+    momentum: float = 0.5
     v_dtype: torch.dtype = torch.float32
     tune_ratios: bool = True
     fused: bool = True
@@ -76,12 +82,13 @@ class SignRound:
     name: str = "signround"
 
     def __post_init__(self) -> None:
-        for name in ("iters", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}")
-        for name in ("patience", "evaluation"):
+        if self.iters < 1:
+            raise ValueError(f"iters is at least 1, got {self.iters}")
+        for name in ("batch", "patience", "evaluation"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, or None, got {getattr(self, name)}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is at least 0 and below 1, got {self.momentum}")
         if self.v_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"v_dtype is torch.float32 or torch.bfloat16, got {self.v_dtype}")
         if self.start not in STARTS:
@@ -101,9 +108,10 @@ class SignRound:
         if not task.layers or not task.samples:
             return
         try:
-            share = -(-self.batch // max(1, len(task.devices)))
+            batch = min(self.batch or _samples_of_iteration(task), task.samples)
+            share = -(-batch // max(1, len(task.devices)))
             with deterministic(self.deterministic), Trial(task, share, self.compile) as trial:
-                _Tuning(self, task, trial).run()
+                _Tuning(self, task, trial, batch).run()
             return
         except torch.OutOfMemoryError as error:
             reason = str(error)
@@ -189,8 +197,9 @@ class Offsets:
             mine, other = ops._bits(self.best[name]), ops._bits(part)
             mine.copy_(torch.where(better, other, mine) if on_device else other)
 
-    def step(self, step: SignStep, fused: bool) -> None:
-        """Move the parameters along the signs of their gradients, which the leaf's gradient gives, and drop that."""
+    def step(self, step: SignStep, fused: bool, momentum: float) -> None:
+        """Move the parameters along the signs of their gradients, which the leaf's gradient gives, and leave `momentum`
+        of that for the next one to be added to."""
         dy = self.leaf.grad
         if dy is None:  # no expert of these had a token
             return
@@ -200,7 +209,7 @@ class Offsets:
             learned_ops.step(self.weight, dy, self.fmt, self.learned, step.rates, step.bounds, want_x=False)
         else:
             self._step(dy, step)
-        self.leaf.grad = None
+        self.leaf.grad = dy.mul_(momentum) if momentum else None
 
     def _step(self, dy: Tensor, step: SignStep) -> None:
         given = {"v": self.v, "max_scale": self.high, "min_scale": self.low}
@@ -215,6 +224,13 @@ class Offsets:
                 p.copy_(moved(p, gradient, step.rates[rate], *bounds))
 
 
+def _samples_of_iteration(task: Task) -> int:
+    """As many as have enough tokens, judging by what the block puts out for the first one."""
+    target = task.fetch((0,), task.device, True)[0].targets[0]
+    tokens = max(1, target.numel() // max(1, target.shape[-1]))
+    return min(max(-(-TOKENS // tokens), SAMPLES[0]), SAMPLES[1])
+
+
 def _ratios(searched: Parts, nearest: Parts, of: Offsets) -> Tensor:
     """What extremes are multiplied by to have the searched scales come out of the rule, at most 1."""
     if of.fmt.super_group:
@@ -226,8 +242,8 @@ def _ratios(searched: Parts, nearest: Parts, of: Offsets) -> Tensor:
 class _Tuning:
     """One run of the method over one block."""
 
-    def __init__(self, method: SignRound, task: Task, trial: Trial) -> None:
-        self.method, self.task, self.trial = method, task, trial
+    def __init__(self, method: SignRound, task: Task, trial: Trial, batch: int) -> None:
+        self.method, self.task, self.trial, self.batch = method, task, trial, batch
         self.spilled = False
         shared = divisors(task.layers)
         self.layers = [
@@ -250,21 +266,23 @@ class _Tuning:
             loss = self._gradients(samples, draws[i + 1] if i + 1 < len(draws) else None)
             self._keep(loss, i)
             for one in self.layers:
-                one.step(self.step, method.fused)
+                one.step(self.step, method.fused, method.momentum)
             self.step.advance()
             iterations = i + 1
             if method.patience is not None and i - int(self.best_iteration) >= method.patience:
                 break
+        self.trial.forget()  # gradients that were left for a next iteration
         after, kept = self._choose(searched)
         task.events(
             "tuned", block=task.name, loss_before=before, loss_nearest=searched, loss_after=after, kept=kept,
-            iterations=iterations, best_iteration=int(self.best_iteration), seconds=time.perf_counter() - began,
+            batch=self.batch, iterations=iterations, best_iteration=int(self.best_iteration),
+            seconds=time.perf_counter() - began,
         )  # fmt: skip
 
     def _draws(self) -> list[list[int]]:
         """Samples of every iteration: permutations of all, in pieces of a batch; a rest is left out."""
         generator = torch.Generator().manual_seed(self.task.seed)
-        batch, found = min(self.method.batch, self.task.samples), list[list[int]]()
+        batch, found = self.batch, list[list[int]]()
         while len(found) < self.method.iters:
             order = torch.randperm(self.task.samples, generator=generator).tolist()
             found += [order[i : i + batch] for i in range(0, len(order) - batch + 1, batch)]
