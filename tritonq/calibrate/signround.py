@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tritonq import learned_ops, ops
 from tritonq.autograd import qdq
+from tritonq.calibrate import leaves
 from tritonq.calibrate.grid import divisors
 from tritonq.calibrate.task import Layer, Task
 from tritonq.calibrate.trial import Trial, counted_tokens, deterministic
@@ -200,7 +201,7 @@ class Offsets:
     def step(self, step: SignStep, fused: bool, momentum: float) -> None:
         """Move the parameters along the signs of their gradients, which the leaf's gradient gives, and leave `momentum`
         of that for the next one to be added to."""
-        dy = self.leaf.grad
+        dy = leaves.gradient(self.leaf)
         if dy is None:  # no expert of these had a token
             return
         if self.idle:
@@ -209,7 +210,7 @@ class Offsets:
             learned_ops.step(self.weight, dy, self.fmt, self.learned, step.rates, step.bounds, want_x=False)
         else:
             self._step(dy, step)
-        self.leaf.grad = dy.mul_(momentum) if momentum else None
+        leaves.decay(self.leaf, momentum)
 
     def _step(self, dy: Tensor, step: SignStep) -> None:
         given = {"v": self.v, "max_scale": self.high, "min_scale": self.low}

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import deterministic as uninitialized
 
 from tritonq.autograd import qdq
+from tritonq.calibrate.leaves import forget, gradient, leaf_of
 from tritonq.calibrate.task import Batch, Layer, Task
 from tritonq.formats import Format
 from tritonq.reference import Parts
@@ -72,46 +73,6 @@ def counted(batch: Batch) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
-
-
-class _Pick(torch.autograd.Function):
-    """One expert's matrix; its gradient is added where it belongs. Autograd would make it a tensor of all experts, with
-    zeros in it, once for every expert."""
-
-    @staticmethod
-    def forward(ctx: Any, whole: Tensor, leaf: ExpertLeaf, index: int) -> Tensor:
-        ctx.leaf, ctx.index = leaf, index
-        return whole[index]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        leaf = ctx.leaf
-        if leaf.grad is None:
-            leaf.grad = torch.zeros_like(leaf)
-        leaf.grad[ctx.index] += grads[0]
-        return None, None, None
-
-
-class ExpertLeaf(Tensor):
-    """Fused weights [E, N, K] whose matrices are picked one by one (`weight[e]`); elsewhere a tensor like any other."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if func is Tensor.__getitem__ and isinstance(args[0], ExpertLeaf) and torch.is_grad_enabled():
-                index = args[1]
-                if isinstance(index, Tensor) and index.ndim == 0 and not index.is_floating_point():
-                    index = int(index)
-                if isinstance(index, int) and not isinstance(index, bool):
-                    return _Pick.apply(args[0], args[0], index)
-            return func(*args, **(kwargs or {}))
-
-
-def _leaf(values: Tensor) -> Tensor:
-    """A leaf that shares its memory with `values`."""
-    if values.ndim == 3:
-        return values.as_subclass(ExpertLeaf).requires_grad_()
-    return values.requires_grad_()
 
 
 class InputRounding:
@@ -181,7 +142,7 @@ def _replica(task: Task, device: torch.device, of: Replica) -> Replica:
     for layer, leaf in zip(task.layers, of.leaves, strict=True):
         plain = leaf.detach().as_subclass(Tensor)
         values = plain if device == of.device else torch.empty_like(plain, device=device)
-        leaves.append(_leaf(values.detach()))
+        leaves.append(leaf_of(values.detach(), type(leaf) is not Tensor))
         memo[id(layer.weight)] = layer.weight
     for tensor in (*task.block.parameters(), *task.block.buffers()):
         if id(tensor) not in memo:
@@ -275,7 +236,7 @@ class Trial:
                     undo.callback(parameter.requires_grad_, True)
                     parameter.requires_grad_(False)
             places = [(layer.module, layer.key) for layer in task.layers]
-            leaves = [_leaf(torch.empty_like(layer.weight.detach())) for layer in task.layers]
+            leaves = [leaf_of(torch.empty_like(layer.weight.detach()), not self.compile) for layer in task.layers]
             first = Replica(task.device, task.block, places, leaves)
             self.replicas = [first, *(_replica(task, device, first) for device in task.devices[1:])]
             undo.callback(self.replicas.clear)
@@ -303,7 +264,7 @@ class Trial:
         """Drop gradients and what was fetched."""
         for replica in self.replicas:
             for leaf in replica.leaves:
-                leaf.grad = None
+                forget(leaf)
             replica.inputs.last = None
         for ahead in self.ahead.values():
             ahead.next = None
@@ -376,7 +337,8 @@ class Trial:
         for leaf, other in zip(self.leaves, replica.leaves, strict=True):
             if other.grad is not None:
                 moved = other.grad.to(leaf.device)
-                leaf.grad = moved if leaf.grad is None else leaf.grad.add_(moved)
+                own = gradient(leaf)
+                leaf.grad = moved if own is None else own.add_(moved)
                 other.grad = None
 
 
