@@ -474,10 +474,11 @@ def _looked_up(module: nn.Module, read: Callable[[], nn.Parameter], device: torc
     """Have an embedding look up rows in host memory, and put them out where the numbers came from. Between calls a NaN
     stands in for its table on the device, where models that ask for the device of their first parameter expect it."""
     like: Any = module.weight
-    table = functools.cache(read)
-    nothing = torch.full((), torch.nan, dtype=like.dtype, device=device).expand(like.shape)
-    stand_in = module._parameters["weight"] = nn.Parameter(nothing, requires_grad=False)
-    home = device
+    table, home = functools.cache(read), device
+
+    def stand_in() -> nn.Parameter:
+        nothing = torch.full((), torch.nan, dtype=like.dtype, device=home)
+        return nn.Parameter(nothing.expand(like.shape), requires_grad=False)
 
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         nonlocal home
@@ -485,9 +486,10 @@ def _looked_up(module: nn.Module, read: Callable[[], nn.Parameter], device: torc
         return args[0].cpu(), *args[1:]
 
     def after(module: nn.Module, args: Any, rows: Tensor) -> Tensor:
-        module._parameters["weight"] = stand_in
+        module._parameters["weight"] = stand_in()  # a new one: what has been moved takes memory
         return rows.to(home)
 
+    module._parameters["weight"] = stand_in()
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
