@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-search bench-streaming bench-grouped bench-activations bench-offload bench-calibrate bench-calibrate-block bench-check bench-cpu instructions lint tables clean
+.PHONY: demo test test-cpu test-interpret test-gpu bench bench-sweep bench-search bench-streaming bench-grouped bench-activations bench-offload bench-calibrate bench-calibrate-block bench-calibrate-large bench-check bench-cpu instructions lint tables clean
 
 demo: $(STAMP)
 	$(BIN)/tritonq demo
@@ -59,6 +59,10 @@ bench-calibrate:
 # SignRound of one large block beside auto-round, where that is installed.
 bench-calibrate-block:
 	PYTHONPATH=. $(BIN)/python -m bench.calibrate_block
+
+# Memory of calibrating a 70B model from file to file; 24 GB of disk.
+bench-calibrate-large:
+	PYTHONPATH=. $(BIN)/python -m bench.calibrate_large
 
 # Exit code 1 if anything got slower than a committed file: `make bench-check RESULTS=bench/results/<gpu>/kernels.json`.
 bench-check:

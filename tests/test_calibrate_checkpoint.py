@@ -348,6 +348,44 @@ def test_one_block_has_values_at_a_time(kind, source, tmp_path, monkeypatch):
     assert most == 1 and heads == (kind != "llama_tied")
 
 
+@pytest.mark.parametrize(("kind", "copied"), [("llama", False), ("llama_tied", True)])
+def test_large_embeddings_are_looked_up_in_the_file(kind, copied, source, tmp_path, monkeypatch, device):
+    """They take no memory of the device, and all comes out as with a copy; a table that is the head's, too, is one."""
+    names, original = [], checkpoint.Origins.read
+    monkeypatch.setattr(
+        checkpoint.Origins, "read", lambda self, name, device: (names.append(name), original(self, name, device))[1]
+    )
+    table, reports = "model.embed_tokens.weight", []
+    for limit in (1 << 40, 0):
+        names.clear()
+        monkeypatch.setattr(checkpoint, "LARGE", limit)
+        reports.append(quantize(source(kind), tmp_path / f"out-{limit}", "W4A16", Rule("q_proj"), device))
+        assert (table in names) is (copied or limit > 0)
+    assert models.files(tmp_path / "out-0") == models.files(tmp_path / f"out-{1 << 40}")
+    one, other = ([(row["loss_before"], row["loss_after"]) for row in r.calibration["blocks"]] for r in reports)
+    assert one == other
+
+
+def test_large_embeddings_in_another_dtype_are_copied(source, tmp_path, monkeypatch):
+    names, original = [], checkpoint.Origins.read
+    monkeypatch.setattr(
+        checkpoint.Origins, "read", lambda self, name, device: (names.append(name), original(self, name, device))[1]
+    )
+    monkeypatch.setattr(checkpoint, "LARGE", 0)
+    quantize(source("llama"), tmp_path / "out", "W4A16", Rule("q_proj"), dtype=torch.float16)
+    assert "model.embed_tokens.weight" in names
+
+
+def test_large_embeddings_that_are_not_finite(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LARGE", 0)
+    folder = Path(shutil.copytree(source("llama"), tmp_path / "in"))
+    content = models.tensors(folder)
+    content["model.embed_tokens.weight"][3, 5] = torch.nan
+    models.write(folder, content)
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight holds 1 elements that are NaN"):
+        quantize(folder, tmp_path / "out", "W4A16", Rule("q_proj"))
+
+
 MEASURE = """
 import re, sys, threading, time
 import torch

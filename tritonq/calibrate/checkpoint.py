@@ -2,6 +2,7 @@
 
     skeleton on the meta device
       modules beside the blocks   get their values when they are first called (heads never are)
+      large embeddings            look rows up in the mapped file, and are never copied
       block i                     its weights are read, tuned, written to block-<i>.safetensors, and freed
     the writer of `tritonq.io` then streams the checkpoint, with the parts from those files
 
@@ -13,9 +14,10 @@ blocks that it had finished, and only runs these again for what they put out. An
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tritonq.calibrate import blocks
 from tritonq.calibrate import data as samples
@@ -43,6 +46,7 @@ from tritonq.nn.schemes import Scheme
 from tritonq.reference import Parts
 from tritonq.tensor import QTensor
 
+LARGE = 1 << 27  # bytes of a table that an embedding looks up in the file; what is smaller lies on the device
 _WAY_OUT = "load the model with transformers and use tritonq.quantize_ and tritonq.save_pretrained"
 
 
@@ -231,6 +235,15 @@ class Origins:
             raise ValueError(f"the checkpoint holds {name} {held}; {_WAY_OUT}")
         return result
 
+    def mapped(self, name: str) -> str | None:
+        """The checkpoint tensor that a tensor of the model is byte by byte, None where nothing or another one is it,
+        or where several tensors of the model are."""
+        key, like = self.key(name), self.like(name)
+        if key is None or len(self.aliases(name)) > 1:
+            return None
+        info = self.source.tensors[key]
+        return key if (info.dtype, info.shape) == (like.dtype, tuple(like.shape)) else None
+
     def __contains__(self, name: str) -> bool:
         return name in self._aliases
 
@@ -331,14 +344,19 @@ class Files(Storage):
     @contextlib.contextmanager
     def lazily(self) -> Iterator[None]:
         """Within this, modules beside the blocks get their values when they are first called. A head of its own is as
-        large as an embedding and not called for a block, so its values go again."""
+        large as an embedding and not called for a block, so its values go again. A large embedding, of which few rows
+        are asked for, gets none."""
         model = self._origins.model
         inside = {module for _, block in blocks.find(model, self._job.calibration.blocks) for module in block.modules()}
 
         def arrive(module: nn.Module, args: Any) -> None:
             self._origins.materialize(self._names[module], module, recurse=False)
 
-        handles = [module.register_forward_pre_hook(arrive) for module in self._names if module not in inside]
+        outside = [module for module in self._names if module not in inside]
+        tables = {module: key for module in outside if (key := self._table(module)) is not None}
+        handles = [module.register_forward_pre_hook(arrive) for module in outside if module not in tables]
+        for module, key in tables.items():
+            handles += _looked_up(module, functools.partial(self._read_table, key), self._origins.device)
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is not None and len(self._origins.aliases(f"{self._names[head]}.weight")) == 1:
             handles.append(head.register_forward_hook(lambda *_: self._origins.release(self._names[head], head)))
@@ -347,6 +365,18 @@ class Files(Storage):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _table(self, module: nn.Module) -> str | None:
+        """The checkpoint tensor that an embedding can look its rows up in, None where it has to be copied: subclasses
+        compute with more than the table."""
+        if type(module) is not nn.Embedding or module.max_norm is not None or module.weight.nbytes < LARGE:
+            return None
+        return self._origins.mapped(f"{self._names[module]}.weight")
+
+    def _read_table(self, key: str) -> nn.Parameter:
+        values = self._origins.source.load(key)
+        check_finite(values, key, values.dtype)
+        return nn.Parameter(values, requires_grad=False)
 
     @contextlib.contextmanager
     def ready(self, block: nn.Module) -> Iterator[None]:
@@ -438,6 +468,29 @@ class Files(Storage):
 
     def rest(self, run: Run) -> None:
         """The writer rounds what is in no block."""
+
+
+def _looked_up(module: nn.Module, read: Callable[[], nn.Parameter], device: torch.device) -> list[RemovableHandle]:
+    """Have an embedding look up rows in host memory, and put them out where the numbers came from. Between calls a NaN
+    stands in for its table on the device, where models that ask for the device of their first parameter expect it."""
+    like: Any = module.weight
+    table, home = functools.cache(read), device
+
+    def stand_in() -> nn.Parameter:
+        nothing = torch.full((), torch.nan, dtype=like.dtype, device=home)
+        return nn.Parameter(nothing.expand(like.shape), requires_grad=False)
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        nonlocal home
+        home, module._parameters["weight"] = args[0].device, table()
+        return args[0].cpu(), *args[1:]
+
+    def after(module: nn.Module, args: Any, rows: Tensor) -> Tensor:
+        module._parameters["weight"] = stand_in()  # a new one: what has been moved takes memory
+        return rows.to(home)
+
+    module._parameters["weight"] = stand_in()
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
 def _entry(key: str, tensor: Tensor) -> writer.Entry:
