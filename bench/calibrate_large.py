@@ -13,7 +13,7 @@ the number of blocks: while it is found out what the blocks get, their outputs f
     device limit = 2 blocks' weights + activations
     activations  = forward and backward of one call (measured, without gradients of weights)
                  + inputs and targets of this call and of the next one, which is fetched meanwhile
-                 + inputs and targets of all samples, where they are on the device (see `Calibration.cache`)
+                 + inputs and targets of samples that lie on the device, 1 GiB at most
     host limit   = 24 GiB of memory that is no mapped file: RssAnon (pinned buffers are in it) + RssShmem
                  + what torch pinned itself
 
@@ -21,8 +21,8 @@ the number of blocks: while it is found out what the blocks get, their outputs f
 in a block, SignRound keeps W n, what the block computes with n, its gradient n, v 2n in fp32 or n in bf16, and codes
 twice 0.26 n: 5.5 n or 4.5 n, and a thirtieth of n for the extremes of groups. So the dense weights of two blocks are
 never there (other blocks have none, and the embedding looks its rows up in the file), but more than twice the bytes of
-one are while it is tuned, and `holds` says so. n is 1.59 GiB; inputs and targets of all samples are 4 GiB each, and a
-call's activations about 8 GiB.
+one are while it is tuned, and `holds` says so. n is 1.59 GiB; inputs and targets of all samples are 4 GiB each, in
+pinned memory but for that 1 GiB.
 
 Rows after the first tune for fewer iterations, which changes no peak. Times are those of the pipeline's own report. On
 `--device cpu` there is no peak of a device.
@@ -40,11 +40,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -66,18 +64,16 @@ QUANTIZED = 0.27  # of the bytes of bf16 weights: 4 bits, and a scale for 128
 
 @dataclass(frozen=True)
 class Case:
-    """A row: samples an iteration, whether activations may lie on the device, more options of SignRound."""
+    """A row: options of SignRound."""
 
     name: str
-    batch: int = 8
-    on_device: bool = True
     options: tuple[tuple[str, Any], ...] = ()
 
 
 CASES = (
     Case("defaults"),
-    Case("activations on the host", on_device=False),
-    Case("2 samples, bf16 offsets, activations on the host", 2, False, (("v_dtype", torch.bfloat16),)),
+    Case("bf16 offsets, no momentum", (("v_dtype", torch.bfloat16), ("momentum", 0.0))),
+    Case("8 samples", (("batch", 8),)),
 )
 
 
@@ -208,16 +204,16 @@ class First:
         self.tuned.append(task.name)
         if self.activations is None and task.device.type == "cuda":
             self.earlier[task.name] = torch.cuda.max_memory_allocated(task.device)
-            self.activations = activations(task)
+            self.activations = activations(task, min(self.method.samples(task), task.micro_batch))
             torch.cuda.reset_peak_memory_stats(task.device)
         self.method.run(task)
 
 
-def activations(task: Task) -> int:
+def activations(task: Task, samples: int) -> int:
     """The most that forward and backward of one call take beyond the block and the batch; gradients of weights are
     dropped one by one, as soon as they are there."""
     weights = [layer.weight for layer in task.layers]
-    (batch,) = task.fetch(range(min(task.micro_batch, task.samples)), task.device, True)
+    (batch,) = task.fetch(range(samples), task.device, True)
     with contextlib.ExitStack() as undo, torch.enable_grad(), deterministic(True):
         for weight in weights:
             undo.callback(weight.requires_grad_, False)
@@ -243,13 +239,11 @@ def row(case: Case, source: Path, out: Path, arguments: argparse.Namespace, bloc
     ids = torch.randint(
         0, arguments.vocab, (arguments.samples, arguments.tokens), generator=torch.Generator().manual_seed(1)
     )
-    method = First(arguments.timed, SignRound(iters=iters, batch=case.batch, **dict(case.options)))
-    calibration = tq.Calibration(
-        ids, method=method, samples=arguments.samples, seqlen=arguments.tokens, batch=case.batch
-    )
-    room = sum(calibrations._room(device).values()) if case.on_device else 0
+    method = First(arguments.timed, SignRound(iters=iters, **dict(case.options)))
+    calibration = tq.Calibration(ids, method=method, samples=arguments.samples, seqlen=arguments.tokens)
+    room = sum(calibrations._room(device).values())
     began = time.perf_counter()
-    with HostPeak() as host, _activations_on(case.on_device):
+    with HostPeak() as host:
         tq.quantize_checkpoint(source, out, "W4A16", calibration=calibration, device=device, progress=False)
     seconds = time.perf_counter() - began
     assert calibration.result is not None
@@ -258,7 +252,8 @@ def row(case: Case, source: Path, out: Path, arguments: argparse.Namespace, bloc
     sample = arguments.tokens * arguments.hidden * 2  # bytes of an input, or of a target
     kept = min(room, 2 * arguments.samples * sample)
     result: Row = {
-        "name": case.name, "batch": case.batch, "iters": iters, "activations_on_device": case.on_device,
+        "name": case.name, "batch": max((e.details["batch"] for e in told.events if e.what == "tuned"), default=0),
+        "iters": iters,
         "options": {key: str(value) for key, value in case.options}, "seconds": round(seconds, 1),
         "seconds_of_parts": {one.name: one.seconds for one in told.parts},
         "peak_of_parts": {one.name: one.peak_bytes for one in told.parts},
@@ -278,7 +273,7 @@ def row(case: Case, source: Path, out: Path, arguments: argparse.Namespace, bloc
     if method.activations is not None:
         others = [n for one in told.parts for where, n in one.peak_bytes.items() if where != "host"]
         peak = max(*(one["device"] for one in rows), *others)
-        calls = 4 * case.batch * sample
+        calls = 4 * result["batch"] * sample
         active = method.activations + calls + kept
         result["device"] = {
             "peak": peak, "weights_of_a_block": block, "limit": 2 * block + active, "holds": peak <= 2 * block + active,
@@ -286,13 +281,6 @@ def row(case: Case, source: Path, out: Path, arguments: argparse.Namespace, bloc
             "blocks_of_weights": round((peak - active) / block, 2), "of_80_gb": round(peak / 80e9, 3),
         }  # fmt: skip
     return result
-
-
-@contextlib.contextmanager
-def _activations_on(device: bool) -> Iterator[None]:
-    """Outputs of blocks may go to the device, or else lie in host memory, as where there is no room."""
-    with contextlib.nullcontext() if device else mock.patch.object(calibrations, "_room", lambda device: {}):
-        yield
 
 
 def _block(one: Any, method: First, device: torch.device) -> Row:

@@ -188,7 +188,7 @@ def test_activations_leave_the_block_as_it_was(monkeypatch):
         getattr(block, name).register_forward_hook(watch)
     task, _ = calibrate_tasks.make_task(block, layers, [torch.randn(3, 16) for _ in range(4)])
     with torch.no_grad():
-        assert calibrate_large.activations(task) == 75
+        assert calibrate_large.activations(task, 4) == 75
     assert len(seen) == 3 and all(p.grad is None and not p.requires_grad for p in block.parameters())
 
 

@@ -325,9 +325,11 @@ def test_killed_while_writing(source, tmp_path, decided, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
+@pytest.mark.parametrize("chosen", [None, ["model.layers.1", "model.layers.3"]])
 @pytest.mark.parametrize("kind", ["llama_tied", "qwen3moe"])
-def test_one_block_has_values_at_a_time(kind, source, tmp_path, monkeypatch):
-    """And a head of its own has values in the one call that finds out what is called."""
+def test_one_block_has_values_at_a_time(kind, chosen, source, tmp_path, monkeypatch):
+    """Or two, where others come before the blocks that were chosen and are run for what those get; and a head of its
+    own has values in the one call that finds out what is called."""
     most, heads = 0, 0
     original = checkpoint.Origins.read
 
@@ -344,8 +346,11 @@ def test_one_block_has_values_at_a_time(kind, source, tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(checkpoint.Origins, "read", read)
-    quantize(source(kind, num_hidden_layers=4), tmp_path / "out", "W4A16", Rule("q_proj"))
-    assert most == 1 and heads == (kind != "llama_tied")
+    report = quantize(source(kind, num_hidden_layers=4), tmp_path / "out", "W4A16", Rule("q_proj"), blocks=chosen)
+    assert most == (2 if chosen else 1) and heads == (kind != "llama_tied")
+    assert [row["name"] for row in report.calibration["blocks"]] == (
+        chosen or [f"model.layers.{index}" for index in range(4)]
+    )
 
 
 @pytest.mark.parametrize(("kind", "copied"), [("llama", False), ("llama_tied", True)])

@@ -344,8 +344,8 @@ class Files(Storage):
     @contextlib.contextmanager
     def lazily(self) -> Iterator[None]:
         """Within this, modules beside the blocks get their values when they are first called. A head of its own is as
-        large as an embedding and not called for a block, so its values go again. A large embedding, of which few rows
-        are asked for, gets none."""
+        large as an embedding and not called for a block, so its values go again, as do those of blocks that were not
+        chosen. A large embedding, of which few rows are asked for, gets none."""
         model = self._origins.model
         inside = {module for _, block in blocks.find(model, self._job.calibration.blocks) for module in block.modules()}
 
@@ -358,6 +358,9 @@ class Files(Storage):
         for module, key in tables.items():
             handles += _looked_up(module, functools.partial(self._read_table, key), self._origins.device)
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        for name, block in blocks.find(model, "all"):
+            if not any(module in inside for module in block.modules()):  # read again for the next sample
+                handles.append(block.register_forward_hook(functools.partial(self._part, name)))
         if head is not None and len(self._origins.aliases(f"{self._names[head]}.weight")) == 1:
             handles.append(head.register_forward_hook(lambda *_: self._origins.release(self._names[head], head)))
         try:
@@ -365,6 +368,9 @@ class Files(Storage):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _part(self, name: str, block: nn.Module, args: Any, outputs: Any) -> None:
+        self._origins.release(name, block)
 
     def _table(self, module: nn.Module) -> str | None:
         """The checkpoint tensor that an embedding can look its rows up in, None where it has to be copied: subclasses

@@ -109,7 +109,7 @@ class SignRound:
         if not task.layers or not task.samples:
             return
         try:
-            batch = min(self.batch or _samples_of_iteration(task), task.samples)
+            batch = self.samples(task)
             share = -(-batch // max(1, len(task.devices)))
             with deterministic(self.deterministic), Trial(task, share, self.compile) as trial:
                 _Tuning(self, task, trial, batch).run()
@@ -117,6 +117,14 @@ class SignRound:
         except torch.OutOfMemoryError as error:
             reason = str(error)
         raise torch.OutOfMemoryError(self._numbers(task, reason))  # outside, so that no frame of the attempt lives on
+
+    def samples(self, task: Task) -> int:
+        """Of an iteration: `batch`, or as many as have enough tokens, judging by what the block puts out for one."""
+        if self.batch is not None:
+            return min(self.batch, task.samples)
+        target = task.fetch((0,), task.device, True)[0].targets[0]
+        tokens = max(1, target.numel() // max(1, target.shape[-1]))
+        return min(max(-(-TOKENS // tokens), SAMPLES[0]), SAMPLES[1], task.samples)
 
     def _numbers(self, task: Task, reason: str) -> str:
         """What did not fit, and what would help."""
@@ -223,13 +231,6 @@ class Offsets:
                 p = given[name]
                 assert p is not None
                 p.copy_(moved(p, gradient, step.rates[rate], *bounds))
-
-
-def _samples_of_iteration(task: Task) -> int:
-    """As many as have enough tokens, judging by what the block puts out for the first one."""
-    target = task.fetch((0,), task.device, True)[0].targets[0]
-    tokens = max(1, target.numel() // max(1, target.shape[-1]))
-    return min(max(-(-TOKENS // tokens), SAMPLES[0]), SAMPLES[1])
 
 
 def _ratios(searched: Parts, nearest: Parts, of: Offsets) -> Tensor:
