@@ -450,9 +450,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, buf: Tensor, layout: Layout) -> Tensor:
         ctx.layout = layout
-        if not torch.compiler.is_compiling() and memory.offloading:
-            memory.stay(buf)  # of a weight, which is alive anyway
-        ctx.save_for_backward(buf)
+        kept = buf
+        if not torch.compiler.is_compiling():
+            if memory.offloading:
+                memory.stay(buf)  # of a weight, which is alive anyway
+            if buf.is_inference():
+                kept = buf.view(torch.uint8)  # which can be saved
+        ctx.save_for_backward(kept)
         weight = ops.dequantize_buffer(buf, layout, x.dtype)
         return _unviewed(torch.nn.functional.linear(x, weight, bias))
 

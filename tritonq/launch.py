@@ -73,13 +73,9 @@ class Plan:
                 return
         self(a, b, c, d, e)
 
-    def is_ready(self, beside: Tensor) -> bool:
-        """Whether `at` can launch on the device of a tensor: not before a call there."""
-        return beside.get_device() in self._ready
-
-    def at(self, beside: Tensor, *addresses: int) -> None:
-        """As a call with tensors at these addresses, multiples of 16, on the device of a tensor."""
-        self._ready[beside.get_device()](*addresses)
+    def ready(self, beside: Tensor) -> Callable[..., None] | None:
+        """What launches on the device of a tensor, given addresses that are multiples of 16; None before a call did."""
+        return self._ready.get(beside.get_device())
 
     def _first(self, tensors: tuple[Tensor, ...], seed: tuple[int, ...]) -> Callable[..., None] | None:
         """Launch through Triton; what later launches call, or None where they have to come here again."""

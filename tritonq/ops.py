@@ -672,12 +672,13 @@ def dequantize_buffer(buf: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor
         offsets, start = layout.offsets, buf.data_ptr()
         if offsets is not None and start % 16 == 0 and dtype in FLOATS:
             single = plans.single_decode(layout.shape, dtype, layout.format, True, buf.device)
-            if single is not None and single.launch.is_ready(buf):
+            launch = None if single is None else single.launch.ready(buf)
+            if single is not None and launch is not None:
                 y = empty_on_gpu(*single.outputs[0][1])
                 values, scale = y.data_ptr(), start + offsets["scale"]
                 zero = start + offsets["zero_point"] if "zero_point" in offsets else scale
                 divisor = start + offsets["tensor_scale"] if "tensor_scale" in offsets else values
-                single.launch.at(buf, start + offsets["qdata"], scale, zero, divisor, values)
+                launch(start + offsets["qdata"], scale, zero, divisor, values)
                 return y
     parts = {name: part.contiguous() for name, part in layout.parts(buf).items()}
     return dequantize(parts, layout.format, layout.shape, dtype)

@@ -358,8 +358,10 @@ class QTensor(Tensor):
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             if isinstance(weight, QTensor) and not isinstance(x, QTensor):
                 layout = weight._layout
-                with torch._C.DisableTorchFunctionSubclass():  # else reading this comes here again, at 2 us
-                    trained = weight.requires_grad and torch.is_grad_enabled()
+                trained = torch.is_grad_enabled()
+                if trained:
+                    with torch._C.DisableTorchFunctionSubclass():  # else reading this comes here again, at 2 us
+                        trained = weight.requires_grad
                 if len(layout.shape) == 2 and not trained:
                     return autograd.linear(x, weight._buf, layout, bias)
         if func is Tensor.__setitem__ and isinstance(args[0], QTensor):
