@@ -245,17 +245,6 @@ class _Saved:
         self.group, self.tensor, self.generation = group, tensor, group.generation
 
 
-class _Kept:
-    """What else autograd saved, with the version that it had: with hooks, torch does not compare them itself. It is no
-    part of the graph, which holds this: a result that its own node saved would never be freed without a backward."""
-
-    __slots__ = ("tensor", "version")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach() if tensor.requires_grad else tensor
-        self.version = None if tensor.is_inference() else tensor._version
-
-
 class _Backward:
     """A backward pass that uses the slabs; what it waits for at its end holds it, also where it fails."""
 
@@ -597,19 +586,6 @@ class Manager:
         """Whether a tensor is a parameter that lies in memory of its own for a call."""
         return any(tensor is weight.parameter for group in self._extras for weight in group.weights)
 
-    def group_of(self, tensor: Tensor) -> Group | None:
-        """The group whose memory in a slab a saved tensor views."""
-        plain = tensor
-        if type(tensor) is not Tensor:
-            if not isinstance(tensor, (QTensor, nn.Parameter)):
-                return None
-            plain = bytes_of(tensor)
-        address = plain.data_ptr() if plain.layout is torch.strided else 0  # as that of no elements
-        for slab in self.slabs:
-            if slab.start <= address < slab.stop:
-                return self.groups[slab.content] if slab.content >= 0 else None
-        return None
-
 
 class _Pack:
     """Hooks for what autograd saves within a group: weights become records, the rest goes to the hooks outside."""
@@ -618,13 +594,23 @@ class _Pack:
         self.manager, self._outer = manager, outer
 
     def __call__(self, tensor: Tensor) -> Any:
-        group = self.manager.group_of(tensor)
-        if group is not None:
-            # A parameter will point elsewhere, the bytes of a QTensor never do: it gets others.
-            return _Saved(group, tensor if id(tensor) in group.buffers else tensor.detach())
-        if self.manager._extras and self.manager.on_extra(tensor):
+        manager = self.manager
+        if type(tensor) is Tensor or isinstance(tensor, (QTensor, nn.Parameter)):
+            plain = tensor if type(tensor) is Tensor else bytes_of(tensor)
+            address = plain.data_ptr() if plain.layout is torch.strided else 0  # as that of no elements
+            for slab in manager.slabs:
+                if slab.start <= address < slab.stop and slab.content >= 0:
+                    group = manager.groups[slab.content]
+                    # A parameter will point elsewhere, the bytes of a QTensor never do: it gets others.
+                    return _Saved(group, tensor if id(tensor) in group.buffers else tensor.detach())
+        if manager._extras and manager.on_extra(tensor):
             tensor = tensor.detach()
-        return _Kept(tensor) if self._outer is None else self._outer[0](tensor)
+        if self._outer is not None:
+            return self._outer[0](tensor)
+        # With hooks, torch compares no versions itself. What is kept is no part of the graph, which holds it: a result
+        # that its own node saved would never be freed without a backward.
+        version = None if tensor.is_inference() else tensor._version
+        return tensor.detach() if tensor.requires_grad else tensor, version
 
     def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, _Saved):
@@ -632,11 +618,11 @@ class _Pack:
         if self._outer is not None:
             found: Tensor = self._outer[1](packed)
             return found
-        tensor: Tensor = packed.tensor
-        if packed.version is not None and tensor._version != packed.version:
+        tensor, version = packed
+        if version is not None and tensor._version != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{_about(tensor)} is at version {tensor._version}; expected version {packed.version} instead"
+                f"{_about(tensor)} is at version {tensor._version}; expected version {version} instead"
             )
         return tensor
 
