@@ -468,11 +468,9 @@ class _Linear(torch.autograd.Function):
         return dy @ weight, dbias, None, None
 
 
-def _transformed() -> bool:
-    """Whether torch.func or forward mode asks for what `_Linear` has no rules for; a product of dense tensors does."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+# What `Function.apply` calls when it has looked for transforms of torch.func, which `linear` does in less time.
+_apply_linear = super(torch.autograd.Function, _Linear).apply
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead  # of tensors that have left their transform
 
 
 def linear(x: Tensor, buf: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
@@ -482,8 +480,14 @@ def linear(x: Tensor, buf: Tensor, layout: Layout, bias: Tensor | None = None) -
     if device != "meta" and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
         bias = None if bias is None else bias.to(x.dtype)
-    if torch.is_grad_enabled() and x.requires_grad and not _transformed():
-        return _Linear.apply(x, bias, buf, layout)
+    if torch.is_grad_enabled() and x.requires_grad:
+        if torch.compiler.is_compiling():
+            return _Linear.apply(x, bias, buf, layout)
+        # `_Linear` has no rules for torch.func and forward mode; a product of dense tensors does.
+        if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
+            bias = None if bias is None else _unwrap_if_dead(bias)
+            found: Tensor = _apply_linear(_unwrap_if_dead(x), bias, buf, layout)
+            return found
     return torch.nn.functional.linear(x, ops.dequantize_buffer(buf, layout, x.dtype), bias)
 
 
