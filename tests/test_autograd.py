@@ -188,21 +188,21 @@ def test_scales_that_are_found_get_no_gradient(device):
 def test_linear(lead, bias, device):
     """Square weight and any rank of x: an axis mixed up in backward keeps the shape; the weight is not kept dense."""
     fmt, weight = tq.get_format("int4_g32"), numbers((64, 64), device, 2)
-    parts = ops.quantize(weight, fmt)
-    dense = ops.dequantize(parts, fmt, (64, 64), torch.float32)
+    q = tq.quantize(weight, fmt)
+    dense = q.dequantize()
     results = []
     for quantized in (True, False):
         x = numbers((*lead, 64), device, 3).requires_grad_()
         b = numbers((64,), device, 4).requires_grad_() if bias else None
-        y = autograd.linear(x, parts, fmt, (64, 64), b) if quantized else torch.nn.functional.linear(x, dense, b)
+        y = autograd.linear(x, q._buf, q._layout, b) if quantized else torch.nn.functional.linear(x, dense, b)
         if quantized:
-            assert all(t.numel() < dense.numel() for t in y.grad_fn.saved_tensors)
+            assert [t.data_ptr() for t in y.grad_fn.saved_tensors] == [q._buf.data_ptr()]
         y.backward(numbers(y.shape, device, 5))
         results.append((y, x.grad, *([b.grad] if bias else [])))
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(*results, strict=True))
     frozen = numbers((*lead, 64), device, 3)
     trained = numbers((64,), device, 4).requires_grad_()
-    autograd.linear(frozen, parts, fmt, (64, 64), trained).sum().backward()
+    autograd.linear(frozen, q._buf, q._layout, trained).sum().backward()
     assert trained.grad.eq(max(1, frozen.numel() // 64) if lead != (0,) else 0).all()
 
 
@@ -212,11 +212,12 @@ def test_output_of_linear_is_a_tensor_of_its_own(bias, device):
     with a bias torch's linear returns one."""
     fmt, weight = tq.get_format("int4_g32"), numbers((64, 64), device, 2)
     b = numbers((64,), device, 4) if bias else None
-    dense = ops.dequantize(ops.quantize(weight, fmt), fmt, (64, 64), torch.float32)
+    q = tq.quantize(weight, fmt)
+    dense = q.dequantize()
     results = []
     for linear in (
         lambda x: torch.nn.functional.linear(x, dense, b),
-        lambda x: autograd.linear(x, ops.quantize(weight, fmt), fmt, (64, 64), b),
+        lambda x: autograd.linear(x, q._buf, q._layout, b),
         lambda x: autograd.qdq_linear(x, weight, b, fmt),
     ):
         x = numbers((2, 3, 64), device, 3).requires_grad_()
@@ -231,13 +232,13 @@ def test_output_of_linear_is_a_tensor_of_its_own(bias, device):
 def test_linear_is_recomputed_in_backward(device):
     """Checkpointing without reentering autograd unpacks what backward saved a single time."""
     fmt = tq.get_format("int4_g32")
-    parts = ops.quantize(numbers((64, 64), device, 2), fmt)
+    q = tq.quantize(numbers((64, 64), device, 2), fmt)
     gradients = []
     for recomputed in (False, True):
         x = numbers((2, 3, 64), device, 3).requires_grad_()
 
         def twice(x):
-            return autograd.linear(autograd.linear(x, parts, fmt, (64, 64)), parts, fmt, (64, 64))
+            return autograd.linear(autograd.linear(x, q._buf, q._layout), q._buf, q._layout)
 
         y = torch.utils.checkpoint.checkpoint(twice, x, use_reentrant=False) if recomputed else twice(x)
         y.square().sum().backward()

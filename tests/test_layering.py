@@ -11,7 +11,7 @@ PACKAGE = Path(tritonq.formats.__file__).parent
 LAYERS = (
     ("formats", "codecs"), ("reference", "learned_reference", "kernels", "scale_tiles", "rotation"),
     ("tuning", "tuning_cache", "tuning_files", "boxes", "tiling", "tiles", "timing", "launch", "meeting", "memory",
-     "plans", "learned_tiles", "learned_plans", "bulk_tiles", "bulk_plans", "bulk_tables"),
+     "layout", "plans", "learned_tiles", "learned_plans", "bulk_tiles", "bulk_plans", "bulk_tables"),
     ("ops", "operators", "learned_ops"), ("progress", "streams", "scheduler"),
     ("sign_step", "autograd", "ste", "tune"), ("tensor", "tensor_ops", "sharding"), ("bulk", "bulk_quantize"),
     ("offload", "nn", "best"), ("calibrate", "io"), ("integrations", "bench", "cli", "demo", "__main__"),

@@ -10,6 +10,7 @@ import gc
 import io
 import os
 import random
+import sys
 import threading
 import weakref
 
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonq as tq
 from tritonq.offload import groups as planning
+from tritonq.streams import Cuda
 
 pytestmark = [
     pytest.mark.skipif(INTERPRET, reason="offload does not depend on kernels"),
@@ -664,6 +666,33 @@ def test_what_a_step_asks_of_the_host(blocks, fmt, monkeypatch):
         # Each group is waited for in forward and in backward. Its call ends with an event, and copies into slabs that
         # backward read begin with one: those in backward, and the first two of the next forward.
         assert device.calls == {"submit": 2 * (blocks - 2), "follow": 2 * blocks, "record": 2 * blocks}
+
+
+def test_a_later_offload_costs_the_host_no_more(no_gc):
+    """Lists that grow, or wrappers around wrappers, would show in the calls of a step."""
+    model, leaf, counts = Model(4, "int4_g32"), data().requires_grad_(True), []
+
+    def step():
+        return torch.autograd.grad(model(leaf).square().sum(), leaf)
+
+    for _ in range(3):
+        with tq.offload.enable(model, device=EventDevice()):
+            for _ in range(3):
+                step()
+            calls = 0
+
+            def count(frame, event, argument):
+                nonlocal calls
+                calls += event in ("call", "c_call")
+
+            before = sys.getprofile()
+            sys.setprofile(count)
+            try:
+                step()
+            finally:
+                sys.setprofile(before)
+            counts.append(calls)
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 def expected_bytes(model, slabs):
@@ -1339,6 +1368,32 @@ def test_gpu_kernels_that_run_late(streams, slabs):
         torch.cuda.synchronize()
         for a, b in zip(found, expected, strict=True):
             same(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fails", [False, True])
+def test_gpu_submitting_leaves_the_stream_of_the_caller(fails):
+    """Also where the work fails; and `record` and `follow` are of the stream that is current."""
+    backend, side, seen = Cuda(torch.device("cuda"), own=True), torch.cuda.Stream(), []
+
+    def work():
+        seen.append(torch.cuda.current_stream())
+        if fails:
+            raise Failure
+
+    with torch.cuda.stream(side):
+        with pytest.raises(Failure) if fails else contextlib.nullcontext():
+            event = backend.submit("in", work, None, backend.record())
+            backend.follow(event)
+        assert torch.cuda.current_stream() == side
+        x = torch.zeros(1 << 24, device="cuda")
+        for _ in range(20):
+            x += 1
+        event = backend.record()
+    backend.follow(event)
+    assert torch.equal(x[::4096], torch.full_like(x[::4096], 20))
+    assert seen == [backend._streams["in"]] and torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.gpu

@@ -71,6 +71,36 @@ def test_parts_are_what_the_format_says(name, shape, device):
         assert torch.equal(part.view(torch.uint8), wanted.view(torch.uint8))
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_buffer_is_dequantized_where_its_parts_lie(name, dtype, device):
+    """On a GPU the second call launches with addresses: of a fresh tensor, and of one inside of a larger buffer that
+    begins at 16 bytes. It cannot where that begins at 8, where scales of rows begin anywhere, and within rows."""
+    q = quantized(name, device=device)
+    rows = [q[128:], q[64:192], q[1:3], q[:, 128:256]] if q.format.group[0] == 1 else [q[128:]]
+    for shift in (16, 8):
+        store = torch.empty(q._buf.numel() + shift, dtype=torch.uint8, device=device)
+        store[shift:] = q._buf
+        rows.append(QTensor(store[shift:], q._layout, q.dtype))
+    for window in (q, *rows):
+        if isinstance(window, QTensor):
+            parts = {n: p.clone(memory_format=torch.contiguous_format) for n, p in window.parts().items()}
+            wanted = ops.dequantize(parts, q.format, tuple(window.shape), dtype)
+            for _ in range(2):
+                assert torch.equal(ops.dequantize_buffer(window._buf, window._layout, dtype), wanted)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_offsets_are_where_parts_begin(name, device):
+    q = quantized(name, device=device)
+    assert q._layout.offsets == {n: p.data_ptr() - q._buf.data_ptr() for n, p in q.parts().items()}
+    for window in (q[128:], q[:, 128:256], q[1:3]):
+        if isinstance(window, QTensor) and window._layout.offsets is not None:
+            assert all(p.is_contiguous() for p in window.parts().values())
+            found = {n: p.data_ptr() - q._buf.data_ptr() for n, p in window.parts().items()}
+            assert window._layout.offsets == found and not any(n % 16 for n in found.values())
+
+
 def test_layouts_are_values():
     """A layout that does not hash or compare by content recompiles graphs and defeats caches."""
     fmt = tq.get_format("nvfp4")

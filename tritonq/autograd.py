@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from tritonq import learned_ops, memory, operators, ops, scheduler
-from tritonq.formats import Format, Shape, get_format
+from tritonq.formats import Format, get_format
+from tritonq.layout import Layout
 from tritonq.learned_reference import Learned, Wanted
-from tritonq.reference import Parts
 from tritonq.sign_step import SignStep
 
 
@@ -439,46 +439,56 @@ def _qdq_elsewhere(
 def _unviewed(y: Tensor) -> Tensor:
     """y, and no view of what a linear layer computed in two dimensions: autograd lets nobody write into a view that a
     Function returned, and adding to the output of a layer in place is common."""
-    return torch.ops.aten._unsafe_view(y, y.shape)
+    if not torch.compiler.is_compiling() and not y._is_view():
+        return y
+    return torch.ops.aten._unsafe_view.default(y, y.shape)
 
 
 class _Linear(torch.autograd.Function):
     """x @ dequantize(weight).T + bias; backward dequantizes again instead of keeping the dense weight."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, fmt: Format, shape: Shape, names: tuple[str, ...], *parts: Tensor
-    ) -> Tensor:
-        ctx.fmt, ctx.shape, ctx.names = fmt, shape, names
-        if not torch.compiler.is_compiling() and memory.offloading:
-            memory.stay(*parts)  # of a weight, which is alive anyway
-        ctx.save_for_backward(*parts)
-        weight = ops.dequantize(dict(zip(names, parts, strict=True)), fmt, shape, x.dtype)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, buf: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        kept = buf
+        if not torch.compiler.is_compiling():
+            if memory.offloading:
+                memory.stay(buf)  # of a weight, which is alive anyway
+            if buf.is_inference():
+                kept = buf.view(torch.uint8)  # which can be saved
+        ctx.save_for_backward(kept)
+        weight = ops.dequantize_buffer(buf, layout, x.dtype)
         return _unviewed(torch.nn.functional.linear(x, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (dy,), parts = grads, ctx.saved_tensors  # once: checkpointing unpacks them a single time
-        weight = ops.dequantize(dict(zip(ctx.names, parts, strict=True)), ctx.fmt, ctx.shape, dy.dtype)
+        (dy,), (buf,) = grads, ctx.saved_tensors  # once: checkpointing unpacks them a single time
+        weight = ops.dequantize_buffer(buf, ctx.layout, dy.dtype)
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return (dy @ weight, dbias, None, None, None, *[None for _ in parts])
+        return dy @ weight, dbias, None, None
 
 
-def _transformed() -> bool:
-    """Whether torch.func or forward mode asks for what `_Linear` has no rules for; a product of dense tensors does."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+# What `Function.apply` calls when it has looked for transforms of torch.func, which `linear` does in less time.
+_apply_linear = super(torch.autograd.Function, _Linear).apply
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead  # of tensors that have left their transform
 
 
-def linear(x: Tensor, parts: Parts, fmt: Format, shape: Shape, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times a quantized weight [N, K] transposed, plus bias [N]; computed in x's dtype."""
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+def linear(x: Tensor, buf: Tensor, layout: Layout, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times a quantized weight [N, K] transposed, whose parts lie in `buf`, plus bias [N]; computed in x's
+    dtype."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
         bias = None if bias is None else bias.to(x.dtype)
-    if torch.is_grad_enabled() and x.requires_grad and not _transformed():
-        return _Linear.apply(x, bias, fmt, shape, tuple(parts), *parts.values())
-    return torch.nn.functional.linear(x, ops.dequantize(parts, fmt, shape, x.dtype), bias)
+    if torch.is_grad_enabled() and x.requires_grad:
+        if torch.compiler.is_compiling():
+            return _Linear.apply(x, bias, buf, layout)
+        # `_Linear` has no rules for torch.func and forward mode; a product of dense tensors does.
+        if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
+            bias = None if bias is None else _unwrap_if_dead(bias)
+            found: Tensor = _apply_linear(_unwrap_if_dead(x), bias, buf, layout)
+            return found
+    return torch.nn.functional.linear(x, ops.dequantize_buffer(buf, layout, x.dtype), bias)
 
 
 class _QDQLinear(torch.autograd.Function):

@@ -73,6 +73,10 @@ class Plan:
                 return
         self(a, b, c, d, e)
 
+    def ready(self, beside: Tensor) -> Callable[..., None] | None:
+        """What launches on the device of a tensor, given addresses that are multiples of 16; None before a call did."""
+        return self._ready.get(beside.get_device())
+
     def _first(self, tensors: tuple[Tensor, ...], seed: tuple[int, ...]) -> Callable[..., None] | None:
         """Launch through Triton; what later launches call, or None where they have to come here again."""
         seen = [as_integers(t) if i in self.bits else t for i, t in enumerate(tensors)]

@@ -22,6 +22,7 @@ from torch.nn import Parameter
 
 from tritonq import learned_plans, meeting, memory, plans, rotation, scale_tiles, tiles, tiling, tuning
 from tritonq.formats import SUPER_PARTS, ElementType, Format, Shape, get_format, minifloat
+from tritonq.layout import Layout
 from tritonq.learned_reference import Learned, Wanted
 from tritonq.memory import empty, empty_on_gpu
 from tritonq.reference import Parts
@@ -662,6 +663,25 @@ def dequantize(
             single.launch.five(qdata, scale, parts.get("zero_point", scale), parts.get("tensor_scale", y), y)
             return y
     return _dequantize(parts, fmt, shape, dtype, out)
+
+
+def dequantize_buffer(buf: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """`dequantize` of parts that lie in one buffer. Where that is a single launch it takes addresses: a view of each
+    part would cost more host time than the rest."""
+    if not traced(buf) and buf.is_cuda and _triton_installed() and buf.get_device() == torch._C._cuda_getDevice():
+        offsets, start = layout.offsets, buf.data_ptr()
+        if offsets is not None and start % 16 == 0 and dtype in FLOATS:
+            single = plans.single_decode(layout.shape, dtype, layout.format, True, buf.device)
+            launch = None if single is None else single.launch.ready(buf)
+            if single is not None and launch is not None:
+                y = empty_on_gpu(*single.outputs[0][1])
+                values, scale = y.data_ptr(), start + offsets["scale"]
+                zero = start + offsets["zero_point"] if "zero_point" in offsets else scale
+                divisor = start + offsets["tensor_scale"] if "tensor_scale" in offsets else values
+                launch(start + offsets["qdata"], scale, zero, divisor, values)
+                return y
+    parts = {name: part.contiguous() for name, part in layout.parts(buf).items()}
+    return dequantize(parts, layout.format, layout.shape, dtype)
 
 
 @torch.no_grad()

@@ -108,6 +108,12 @@ def _copy_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.S
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
+@functools.lru_cache(maxsize=256)
+def _stream(identity: int, index: int, kind: int) -> torch.cuda.Stream:
+    """The object of a stream as `Cuda.here` tells it; torch.cuda.current_stream makes one each time."""
+    return torch.cuda.Stream(stream_id=identity, device_index=index, device_type=kind)
+
+
 @functools.cache
 def _capture_info() -> Callable[..., int] | None:
     """cuStreamGetCaptureInfo_v2(stream, *status, *id, ...) of the driver; torch tells whether, not what is captured."""
@@ -143,13 +149,19 @@ class Cuda(Backend):
         target.copy_(source, non_blocking=True)
 
     def submit(self, lane: str, function: Callable[[], object], *after: Event) -> Event:
-        stream = self._streams[lane]
-        with torch.cuda.stream(stream):
+        if torch._C._cuda_getDevice() != self.device.index:
+            with torch.cuda.device(self.device):
+                return self.submit(lane, function, *after)
+        stream, before = self._streams[lane], _stream(*self.here())
+        torch.cuda.set_stream(stream)  # torch.cuda.stream makes four objects more
+        try:
             for event in after:
                 if event is not None:
                     stream.wait_event(event)
             function()
             return stream.record_event()
+        finally:
+            torch.cuda.set_stream(before)
 
     def wait(self, event: Event) -> None:
         if event is not None:
@@ -163,19 +175,18 @@ class Cuda(Backend):
         return torch._C._cuda_getCurrentStream(self.device.index)  # torch.cuda.Stream costs several times as much
 
     def record(self, stream: Any = None) -> Event:
-        identity, index, kind = self.here() if stream is None else stream
-        return torch.cuda.Stream(stream_id=identity, device_index=index, device_type=kind).record_event()
+        return _stream(*(self.here() if stream is None else stream)).record_event()
 
     def follow(self, event: Event) -> None:
         if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
+            _stream(*self.here()).wait_event(event)
 
     @property
     def stream(self) -> object | None:
         return self._streams["compute"]
 
     def borrow(self, tensor: Tensor) -> None:
-        current = torch.cuda.current_stream(self.device)
+        current = _stream(*self.here())
         if current != self._streams["compute"]:
             tensor.record_stream(current)
 

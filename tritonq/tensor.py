@@ -10,7 +10,6 @@ import functools
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from tritonq import autograd, ops, scheduler
 from tritonq.formats import Format, Shape, get_format
+from tritonq.layout import Layout
 from tritonq.memory import empty
 from tritonq.reference import Parts
 from tritonq.tiling import contiguous_strides
@@ -26,35 +26,6 @@ from tritonq.tiling import contiguous_strides
 aten = torch.ops.aten
 P = ParamSpec("P")
 R = TypeVar("R")
-
-Segment = tuple[str, int, Shape, Shape, torch.dtype]  # name, byte offset, shape, stride, dtype
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the parts of a quantized tensor of `shape` lie in its buffer of `nbytes` bytes."""
-
-    format: Format
-    shape: Shape
-    segments: tuple[Segment, ...]
-    nbytes: int
-
-    @staticmethod
-    @functools.lru_cache(maxsize=4096)
-    def of(fmt: Format, shape: Shape) -> Layout:
-        """The layout of a fresh tensor: parts one after the other, codes aligned to 256 bytes and scales to 16."""
-        segments, end = [], 0
-        for name, (part, dtype) in fmt.storage(shape).items():
-            alignment = 256 if name == "qdata" else 16
-            start = -(-end // alignment) * alignment
-            segments.append((name, start, part, contiguous_strides(part), dtype))
-            end = start + math.prod(part) * dtype.itemsize
-        return Layout(fmt, shape, tuple(segments), end)
-
-    def part(self, buf: Tensor, segment: Segment) -> Tensor:
-        _, offset, shape, stride, dtype = segment
-        extent = sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1 if math.prod(shape) else 0
-        return buf[offset : offset + extent * dtype.itemsize].view(dtype).as_strided(shape, stride)
 
 
 def _outside_graphs(function: Callable[P, R]) -> Callable[P, R]:
@@ -136,7 +107,7 @@ class QTensor(Tensor):
 
     def parts(self) -> Parts:
         """Views of the parts by name, shaped as `format.storage(shape)` says."""
-        return {segment[0]: self._layout.part(self._buf, segment) for segment in self._layout.segments}
+        return self._layout.parts(self._buf)
 
     def _part(self, name: str) -> Tensor | None:
         for segment in self._layout.segments:
@@ -198,8 +169,7 @@ class QTensor(Tensor):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """Dense contiguous tensor of `dtype` (default: this tensor's): (code - zero_point) * scale in fp32 (with
         super-groups: `codecs/scale.py`), rounded once."""
-        parts = {name: part.contiguous() for name, part in self.parts().items()}
-        return ops.dequantize(parts, self.format, tuple(self.shape), dtype or self.dtype)
+        return ops.dequantize_buffer(self._buf, self._layout, dtype or self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         grad = ", requires_grad=True" if self.requires_grad else ""
@@ -388,11 +358,12 @@ class QTensor(Tensor):
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             if isinstance(weight, QTensor) and not isinstance(x, QTensor):
                 layout = weight._layout
-                with torch._C.DisableTorchFunctionSubclass():  # else reading this comes here again, at 2 us
-                    trained = weight.requires_grad and torch.is_grad_enabled()
+                trained = torch.is_grad_enabled()
+                if trained:
+                    with torch._C.DisableTorchFunctionSubclass():  # else reading this comes here again, at 2 us
+                        trained = weight.requires_grad
                 if len(layout.shape) == 2 and not trained:
-                    parts = {name: part.contiguous() for name, part in weight.parts().items()}
-                    return autograd.linear(x, parts, layout.format, layout.shape, bias)
+                    return autograd.linear(x, weight._buf, layout, bias)
         if func is Tensor.__setitem__ and isinstance(args[0], QTensor):
             return _set_item(*args)
         if func is Tensor.storage:

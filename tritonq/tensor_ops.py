@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tritonq import ops
 from tritonq.formats import Shape
+from tritonq.layout import Segment
 from tritonq.reference import Parts
-from tritonq.tensor import Layout, QTensor, Segment, implements, quantize
+from tritonq.tensor import Layout, QTensor, implements, quantize
 from tritonq.tiling import contiguous_strides
 
 aten = torch.ops.aten

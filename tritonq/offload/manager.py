@@ -33,6 +33,8 @@ from tritonq.offload.pieces import Piece, View, bytes_of, offsets, rebind
 from tritonq.streams import Backend, Event
 from tritonq.tensor import QTensor
 
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_hooks_enabled = torch._C._autograd._saved_tensors_hooks_is_enabled  # type: ignore[attr-defined]
 _PLAINLY = torch._C.DisableTorchFunctionSubclass  # attributes of a QTensor are read in C: 0.1 us instead of 2
 
 
@@ -86,6 +88,7 @@ class Group:
         self.weights: list[Weight] = []
         self.slab: DeviceSlab | None = None
         self.on_slab: list[Tensor] | None = None  # the weights there
+        self.buffers: frozenset[int] = frozenset()  # `id`s of those of them that are the bytes of a QTensor
         self.memory: Tensor | None = None
         self.ready: Event | concurrent.futures.Future[Event] = None
         self.users, self.stamp, self.generation = 0, 0, 0
@@ -109,28 +112,48 @@ class Group:
         self.pieces = []
         self.rest()
 
-    def rest(self) -> None:
-        """Point to host memory."""
-        for weight in self.weights:
-            rebind(weight.parameter, weight.host)
+    def rest(self) -> bool:
+        """Point to host memory; whether somebody wrote into the weights where they lay."""
         self.memory = None
-        self.stamp = self.versions()
+        return self._bind([weight.host for weight in self.weights])
 
     def point(self, memory: Tensor) -> None:
         """Point into device memory that holds the group, or will."""
         if self.slab is not None and memory is self.slab.memory:
             if self.on_slab is None:
                 self.on_slab = [weight.view.over(memory) for weight in self.weights]
+                self.buffers = frozenset(id(tensor._buf) for tensor in self.on_slab if isinstance(tensor, QTensor))
             tensors = self.on_slab
         else:
             tensors = [weight.view.over(memory) for weight in self.weights]
         self.memory = memory
+        self._bind(tensors)
+
+    def _bind(self, tensors: list[Tensor]) -> bool:
+        """Let the parameters be these tensors; whether somebody wrote into them since they were bound last."""
+        found = stamp = 0
         for weight, tensor in zip(self.weights, tensors, strict=True):
-            rebind(weight.parameter, tensor)
-        self.stamp = self.versions()
+            found += bytes_of(weight.parameter)._version
+            stamp += rebind(weight.parameter, tensor)
+        written, self.stamp = found != self.stamp, stamp
+        return written
 
     def versions(self) -> int:
-        return sum(bytes_of(weight.parameter)._version for weight in self.weights)
+        return sum([bytes_of(weight.parameter)._version for weight in self.weights])
+
+    def _untouched(self) -> bool:
+        """Whether the parameters are as `rest` left them."""
+        stamp = 0
+        for weight in self.weights:
+            parameter = weight.parameter
+            for owner, name in weight.places:
+                if owner.get(name) is not parameter:
+                    return False
+            plain = bytes_of(parameter)
+            if parameter.requires_grad or plain.data_ptr() != weight.address:
+                return False
+            stamp += plain._version
+        return stamp == self.stamp
 
     def changed(self) -> bool:
         """Whether somebody wrote into the weights in host memory since; takes over parameters that were moved or
@@ -139,6 +162,8 @@ class Group:
         Raises:
             RuntimeError: they are not, or need gradients now.
         """
+        if self._untouched():
+            return False
         found = self.versions() != self.stamp
         for weight in self.weights:
             for owner, name in weight.places:
@@ -214,17 +239,10 @@ def _about(tensor: Tensor | None) -> str:
 class _Saved:
     """A view of a group's weights that autograd saved."""
 
+    __slots__ = ("generation", "group", "tensor")
+
     def __init__(self, group: Group, tensor: Tensor) -> None:
         self.group, self.tensor, self.generation = group, tensor, group.generation
-
-
-class _Kept:
-    """What else autograd saved, with the version that it had: with hooks, torch does not compare them itself. It is no
-    part of the graph, which holds this: a result that its own node saved would never be freed without a backward."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor.detach() if tensor.requires_grad else tensor
-        self.version = None if tensor.is_inference() else tensor._version
 
 
 class _Backward:
@@ -266,19 +284,25 @@ class Manager:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             _check_transforms(group)
         if threading.get_ident() in group.inside:
-            return self._hooked(function, args, kwargs)
+            return function(*args, **kwargs) if self._told() else self._telling(function, args, kwargs)
         self.enter(group)
         try:
-            return _kept_apart(group, self._hooked(function, args, kwargs))
+            if self._told():
+                return _kept_apart(group, function(*args, **kwargs))
+            return _kept_apart(group, self._telling(function, args, kwargs))
         finally:
             self.exit(group)
 
-    def _hooked(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        hooked = torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
-        outer = torch._C._autograd._top_saved_tensors_default_hooks(False) if hooked else None
-        if not hooked or (outer is not None and getattr(outer[0], "manager", None) is self):
-            return function(*args, **kwargs)
-        pack = _Pack(self, outer)
+    def _told(self) -> bool:
+        """Whether what autograd saves now comes here, or it saves nothing."""
+        if not torch.is_grad_enabled() or not _hooks_enabled():
+            return True
+        hooks = _top_hooks(False)
+        return hooks is not None and getattr(hooks[0], "manager", None) is self
+
+    def _telling(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call a function with hooks for what autograd saves."""
+        pack = _Pack(self, _top_hooks(False))
         torch._C._autograd._push_saved_tensors_default_hooks(pack, pack.unpack)
         try:
             return function(*args, **kwargs)
@@ -306,7 +330,7 @@ class Manager:
             assert memory is not None
             self._follow(group.ready)
             if group.versions() != group.stamp:
-                self._write_back(group)
+                self._write_back(group, memory)
             start = memory.data_ptr()
             for weight in group.weights:
                 if start <= bytes_of(weight.parameter).data_ptr() < start + group.nbytes:  # else it was replaced
@@ -350,14 +374,15 @@ class Manager:
             group.inside.discard(threading.get_ident())
             slab = group.slab
             if slab is not None and slab.memory is group.memory:
-                slab.used[self.backend.here()] = self.backend.record()
+                here = self.backend.here()
+                slab.used[here] = self.backend.record(here)
                 if torch._C._current_graph_task_id() >= 0:  # a checkpoint recomputes what backward is about to read
-                    slab.streams.add(self.backend.here())
+                    slab.streams.add(here)
                 slab.active = group.users > 0
             if not group.users:
-                if group.versions() != group.stamp:
-                    self._write_back(group)
-                group.rest()
+                memory = group.memory
+                if group.rest():
+                    self._write_back(group, memory)
                 if group in self._extras:
                     self._extras.remove(group)
                 if not torch.is_grad_enabled():  # else the slab may be needed again first
@@ -496,10 +521,10 @@ class Manager:
         if group.slab is not None and group.slab.content == group.index:
             group.slab.content = -1
 
-    def _write_back(self, group: Group) -> None:
-        """Forward wrote into weights: their master copy follows."""
-        assert group.host is not None and group.memory is not None
-        group.host.bytes.copy_(group.memory[: group.nbytes])
+    def _write_back(self, group: Group, memory: Tensor | None) -> None:
+        """Forward wrote into weights in this memory: their master copy follows."""
+        assert group.host is not None and memory is not None
+        group.host.bytes.copy_(memory[: group.nbytes])
         group.generation += 1
 
     def _follow(self, ready: Any) -> None:
@@ -561,17 +586,6 @@ class Manager:
         """Whether a tensor is a parameter that lies in memory of its own for a call."""
         return any(tensor is weight.parameter for group in self._extras for weight in group.weights)
 
-    def group_of(self, tensor: Tensor) -> Group | None:
-        """The group whose memory in a slab a saved tensor views."""
-        if type(tensor) is not Tensor and not isinstance(tensor, (QTensor, nn.Parameter)):
-            return None
-        plain = bytes_of(tensor)
-        address = plain.data_ptr() if plain.layout is torch.strided else 0  # as that of no elements
-        for slab in self.slabs:
-            if slab.start <= address < slab.stop:
-                return self.groups[slab.content] if slab.content >= 0 else None
-        return None
-
 
 class _Pack:
     """Hooks for what autograd saves within a group: weights become records, the rest goes to the hooks outside."""
@@ -580,12 +594,23 @@ class _Pack:
         self.manager, self._outer = manager, outer
 
     def __call__(self, tensor: Tensor) -> Any:
-        group = self.manager.group_of(tensor)
-        if group is not None:
-            return _Saved(group, tensor.detach())  # a parameter will point elsewhere
-        if self.manager._extras and self.manager.on_extra(tensor):
+        manager = self.manager
+        if type(tensor) is Tensor or isinstance(tensor, (QTensor, nn.Parameter)):
+            plain = tensor if type(tensor) is Tensor else bytes_of(tensor)
+            address = plain.data_ptr() if plain.layout is torch.strided else 0  # as that of no elements
+            for slab in manager.slabs:
+                if slab.start <= address < slab.stop and slab.content >= 0:
+                    group = manager.groups[slab.content]
+                    # A parameter will point elsewhere, the bytes of a QTensor never do: it gets others.
+                    return _Saved(group, tensor if id(tensor) in group.buffers else tensor.detach())
+        if manager._extras and manager.on_extra(tensor):
             tensor = tensor.detach()
-        return _Kept(tensor) if self._outer is None else self._outer[0](tensor)
+        if self._outer is not None:
+            return self._outer[0](tensor)
+        # With hooks, torch compares no versions itself. What is kept is no part of the graph, which holds it: a result
+        # that its own node saved would never be freed without a backward.
+        version = None if tensor.is_inference() else tensor._version
+        return tensor.detach() if tensor.requires_grad else tensor, version
 
     def unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, _Saved):
@@ -593,11 +618,11 @@ class _Pack:
         if self._outer is not None:
             found: Tensor = self._outer[1](packed)
             return found
-        tensor: Tensor = packed.tensor
-        if packed.version is not None and tensor._version != packed.version:
+        tensor, version = packed
+        if version is not None and tensor._version != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{_about(tensor)} is at version {tensor._version}; expected version {packed.version} instead"
+                f"{_about(tensor)} is at version {tensor._version}; expected version {version} instead"
             )
         return tensor
 

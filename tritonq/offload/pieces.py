@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tritonq.tensor import Layout, QTensor
 
+_set_data = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]
 ALIGNMENT = 256  # of pieces in a slab; cuBLAS chooses algorithms by alignments up to this
 
 
@@ -72,13 +73,15 @@ def span(tensor: Tensor) -> tuple[int, int]:
     return start, start + extent * plain.itemsize
 
 
-def rebind(parameter: Tensor, tensor: Tensor) -> None:
-    """parameter.data = tensor, of the same kind; without the wrapper that the setter of a QTensor makes each time."""
+def rebind(parameter: Tensor, tensor: Tensor) -> int:
+    """parameter.data = tensor, of the same kind; without the wrapper that the setter of a QTensor makes each time.
+    Returns the version of its bytes."""
     if isinstance(parameter, QTensor) and isinstance(tensor, QTensor) and not parameter._payload:
-        torch._C.TensorBase.data.__set__(parameter, tensor)  # type: ignore[attr-defined]
-        parameter._buf = tensor._buf
-    else:
-        parameter.data = tensor
+        _set_data(parameter, tensor)
+        plain = parameter._buf = tensor._buf
+        return plain._version
+    parameter.data = tensor
+    return bytes_of(parameter)._version
 
 
 @dataclass

@@ -92,7 +92,7 @@ class Handle:
             manager.closed = True
             manager.slabs.clear()
             for group in manager.groups:
-                group.slab, group.on_slab = None, None
+                group.slab, group.on_slab, group.buffers = None, None, frozenset()
             try:
                 self._restore(None if device is None else torch.device(device))
             finally:
