@@ -60,6 +60,7 @@ class Fold:
         layers: consumers that are to be quantized. weights: all consumers, [N, K] or [E, N, K].
         source: channel of each column, [K]; None where they are the same.
         by_expert: every expert has a scale of its own, [E, channels].
+        touched: layers whose weights change when the pair is scaled: the consumers, and the producer where it is one.
     """
 
     producer: Producer
@@ -67,6 +68,7 @@ class Fold:
     layers: list[Layer] = field(default_factory=list)
     source: Tensor | None = None
     by_expert: bool = False
+    touched: list[Layer] = field(default_factory=list)
 
     def columns(self, s: Tensor) -> Tensor:
         """Scales of channels to those of columns."""
@@ -81,7 +83,10 @@ class Fold:
 
     @torch.no_grad()
     def apply(self, s: Tensor) -> None:
-        """Multiply columns by s, [channels] or [E, channels], and divide what is put out."""
+        """Multiply columns by s, [channels] or [E, channels], and divide what is put out. What was decided about the
+        weights before is void."""
+        for layer in self.touched:
+            layer.result = layer.importance = None
         self.producer.multiply(1 / s)
         for weight in self.weights.values():
             scale_columns(weight.detach(), self.columns(s))
@@ -190,6 +195,8 @@ class _Probe:
             if not fold.weights or not self.same(outputs, tolerance):
                 return None
         fold.layers = [one for one in self.task.layers if any(one.weight is w for w in fold.weights.values())]
+        changed = [*fold.weights.values(), *producer.parameters]
+        fold.touched = [one for one in self.task.layers if any(one.weight is w for w in changed)]
         return fold if fold.layers else None
 
     def source(self, producer: Producer, columns: int) -> Tensor | None:
