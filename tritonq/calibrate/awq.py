@@ -78,7 +78,6 @@ class AWQ:
     def run(self, task: Task) -> None:
         if not task.samples:
             return
-        folds = find_folds(task)
         seen: Seen = {}
         observers: dict[Layer, Observer] = {}
         for members in shared_inputs(task, task.layers):
@@ -87,6 +86,12 @@ class AWQ:
             observers[first] = observer
             seen.update(dict.fromkeys(members, observer))
         collect(task, observers)
+        broken = {layer for layer, observer in seen.items() if not bool(squares(observer).isfinite().all())}
+        for layer in broken:
+            layer.notes["fallback"] = "saw no finite input"
+        if broken == set(task.layers):
+            return
+        folds = [fold for fold in find_folds(task) if not broken.intersection(fold.layers)]
         guard = _Guard(self, task, seen) if self.guard else None
         if guard is not None:
             guard.start()
@@ -114,9 +119,9 @@ class AWQ:
             return
         shared = divisors(task.layers)
         for layer in layers:
-            if layer.fmt.super_group:
-                continue
             observer = seen[layer]
+            if layer.fmt.super_group or not bool(squares(observer).isfinite().all()):
+                continue
             layer.importance = importance_of(layer, squares(observer))
             if isinstance(observer, Hessian) and observer.count[0]:
                 weight = layer.weight.detach()

@@ -6,7 +6,8 @@ Pairs are found by what happens, not by names. A producer is the affine weight o
 Gemma has it), a linear layer, half of the rows of one (gate and up in one weight), or those of fused experts. Its
 channels are multiplied by powers of two; whatever multiplies a weight by inputs that scaled exactly so is a consumer,
 is divided, and the block runs again, which shows those behind a router, until there are no more. It is a pair if the
-block then puts out what it did before: nothing else reads the producer. Weights are left as they were, bit for bit.
+block then puts out what it did before: nothing else reads the producer, and `held_elsewhere` says so of the model
+outside of the block. Weights are left as they were, bit for bit.
 
 Heads that share keys and values repeat the channels of v: which column comes from which channel is read off the bits of
 the channel's number, one run of the block a bit.
@@ -94,6 +95,21 @@ class Fold:
 
 def scale_columns(weight: Tensor, s: Tensor) -> None:
     weight.copy_(weight.float() * (s if s.ndim == 1 else s.unsqueeze(-2)))
+
+
+def held_elsewhere(model: nn.Module, block: nn.Module) -> frozenset[int]:
+    """Ids of the parameters of a block that are reached from the model without the block, too: tied ones, and those of
+    modules that sit in several places. What code reads from elsewhere without a module that holds it is not found."""
+    inside = {id(p) for p in block.parameters()}
+    reached: set[int] = set()
+    seen, left = {id(block)}, [model] if model is not block else []
+    while left:
+        module = left.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            reached.update(id(p) for p in module._parameters.values() if p is not None)
+            left += [child for child in module._modules.values() if child is not None]
+    return frozenset(inside & reached)
 
 
 @contextlib.contextmanager
@@ -196,6 +212,8 @@ class _Probe:
                 return None
         fold.layers = [one for one in self.task.layers if any(one.weight is w for w in fold.weights.values())]
         changed = [*fold.weights.values(), *producer.parameters]
+        if any(id(p) in self.task.elsewhere for p in changed):
+            return None
         fold.touched = [one for one in self.task.layers if any(one.weight is w for w in changed)]
         return fold if fold.layers else None
 
