@@ -254,7 +254,7 @@ def test_losses_of_signround_in_the_report():
     """Before: of rounding to nearest with the search, as `rtn` reports it; not 0, and no less than after."""
     _, own = run("signround", iters=4)
     _, nearest = run("rtn")
-    for row, other in zip(own.result.blocks, nearest.result.blocks, strict=True):
+    for row in own.result.blocks:
         assert row.loss_before > 0 and row.loss_after <= row.loss_before
     assert own.result.blocks[0].loss_before == pytest.approx(nearest.result.blocks[0].loss_after, rel=1e-5)
 

@@ -7,10 +7,10 @@ squared error of their outputs over all samples, H = sum x x^T, rounded by the f
 diagonal of H counts; where they are a consumer of the norm before them they share s, and between their own two
 projections each has its own. 1 / s goes where `fold` says it costs nothing.
 
-Scales of groups are then searched for by the error of the layer's outputs (`clip`). That a layer has less error does not
-say that the block has, so every pair is asked of the block: where its outputs, all of it quantized, are not closer to the
-dense ones with a pair scaled than without, the pair is undone; and where all that is not better than plain rounding to
-nearest, the block gets that.
+Scales of groups are then searched for by the error of the layer's outputs (`clip`). That a layer has less error does
+not say that the block has, so the block is asked about every pair: where its outputs, all of it quantized, are not
+closer to the dense ones with a pair scaled than without, the pair is undone; and where all that is not better than
+plain rounding to nearest, the block gets that.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class AWQ:
         for fold in folds:
             best, ratio = self._scales(fold, seen)
             note = {"producer": fold.producer.name, "ratio": ratio.tolist()}
-            if guard is None or not bool((best != 1).any()):
+            if not bool((best != 1).any()):
+                pass  # as it is
+            elif guard is None:
                 self._apply(fold, best, seen)
             elif not guard.better(fold, best):
                 note = {"producer": fold.producer.name, "ratio": (0 * ratio).tolist()}
@@ -194,6 +196,7 @@ class _Guard:
         self.method, self.task, self.seen = method, task, seen
         self.kept: list[str] = []
         self.undone: list[str] = []
+        self.before: dict[Tensor, Tensor] = {}  # of what was scaled
 
     def start(self) -> None:
         self.values = all_values(self.task)
@@ -220,6 +223,8 @@ class _Guard:
         if loss < self.loss:
             self.values, self.loss = now, loss
             self.kept.append(fold.producer.name)
+            for parameter, old in zip(parameters, before, strict=True):
+                self.before.setdefault(parameter, old)
             return True
         for parameter, old in zip(parameters, before, strict=True):
             parameter.detach().copy_(old)
@@ -231,10 +236,15 @@ class _Guard:
 
     def end(self) -> None:
         task, took = self.task, "scaled" if self.kept else "unscaled"
-        if self.method.clip and task.search and self.plain and not self.loss < self.nearest and not self.kept:
+        if self.plain and not self.loss < self.nearest:
+            for parameter, old in self.before.items():
+                parameter.detach().copy_(old)
             for layer in task.layers:
                 layer.result = layer.importance = None
+                if isinstance(layer.notes.get("awq"), dict):
+                    layer.notes["awq"]["ratio"] = 0.0
             took, self.loss = "nearest", self.nearest
+            self.undone, self.kept = self.undone + self.kept, []
         task.events(
             "awq", block=task.name, kept=took, loss_nearest=self.nearest, loss_unscaled=self.first,
             loss_scaled=self.loss, pairs=self.kept, undone=self.undone,

@@ -1,10 +1,10 @@
-"""Scales of groups by the error of a layer's outputs: the clipping of AWQ, with what other groups do taken into account.
+"""Scales of groups by the error of a layer's outputs: the clipping of AWQ, which sees what other groups do.
 
     E = W - round(W),     error = tr(E H E^T),  H = sum of x x^T over all inputs
 
-A group's candidates are the scales that the format's rule gives for its elements times a ratio; below 1 they clip. Groups
-are settled along the columns, those of a column group for all rows at once. For e, the part of E that a candidate makes
-of group g,
+A group's candidates are the scales that the format's rule gives for its elements times a ratio; below 1 they clip.
+Groups are settled along the columns, those of a column group for all rows at once. For e, the part of E that a
+candidate makes of group g,
 
     error(e) = e H_gg e^T + 2 e (H E^T)_g^T,      (H E^T)_g without the group itself
 

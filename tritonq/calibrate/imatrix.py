@@ -2,8 +2,8 @@
 
     importance_k = mean x_k^2,      a group takes the scale with the smallest sum_k importance_k (w_k - q_k)^2
 
-which is the error of the outputs where inputs are uncorrelated; llama.cpp calls the table `imatrix`. They seldom are, so
-the block is asked: where its outputs are not closer to the dense ones with importance than without, it goes without.
+which is the error of the outputs where inputs are uncorrelated; llama.cpp calls the table `imatrix`. They seldom are,
+so the block is asked: where its outputs are not closer to the dense ones with importance than without, it goes without.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     s_j = max|x_j|^a / max|w_j|^(1 - a);      W x = (W * s) (x / s)
 
 over all inputs of calibration and the rows of all layers with these inputs. 1 / s goes where `fold` says it costs
-nothing. Only of use where inputs are quantized. The ratio of the formula knows the extremes alone, not what rounding does to
-the rest, so the block is asked pair by pair: where its outputs, weights and inputs quantized, are not closer to the dense
-ones with a pair scaled, the pair is undone.
+nothing. Only of use where inputs are quantized. The formula knows the extremes alone, not what rounding does
+to the rest, so the block is asked pair by pair: where its outputs, weights and inputs quantized, are not closer to the
+dense ones with a pair scaled, the pair is undone.
 """
 
 from __future__ import annotations
