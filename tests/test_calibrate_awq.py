@@ -261,6 +261,22 @@ def test_pairs_that_do_not_help_are_undone(monkeypatch):
     assert event["undone"]
 
 
+def test_layers_that_share_a_divisor_share_it_afterwards(monkeypatch):
+    """Scaling v for o changes what q, k and v have in common."""
+    losses = iter(range(100, 1, -1))
+    monkeypatch.setattr(awq, "quantized_loss", lambda *_: float(next(losses)))
+    block, task, told, _, _ = make("heads", fmt="nvfp4", search="mse")
+    s = torch.linspace(0.2, 4, 16)
+    monkeypatch.setattr(AWQ, "_scales", lambda self, fold, seen: (s, torch.tensor(0.5)))
+    block.v.weight.data *= 4
+    for layer in task.layers[:3]:
+        layer.shared = "qkv"
+    AWQ(steps=4).run(task)
+    assert "v" in told[0][1]["pairs"]
+    first, *others = (layer.result["tensor_scale"] for layer in task.layers[:3])
+    assert all(torch.equal(first, other) for other in others)
+
+
 @pytest.mark.parametrize("rises", [False, True])
 @pytest.mark.parametrize("method", [Imatrix(), SmoothQuant()])
 def test_other_guards(monkeypatch, method, rises):

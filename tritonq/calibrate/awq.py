@@ -210,15 +210,15 @@ class _Guard:
     def better(self, fold: Fold, s: Tensor) -> bool:
         """Scale a pair; whether that is kept."""
         task = self.task
-        touched = fold.touched
+        sets = {layer.shared for layer in fold.touched if layer.fmt.tensor_scale} - {None}  # whose divisor may change
+        touched = [layer for layer in task.layers if layer in fold.touched or layer.shared in sets]
         decided = [(layer, layer.result, layer.importance) for layer in touched]
         parameters = [*fold.producer.parameters, *fold.weights.values()]
         before = [p.detach().clone() for p in parameters]
         self.method._apply(fold, s, self.seen)
         self.method.decide(task, touched, self.seen)
         shared = divisors(task.layers)
-        again = {layer for layer in task.layers if layer in touched or (layer.fmt.tensor_scale and layer.shared)}
-        now = self.values | {layer: values(layer, task.search, shared.get(layer)) for layer in again}
+        now = self.values | {layer: values(layer, task.search, shared.get(layer)) for layer in touched}
         loss = quantized_loss(task, now)
         if loss < self.loss:
             self.values, self.loss = now, loss
