@@ -243,6 +243,22 @@ def test_activations_that_are_not_finite_are_told():
     assert any(event.what == "outputs are not finite" for event in own.result.events)
 
 
+def test_outputs_that_are_not_numbers_name_block_and_sample():
+    m = Stack()
+    m.layers[1][0].bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"'layers\.1' put out NaN for sample 0"):
+        tq.quantize_(m, "W8A16", calibration=tq.Calibration([torch.ones(1, 4, 32)], "rtn", samples=1), progress=False)
+
+
+def test_losses_of_signround_in_the_report():
+    """Before: of rounding to nearest with the search, as `rtn` reports it; not 0, and no less than after."""
+    _, own = run("signround", iters=4)
+    _, nearest = run("rtn")
+    for row in own.result.blocks:
+        assert row.loss_before > 0 and row.loss_after <= row.loss_before
+    assert own.result.blocks[0].loss_before == pytest.approx(nearest.result.blocks[0].loss_after, rel=1e-5)
+
+
 def test_report_and_export(tmp_path):
     m, own = run("gptq", kind="qwen3moe", report=tmp_path / "report")
     content = json.loads((tmp_path / "report" / "report.json").read_text())

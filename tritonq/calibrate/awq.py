@@ -3,13 +3,19 @@
     s = mean|x|^r, divided by sqrt(max s * min s);      W x = (W * s) (x / s)
 
 r in {0, 1/20, .., 1} is taken so that sum over the consumers of tr(E H E^T), E = W - round(W * s) / s, is smallest: the
-squared error of their outputs over all samples, H = sum x x^T. Of fused experts, only the diagonal of H counts; where
-they are a consumer of the norm before them they share s, and between their own two projections each has its own.
-Rounding is that of the scheme, scale search included, and 1 / s goes where `fold` says it costs nothing.
+squared error of their outputs over all samples, H = sum x x^T, rounded by the format's rule. Of fused experts, only the
+diagonal of H counts; where they are a consumer of the norm before them they share s, and between their own two
+projections each has its own. 1 / s goes where `fold` says it costs nothing.
+
+Scales of groups are then searched for by the error of the layer's outputs (`clip`). That a layer has less error does
+not say that the block has, so the block is asked about every pair: where its outputs, all of it quantized, are not
+closer to the dense ones with a pair scaled than without, the pair is undone; and where all that is not better than
+plain rounding to nearest, the block gets that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,8 +23,10 @@ import torch
 from torch import Tensor
 
 from tritonq import ops
+from tritonq.calibrate.clip import clipped
 from tritonq.calibrate.fold import Fold, find_folds, scale_columns
-from tritonq.calibrate.grid import choose, divisors
+from tritonq.calibrate.grid import divisors
+from tritonq.calibrate.guard import all_values, quantized_loss, values
 from tritonq.calibrate.imatrix import importance_of
 from tritonq.calibrate.statistics import Columns, Hessian, Observer, collect, shared_inputs
 from tritonq.calibrate.task import Layer, Task
@@ -49,20 +57,27 @@ class AWQ:
 
     Attributes:
         steps: ratios tried besides 0, which changes nothing.
-        clip: also search scales by the error weighted by mean x^2 where the scheme searches (the clipping of AWQ).
+        clip: also search scales by the error of outputs where the scheme searches; results of the layers are set then.
+        guard: keep what lowers the loss of the block only.
+        rows: of a weight, spread over all, by which ratios are compared, where groups lie within rows.
     """
 
     name: ClassVar[str] = "awq"
     steps: int = 20
     clip: bool = True
+    guard: bool = True
+    rows: int = 512
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is a number of ratios >= 1, got {self.steps}; 20 is usual")
+        if self.rows < 1:
+            raise ValueError(f"rows is a number of rows >= 1, got {self.rows}; 512 is usual")
 
     @torch.no_grad()
     def run(self, task: Task) -> None:
-        folds = find_folds(task)
+        if not task.samples:
+            return
         seen: Seen = {}
         observers: dict[Layer, Observer] = {}
         for members in shared_inputs(task, task.layers):
@@ -71,37 +86,84 @@ class AWQ:
             observers[first] = observer
             seen.update(dict.fromkeys(members, observer))
         collect(task, observers)
+        broken = {layer for layer, observer in seen.items() if not bool(squares(observer).isfinite().all())}
+        for layer in broken:
+            layer.notes["fallback"] = "saw no finite input"
+        if broken == set(task.layers):
+            return
+        folds = [fold for fold in find_folds(task) if not broken.intersection(fold.layers)]
+        guard = _Guard(self, task, seen) if self.guard else None
+        if guard is not None:
+            guard.start()
         for fold in folds:
-            self._scale(task, fold, seen)
-        if self.clip and task.search:
-            for layer in task.layers:
-                if not layer.fmt.super_group:
-                    layer.importance = importance_of(layer, squares(seen[layer]))
+            best, ratio = self._scales(fold, seen)
+            note = {"producer": fold.producer.name, "ratio": ratio.tolist()}
+            if not bool((best != 1).any()):
+                pass  # as it is
+            elif guard is None:
+                self._apply(fold, best, seen)
+            elif not guard.better(fold, best):
+                note = {"producer": fold.producer.name, "ratio": (0 * ratio).tolist()}
+            for layer in fold.layers:
+                layer.notes["awq"] = note
+        if guard is None:
+            self.decide(task, task.layers, seen)
+        else:
+            guard.end()
         folded = {layer for fold in folds for layer in fold.layers}
         for layer in task.layers:
             if layer not in folded:
                 layer.notes["awq"] = "nothing before it can be scaled"
 
-    def _scale(self, task: Task, fold: Fold, seen: Seen) -> None:
-        """Choose a fold's scales and apply them; statistics follow."""
+    def decide(self, task: Task, layers: Iterable[Layer], seen: Seen) -> None:
+        """Set importance and results of layers for the weights they have."""
+        if not self.clip or not task.search:
+            return
+        shared = divisors(task.layers)
+        for layer in layers:
+            observer = seen[layer]
+            if layer.fmt.super_group or not bool(squares(observer).isfinite().all()):
+                continue
+            layer.importance = importance_of(layer, squares(observer))
+            if isinstance(observer, Hessian) and observer.count[0]:
+                weight = layer.weight.detach()
+                parts = clipped(weight, layer.fmt, observer.sum[0] / observer.count[0], shared.get(layer))
+                layer.result = ops.quantize(weight, layer.fmt, **parts)  # type: ignore[arg-type]
+
+    def _apply(self, fold: Fold, s: Tensor, seen: Seen) -> None:
+        """Scale; statistics follow."""
+        fold.apply(s)
+        self._follow(fold, s, seen)
+
+    def _follow(self, fold: Fold, s: Tensor, seen: Seen) -> None:
+        columns = fold.columns(s)
+        for observer in {id(seen[layer]): seen[layer] for layer in fold.layers}.values():
+            _follow(observer, columns)
+
+    def _scales(self, fold: Fold, seen: Seen) -> tuple[Tensor, Tensor]:
+        """The best scales, [channels] or [E, channels], and their ratios, [] or [E]."""
         x = self._inputs(fold, seen)
         best = torch.ones_like(x)
-        errors = self._errors(task, fold, seen, best)
-        smallest, ratio = errors, torch.zeros_like(errors)
+        sampled = {layer: self._rows(layer) for layer in fold.layers}
+        smallest = self._errors(fold, seen, sampled, best)
+        ratio = torch.zeros_like(smallest)
         for step in range(1, self.steps + 1):
             r = step / self.steps
             s = x.clamp(min=1e-4 * float(x.amax()) or 1.0).pow(r)
             s = s / (s.amax(-1, keepdim=True) * s.amin(-1, keepdim=True)).sqrt()
-            errors = self._errors(task, fold, seen, s)
+            errors = self._errors(fold, seen, sampled, s)
             better = errors < smallest
             best = torch.where(better.unsqueeze(-1), s, best)
             smallest, ratio = torch.where(better, errors, smallest), ratio.masked_fill(better, r)
-        fold.apply(best)
-        columns = fold.columns(best)
-        for layer in fold.layers:
-            layer.notes["awq"] = {"producer": fold.producer.name, "ratio": ratio.tolist()}
-        for observer in {id(seen[layer]): seen[layer] for layer in fold.layers}.values():
-            _follow(observer, columns)
+        return best, ratio
+
+    def _rows(self, layer: Layer) -> Tensor:
+        """Rows of a weight that stand for all of them: errors are sums over rows."""
+        weight = layer.weight.detach()
+        if layer.fmt.group[0] != 1 or weight.shape[-2] <= self.rows:
+            return weight
+        numbers = torch.arange(self.rows, device=weight.device) * weight.shape[-2] // self.rows
+        return weight.index_select(-2, numbers)
 
     def _inputs(self, fold: Fold, seen: Seen) -> Tensor:
         """Mean |x| by channel, [channels] or [E, channels]."""
@@ -112,23 +174,81 @@ class AWQ:
         pooled = [seen[layer].absolute.sum(0) / max(1.0, n) for layer, n in zip(fold.layers, counts, strict=True)]
         return fold.channels(torch.stack(pooled).mean(0))
 
-    def _errors(self, task: Task, fold: Fold, seen: Seen, s: Tensor) -> Tensor:
+    def _errors(self, fold: Fold, seen: Seen, sampled: dict[Layer, Tensor], s: Tensor) -> Tensor:
         """Errors of the consumers' outputs, [] or [E]."""
         columns = fold.columns(s)
-        with_s = {layer: _scaled(layer, columns) for layer in fold.layers}
+        with_s = {layer: _scaled(sampled[layer], columns) for layer in fold.layers}
         shared = divisors(fold.layers, with_s)
         total = columns.new_zeros(s.shape[:-1])
         for layer, weight in with_s.items():
             spread = columns if columns.ndim == 1 else columns.unsqueeze(-2)
-            importance = squares(seen[layer]) / columns.square() if self.clip else None
-            parts = choose(weight, layer.fmt, task.search, importance, shared.get(layer))
-            if layer.fmt.super_group:  # their scales are the rule's, and are not taken as given
-                q = ops.qdq(weight, layer.fmt)
-            else:
-                q = ops.qdq(weight, layer.fmt, **parts)  # type: ignore[arg-type]
-            e = layer.weight.detach().float() - q / spread
-            total = total + _error(e, seen[layer], by_expert=s.ndim == 2)
+            q = ops.qdq(weight, layer.fmt, tensor_scale=shared.get(layer))
+            share = layer.weight.shape[-2] / weight.shape[-2]  # of layers that were cut and layers that were not
+            e = sampled[layer].float() - q / spread
+            total = total + share * _error(e, seen[layer], by_expert=s.ndim == 2)
         return total
+
+
+class _Guard:
+    """Keeps scales that bring the outputs of the quantized block closer to those of the dense one."""
+
+    def __init__(self, method: AWQ, task: Task, seen: Seen) -> None:
+        self.method, self.task, self.seen = method, task, seen
+        self.kept: list[str] = []
+        self.undone: list[str] = []
+        self.before: dict[Tensor, Tensor] = {}  # of what was scaled
+
+    def start(self) -> None:
+        self.values = all_values(self.task)
+        self.nearest = quantized_loss(self.task, self.values)
+        decided = [layer.result is not None or layer.importance is not None for layer in self.task.layers]
+        self.plain = not any(decided)
+        self.method.decide(self.task, self.task.layers, self.seen)
+        self.values = all_values(self.task)
+        self.first = self.loss = quantized_loss(self.task, self.values)
+
+    def better(self, fold: Fold, s: Tensor) -> bool:
+        """Scale a pair; whether that is kept."""
+        task = self.task
+        sets = {layer.shared for layer in fold.touched if layer.fmt.tensor_scale} - {None}  # whose divisor may change
+        touched = [layer for layer in task.layers if layer in fold.touched or layer.shared in sets]
+        decided = [(layer, layer.result, layer.importance) for layer in touched]
+        parameters = [*fold.producer.parameters, *fold.weights.values()]
+        before = [p.detach().clone() for p in parameters]
+        self.method._apply(fold, s, self.seen)
+        self.method.decide(task, touched, self.seen)
+        shared = divisors(task.layers)
+        now = self.values | {layer: values(layer, task.search, shared.get(layer)) for layer in touched}
+        loss = quantized_loss(task, now)
+        if loss < self.loss:
+            self.values, self.loss = now, loss
+            self.kept.append(fold.producer.name)
+            for parameter, old in zip(parameters, before, strict=True):
+                self.before.setdefault(parameter, old)
+            return True
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.detach().copy_(old)
+        self.method._follow(fold, 1 / s, self.seen)
+        for layer, result, importance in decided:
+            layer.result, layer.importance = result, importance
+        self.undone.append(fold.producer.name)
+        return False
+
+    def end(self) -> None:
+        task, took = self.task, "scaled" if self.kept else "unscaled"
+        if self.plain and not self.loss < self.nearest:
+            for parameter, old in self.before.items():
+                parameter.detach().copy_(old)
+            for layer in task.layers:
+                layer.result = layer.importance = None
+                if isinstance(layer.notes.get("awq"), dict):
+                    layer.notes["awq"]["ratio"] = 0.0
+            took, self.loss = "nearest", self.nearest
+            self.undone, self.kept = self.undone + self.kept, []
+        task.events(
+            "awq", block=task.name, kept=took, loss_nearest=self.nearest, loss_unscaled=self.first,
+            loss_scaled=self.loss, pairs=self.kept, undone=self.undone,
+        )  # fmt: skip
 
 
 def _error(e: Tensor, observer: Hessian | Columns, by_expert: bool) -> Tensor:
@@ -139,8 +259,8 @@ def _error(e: Tensor, observer: Hessian | Columns, by_expert: bool) -> Tensor:
     return found if by_expert else found.sum()
 
 
-def _scaled(layer: Layer, columns: Tensor) -> Tensor:
-    weight = layer.weight.detach().clone()
+def _scaled(weight: Tensor, columns: Tensor) -> Tensor:
+    weight = weight.clone()
     scale_columns(weight, columns)
     return weight.float()
 

@@ -33,6 +33,9 @@ class _Reached(BaseException):
 class Source(Protocol):
     """A call of the model, and what is known of what blocks and modules beside them put out in it."""
 
+    @property
+    def samples(self) -> tuple[int, ...]: ...
+
     def call(self) -> Arguments: ...
 
     def structure(self, block: int) -> Outputs | None: ...
@@ -337,6 +340,18 @@ class Capture:
         with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda packed: torch.empty(0)):
             self.forward(source.call(), handlers, grad=True)
 
+    def _check_numbers(self, source: Source, order: list[int]) -> None:
+        """ValueError where a block has put out NaN, which equals nothing that is computed again."""
+        for block in order:
+            known = self._known(source, block)
+            found = source.load(block, range(len(known.specs)))
+            if any(t.is_floating_point() and bool(t.isnan().any()) for t in found.values()):
+                raise ValueError(
+                    f"{self.blocks[block][0]!r} put out NaN for sample {', '.join(map(str, source.samples))} of the "
+                    "calibration data, whose inputs are finite; run the model in bfloat16 or float32, or leave the "
+                    "sample out"
+                )
+
     def settle(self, source: Source, scan: Scan, position: int, wanted: list[Any]) -> None:
         """Make sure that the arguments of a block come out as in the forward without stand-ins.
 
@@ -354,9 +369,10 @@ class Capture:
         traced, everywhere = scan.uses[block], set(range(len(self.towers)))
         uses = {(b, n) for b in order[:position] for n in range(len(self._known(source, b).specs))}
         if not right(uses, everywhere):
+            self._check_numbers(source, order[:position])
             raise ValueError(
                 f"arguments of {self.blocks[block][0]!r} come out differently when the model is called again with what "
-                "the blocks before it have put out: something random, not finite, or kept between calls, or handed "
+                "the blocks before it have put out: something random, or kept between calls, or handed "
                 "from block to block on another way than arguments and outputs. Choose modules that contain these "
                 "blocks by blocks="
             )

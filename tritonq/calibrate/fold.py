@@ -6,7 +6,8 @@ Pairs are found by what happens, not by names. A producer is the affine weight o
 Gemma has it), a linear layer, half of the rows of one (gate and up in one weight), or those of fused experts. Its
 channels are multiplied by powers of two; whatever multiplies a weight by inputs that scaled exactly so is a consumer,
 is divided, and the block runs again, which shows those behind a router, until there are no more. It is a pair if the
-block then puts out what it did before: nothing else reads the producer. Weights are left as they were, bit for bit.
+block then puts out what it did before: nothing else reads the producer, and `held_elsewhere` says so of the model
+outside of the block. Weights are left as they were, bit for bit.
 
 Heads that share keys and values repeat the channels of v: which column comes from which channel is read off the bits of
 the channel's number, one run of the block a bit.
@@ -60,6 +61,7 @@ class Fold:
         layers: consumers that are to be quantized. weights: all consumers, [N, K] or [E, N, K].
         source: channel of each column, [K]; None where they are the same.
         by_expert: every expert has a scale of its own, [E, channels].
+        touched: layers whose weights change when the pair is scaled: the consumers, and the producer where it is one.
     """
 
     producer: Producer
@@ -67,6 +69,7 @@ class Fold:
     layers: list[Layer] = field(default_factory=list)
     source: Tensor | None = None
     by_expert: bool = False
+    touched: list[Layer] = field(default_factory=list)
 
     def columns(self, s: Tensor) -> Tensor:
         """Scales of channels to those of columns."""
@@ -81,7 +84,10 @@ class Fold:
 
     @torch.no_grad()
     def apply(self, s: Tensor) -> None:
-        """Multiply columns by s, [channels] or [E, channels], and divide what is put out."""
+        """Multiply columns by s, [channels] or [E, channels], and divide what is put out. What was decided about the
+        weights before is void."""
+        for layer in self.touched:
+            layer.result = layer.importance = None
         self.producer.multiply(1 / s)
         for weight in self.weights.values():
             scale_columns(weight.detach(), self.columns(s))
@@ -89,6 +95,21 @@ class Fold:
 
 def scale_columns(weight: Tensor, s: Tensor) -> None:
     weight.copy_(weight.float() * (s if s.ndim == 1 else s.unsqueeze(-2)))
+
+
+def held_elsewhere(model: nn.Module, block: nn.Module) -> frozenset[int]:
+    """Ids of the parameters of a block that are reached from the model without the block, too: tied ones, and those of
+    modules that sit in several places. What code reads from elsewhere without a module that holds it is not found."""
+    inside = {id(p) for p in block.parameters()}
+    reached: set[int] = set()
+    seen, left = {id(block)}, [model] if model is not block else []
+    while left:
+        module = left.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            reached.update(id(p) for p in module._parameters.values() if p is not None)
+            left += [child for child in module._modules.values() if child is not None]
+    return frozenset(inside & reached)
 
 
 @contextlib.contextmanager
@@ -190,6 +211,10 @@ class _Probe:
             if not fold.weights or not self.same(outputs, tolerance):
                 return None
         fold.layers = [one for one in self.task.layers if any(one.weight is w for w in fold.weights.values())]
+        changed = [*fold.weights.values(), *producer.parameters]
+        if any(id(p) in self.task.elsewhere for p in changed):
+            return None
+        fold.touched = [one for one in self.task.layers if any(one.weight is w for w in changed)]
         return fold if fold.layers else None
 
     def source(self, producer: Producer, columns: int) -> Tensor | None:

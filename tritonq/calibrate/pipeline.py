@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tritonq import ops
 from tritonq.calibrate.cache import ActivationCache
 from tritonq.calibrate.data import Call
+from tritonq.calibrate.fold import held_elsewhere
 from tritonq.calibrate.grid import divisors
 from tritonq.calibrate.inputs import use_static
 from tritonq.calibrate.replay import Replay
@@ -168,7 +169,7 @@ class Run:
 
         task = Task(
             name, block, layers, len(samples), fetch, device, self.report.events, self.devices, self.seed,
-            self.search, min(self.micro_batch, len(samples)),
+            self.search, min(self.micro_batch, len(samples)), held_elsewhere(self.model, block),
         )  # fmt: skip
         for start in range(0, len(samples), self.micro_batch):  # of the dense block; kept until the next one
             fetch(range(start, min(start + self.micro_batch, len(samples))), device, True)

@@ -610,6 +610,10 @@ class _Sample:
         call = self._replay.calls[self._sample]
         return tuple(call.args), dict(call.kwargs)
 
+    @property
+    def samples(self) -> tuple[int, ...]:
+        return (self._sample,)
+
     def structure(self, block: int) -> Outputs | None:
         return self._replay._outputs.get((block, self._sample))
 
@@ -645,6 +649,10 @@ class _Pair:
 
     def call(self) -> Arguments:
         return self._call
+
+    @property
+    def samples(self) -> tuple[int, ...]:
+        return tuple(self._samples)
 
     def structure(self, block: int) -> Outputs | None:
         one = self._replay._outputs[block, self._samples[0]]

@@ -3,18 +3,21 @@
     s_j = max|x_j|^a / max|w_j|^(1 - a);      W x = (W * s) (x / s)
 
 over all inputs of calibration and the rows of all layers with these inputs. 1 / s goes where `fold` says it costs
-nothing. Only of use where inputs are quantized.
+nothing. Only of use where inputs are quantized. The formula knows the extremes alone, not what rounding does
+to the rest, so the block is asked pair by pair: where its outputs, weights and inputs quantized, are not closer to the
+dense ones with a pair scaled, the pair is undone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tritonq.calibrate.fold import Fold, find_folds
+from tritonq.calibrate.guard import all_values, quantized_loss
 from tritonq.calibrate.statistics import Columns, Observer, collect, shared_inputs
 from tritonq.calibrate.task import Layer, Task
 from tritonq.nn.schemes import Scheme
@@ -26,10 +29,12 @@ class SmoothQuant:
 
     Attributes:
         strength: a, from 0 (weights get an even range) to 1 (inputs do).
+        guard: keep what lowers the loss of the block only.
     """
 
     name: ClassVar[str] = "smoothquant"
     strength: float = 0.5
+    guard: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= 1:
@@ -52,10 +57,34 @@ class SmoothQuant:
             observers[members[0]] = observer = Columns(members[0])
             seen.update(dict.fromkeys(members, observer))
         collect(task, observers)
+        kept, undone = [], []
+        weights = all_values(task) if self.guard and folds else {}
+        loss = first = quantized_loss(task, weights) if weights else float("inf")
         for fold in folds:
+            note: dict[str, Any] = {"producer": fold.producer.name}
+            parameters = [*fold.producer.parameters, *fold.weights.values()]
+            before = [p.detach().clone() for p in parameters]
+            decided = [(layer, layer.result, layer.importance) for layer in fold.touched]
             fold.apply(self.scales(fold, seen))
+            if self.guard:
+                weights = all_values(task)
+                now = quantized_loss(task, weights)
+                if now < loss:
+                    loss = now
+                    kept.append(fold.producer.name)
+                else:
+                    for parameter, old in zip(parameters, before, strict=True):
+                        parameter.detach().copy_(old)
+                    for layer, result, importance in decided:
+                        layer.result, layer.importance = result, importance
+                    undone.append(fold.producer.name)
+                    note["undone"] = "the outputs of the block are better without"
             for layer in fold.layers:
-                layer.notes["smoothquant"] = {"producer": fold.producer.name}
+                layer.notes["smoothquant"] = note
+        if self.guard and folds:
+            task.events(
+                "smoothquant", block=task.name, loss_unscaled=first, loss_scaled=loss, pairs=kept, undone=undone
+            )
 
     def scales(self, fold: Fold, seen: dict[Layer, Columns]) -> Tensor:
         """s of channels, [channels] or [E, channels]; 1 where the inputs or the weights are all 0."""

@@ -109,6 +109,7 @@ class Task:
         search: the scale search of rounding to nearest, as in `tritonq.quantize`.
         micro_batch: samples in a call of the block that fitted into memory so far; methods halve it where memory runs
             out, and tell `events`.
+        elsewhere: ids of parameters that modules outside of the block hold, too; they are not to be scaled.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Task:
     seed: int = 0
     search: str | bool = "mse"
     micro_batch: int = 8
+    elsewhere: frozenset[int] = frozenset()
 
     def forward(self, batch: Batch, block: nn.Module | None = None) -> list[Tensor]:
         """Floating outputs of the block, or of a copy of it."""
