@@ -12,12 +12,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from tritonq import learned_plans, ops, plans
+from tritonq import launch, learned_plans, ops, plans
 
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
          torch.uint8: "*u8",
          torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64"}  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
 
 
 class Launch:
@@ -56,18 +56,26 @@ class Launch:
         return ASTSource(self.kernel, self.signature, constexprs=self.constants, attrs=self.attributes)
 
     def compile(self, target: GPUTarget) -> Any:
-        options = {k: v for k, v in self.options.items() if k != "maxnreg" or target.backend == "cuda"}
+        without = set() if target.backend == "cuda" else {"maxnreg", "launch_pdl"}
+        if target.backend == "cuda" and target.arch < 90:
+            without = {"launch_pdl"}
+        options = {k: v for k, v in self.options.items() if k not in without}
         return triton.compile(self.source(), target=target, options=options)
 
 
-def launched(call: Callable[[], Any]) -> list[Launch]:
-    """What call() launches on CPU tensors, as on a GPU; nothing runs."""
+def launched(call: Callable[[], Any], early: bool = True) -> list[Launch]:
+    """What call() launches on CPU tensors, as on a GPU; nothing runs. Args: early: as on one that launches kernels
+    before earlier ones have ended, see `Plan.waits`."""
     found = []
 
     def run(self: Any, *args: Any, grid: Any = None, warmup: bool = False, **kwargs: Any) -> None:
         found.append(Launch(self, args, kwargs, grid[0]))
 
-    with patch.object(JITFunction, "run", run), patch.object(ops, "uses_triton", lambda x: True):
+    with (
+        patch.object(JITFunction, "run", run),
+        patch.object(ops, "uses_triton", lambda x: True),
+        patch.object(launch, "launches_early", lambda device: early),
+    ):
         plans.forget()
         learned_plans.forget()
         call()

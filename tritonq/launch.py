@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +25,14 @@ class Plan:
         kernel: a Triton kernel whose parameters are tensors, then the words of a seed if calls bring one, then
             `integers`, then `constants` (constexprs). None among the integers stands for one that is not used.
         bits: positions of the tensors that the kernel sees as integers of their width.
+        waits: the kernel begins with `kernels.tile.begin`, so that where the GPU can it is launched before earlier ones
+            have ended, and the time a launch takes is not added to theirs.
 
     The first call on a device with tensors of some alignment compiles; later ones go to the driver at once. Types and
     sizes of the tensors have to be those of the first call.
     """
 
-    __slots__ = ("_others", "_ready", "bits", "constants", "integers", "kernel", "options", "programs")
+    __slots__ = ("_others", "_ready", "bits", "constants", "integers", "kernel", "options", "programs", "waits")
 
     def __init__(
         self,
@@ -39,9 +42,10 @@ class Plan:
         constants: tuple[Any, ...],
         options: dict[str, int],
         bits: tuple[int, ...] = (),
+        waits: bool = False,
     ) -> None:
         self.kernel, self.programs, self.integers, self.constants = kernel, programs, integers, constants
-        self.options, self.bits = options, bits
+        self.options, self.bits, self.waits = options, bits, waits
         self._ready: dict[int, Callable[..., None]] = {}  # by device: what launches tensors at multiples of 16 bytes
         self._others: dict[tuple[Any, ...], Callable[..., None]] = {}  # by device, and which tensors are aligned
 
@@ -80,13 +84,21 @@ class Plan:
     def _first(self, tensors: tuple[Tensor, ...], seed: tuple[int, ...]) -> Callable[..., None] | None:
         """Launch through Triton; what later launches call, or None where they have to come here again."""
         seen = [as_integers(t) if i in self.bits else t for i, t in enumerate(tensors)]
+        early = {"launch_pdl": True} if self.waits and launches_early(tensors[0].device) else {}
         # A fused multiply-add would round differently from torch.
         compiled = self.kernel[(self.programs,)](
-            *seen, *seed, *self.integers, *self.constants, **self.options, enable_fp_fusion=False
+            *seen, *seed, *self.integers, *self.constants, **self.options, **early, enable_fp_fusion=False
         )
         if not tensors[0].is_cuda or compiled is None:
             return None
         return _launcher(compiled, self.programs, (*self.integers, *self.constants), tensors[0].get_device())
+
+
+@functools.cache
+def launches_early(device: torch.device) -> bool:
+    """Whether a GPU has programmatic dependent launch: NVIDIA's do from sm_90 on."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _launcher(compiled: Any, programs: int, rest: tuple[Any, ...], device: int) -> Callable[..., None]:

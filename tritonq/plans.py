@@ -118,6 +118,7 @@ def _group_plan(
         (fmt, mode, rounding[0], _limit(dtype), partial, axes, words, *extents, swizzled),
         _options(config, dtype, rounding[0]),
         (2, 3) if mode == "qdq" else (1, 2, 3),
+        waits=True,
     )
 
 
@@ -136,6 +137,7 @@ def _super_group_plan(
         (fmt, mode, rounding[0], _limit(dtype), partial, axes, words, *(config[k] for k in ("S", "M", "GROUPS", "W"))),
         _options(config, dtype, rounding[0]),
         (2, 3, 4, 5) if mode == "qdq" else (1, 2, 3, 4, 5),
+        waits=True,
     )
 
 
@@ -154,6 +156,7 @@ def _row_plan(
         (fmt, mode, rounding[0], _limit(dtype), partial, words, config["BLOCK_N"]),
         _options(config, dtype, rounding[0]),
         (2, 3) if mode == "qdq" else (1, 2, 3),
+        waits=True,
     )
 
 
@@ -174,6 +177,7 @@ def _apply_plan(
         (fmt, mode, rounding[0], _limit(dtype), partial, axes, words, config["BLOCK_M"], config["BLOCK_N"], own),
         _options(config, dtype, rounding[0]),
         (2, 3) if mode == "qdq" else (1, 2, 3),
+        waits=True,
     )
 
 
@@ -194,6 +198,7 @@ def _dequantize_plan(m: tiling.Matrix, fmt: Format, dtype: torch.dtype, aligned:
         (fmt, _limit(dtype), _axes(m, tiles), words, config["BLOCK_M"], config["BLOCK_N"]),
         _options(config, dtype),
         (0, 1, 2, 3, 4) if fmt.super_group else (0, 1, 2),
+        waits=True,
     )
 
 
@@ -321,7 +326,7 @@ def _keys_plans(
         kind = (finite, groups == 1 and extents[0] == 1, whole and m is slabs[-1])
         constants = (fmt, *kind, config["BLOCK_M"], config["BLOCK_N"])
         bits, options = () if finite else (2, 3), _options(config, torch.float32)
-        result.append((m, Plan(keys_kernel, groups * splits, integers, constants, options, bits)))
+        result.append((m, Plan(keys_kernel, groups * splits, integers, constants, options, bits, waits=True)))
     return tuple(result)
 
 

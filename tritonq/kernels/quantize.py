@@ -228,6 +228,7 @@ def row_kernel(
 ):  # fmt: skip
     """One row, which is one group, a program: read once for the scale and again, from the cache, for the codes."""
     ELEM: tl.constexpr = FMT.element
+    tile.begin()
     row = tl.program_id(0).to(tl.int64)
     x_ptr += (row // N) * stride_batch + (row % N) * stride_row
     index = row + tl.zeros([1], tl.int64)

@@ -47,6 +47,7 @@ def keys_kernel(
     LAST: nothing is to be added to the keys of the one group; the last program to end, by the counter that follows
     them, stores its scale and zero point, or with FINITE the tensor scale.
     """
+    tile.begin()
     pid = tl.program_id(0).to(tl.int64)
     group, split = pid // splits, pid % splits
     group_col = group % groups_per_row

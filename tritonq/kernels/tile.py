@@ -7,10 +7,24 @@ from tritonq.codecs import pack_triton as bits
 from tritonq.codecs import scale_triton as scales
 
 
+def begin(_semantic=None):
+    """Wait for what earlier launches write, before anything is read or written. A kernel that does so may be launched
+    while the last programs of the launch before it are still at work (programmatic dependent launch, `Plan.waits`);
+    compiled without that option this is nothing."""
+    if _semantic is not None and getattr(_semantic.builder.options, "launch_pdl", False):
+        from triton.language.extra.cuda import gdc_wait
+
+        gdc_wait(_semantic=_semantic)
+
+
+begin.__triton_builtin__ = True  # the compiler calls it with what it builds
+
+
 @triton.jit
 def position(tiles_m, tiles_n, AXES: tl.constexpr):
     """Which tile of which matrix this program handles: (batch, row, column), int64. AXES: 1 one row of tiles, 2 one
     matrix, 3 perhaps a batch of them; a division by what the compiler does not know takes some 35 instructions."""
+    begin()
     pid = tl.program_id(0)
     none = tl.full([], 0, tl.int64)
     if AXES == 1:
