@@ -7,7 +7,7 @@ import torch
 from conftest import INTERPRET
 
 from bench.launches import launched
-from tritonq import launch, ops
+from tritonq import launch, ops, plans
 from tritonq.formats import get_format
 
 FORMATS = ("int4_g128", "int8_channel", "mxfp4", "nvfp4", "fp8_e4m3_tensor", "fp8_e4m3_b128x128", "q4_k", "e3m4_g48")
@@ -54,22 +54,40 @@ def test_the_wait_comes_before_memory():
     assert seen == KERNELS
 
 
-def test_which_devices_launch_early(monkeypatch):
+@pytest.fixture
+def switch(monkeypatch):
+    """Sets TRITONQ_PDL; plans are forgotten before and after."""
+
+    def forget():
+        launch.launches_early.cache_clear()
+        plans.forget()
+
+    def to(value):
+        monkeypatch.setenv("TRITONQ_PDL", value)
+        forget()
+
+    yield to
+    monkeypatch.undo()
+    forget()
+
+
+def test_which_devices_launch_early(switch, monkeypatch):
     capability = {0: (8, 0), 1: (8, 9), 2: (9, 0), 3: (12, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[device.index])
-    launch.launches_early.cache_clear()
-    found = [launch.launches_early(torch.device("cuda", index)) for index in range(4)]
-    assert found == ([False] * 4 if torch.version.hip else [False, False, True, True])
-    assert not launch.launches_early(torch.device("cpu"))
-    launch.launches_early.cache_clear()
+    for value, expected in (("1", [False, False, True, True]), ("0", [False] * 4), ("", [False] * 4)):
+        switch(value)
+        found = [launch.launches_early(torch.device("cuda", index)) for index in range(4)]
+        assert found == ([False] * 4 if torch.version.hip else expected)
+        assert not launch.launches_early(torch.device("cpu"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
-def test_behind_kernels_that_write_their_inputs(name, graph):
+def test_behind_kernels_that_write_their_inputs(name, graph, switch):
     """Nobody waits on the host: torch writes what is quantized, quantizing writes what is dequantized, and that is
     what torch reads next, over the same memory again and again."""
+    switch("1")
     fmt, shape = get_format(name), (256, 4096)
     source = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
     factors = [1.0 + i / 64 for i in range(50)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,8 @@ class Plan:
         kernel: a Triton kernel whose parameters are tensors, then the words of a seed if calls bring one, then
             `integers`, then `constants` (constexprs). None among the integers stands for one that is not used.
         bits: positions of the tensors that the kernel sees as integers of their width.
-        waits: the kernel begins with `kernels.tile.begin`, so that where the GPU can it is launched before earlier ones
-            have ended, and the time a launch takes is not added to theirs.
+        waits: the kernel begins with `kernels.tile.begin`, so that it may be launched before earlier ones have ended
+            (`launches_early`), and the time a launch takes is not added to theirs.
 
     The first call on a device with tensors of some alignment compiles; later ones go to the driver at once. Types and
     sizes of the tensors have to be those of the first call.
@@ -96,9 +97,11 @@ class Plan:
 
 @functools.cache
 def launches_early(device: torch.device) -> bool:
-    """Whether a GPU has programmatic dependent launch: NVIDIA's do from sm_90 on."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    return nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether kernels that wait for earlier launches are launched before these have ended: asked for by the environment
+    variable TRITONQ_PDL, on NVIDIA GPUs from sm_90 on."""
+    if os.environ.get("TRITONQ_PDL", "0") in ("", "0") or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _launcher(compiled: Any, programs: int, rest: tuple[Any, ...], device: int) -> Callable[..., None]:
