@@ -343,6 +343,9 @@ class QTensor(Tensor):
             else:
                 for name, part in parts.items():
                     _bytes(part).copy_(_bytes(shared[name]) if name in shared else next(gathered))
+        for part in shared.values():
+            if part.is_cuda:  # with parameters on the CPU, of a copy made for this gather on the stream that gathers
+                part.record_stream(torch.cuda.current_stream(part.device))
         for output in outputs:
             output.untyped_storage().resize_(0)  # fully_shard makes room again before the next gather
         return (whole, (whole._buf,)) if out is None else None
