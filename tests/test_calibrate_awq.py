@@ -6,7 +6,7 @@ from calibrate_tasks import Attention, GemmaNorm, Mlp, experts_block, layer_of, 
 from torch import nn
 
 from tritonq import ops
-from tritonq.calibrate import awq
+from tritonq.calibrate import awq, clip
 from tritonq.calibrate.awq import AWQ
 from tritonq.calibrate.bias import BiasCorrection
 from tritonq.calibrate.clip import RATIOS, clipped
@@ -313,11 +313,12 @@ def test_imatrix_takes_the_better_one():
 @pytest.mark.parametrize(
     "name", ["int3_g8_f32", "int4_g8_asym", "mxfp4_even", "nvfp4", "fp8_e4m3_b8x8", "int4_channel", "int4_tensor"]
 )
-def test_scales_by_the_error_of_outputs(name):
+def test_scales_by_the_error_of_outputs(name, monkeypatch):
     """tr(E H E^T) in fp64 is less than with the scales of the rule; what is taken lies on the rule's candidates."""
     torch.manual_seed(0)
     fmt = get_format(name)
     weight = torch.randn(20, 64)
+    weight[3, 8:16], weight[5] = 0, 0  # groups without a scale
     x = torch.randn(200, 64) @ torch.randn(64, 64) + 1
     divisor = ops.tensor_scale(weight, fmt) if fmt.tensor_scale else None
 
@@ -326,6 +327,9 @@ def test_scales_by_the_error_of_outputs(name):
         return float(((weight - q) @ x.T.double()).square().sum())
 
     parts = clipped(weight, fmt, x.T @ x, divisor)
+    monkeypatch.setattr(clip, "TOGETHER", 1)  # wide groups: the errors of all candidates would be 14 weights in fp32
+    one_by_one = clipped(weight, fmt, x.T @ x, divisor)
+    assert all(torch.equal(ops._bits(part), ops._bits(one_by_one[key])) for key, part in parts.items())
     assert error(**parts) <= (error(tensor_scale=divisor) if divisor is not None else error())
     if fmt.group == (1, 8):
         assert error(**parts) < error(**ops.searched_scales(weight, fmt))

@@ -11,7 +11,8 @@ from torch import nn
 
 import tritonq as tq
 from tritonq import ops
-from tritonq.calibrate.signround import SignRound
+from tritonq.calibrate.leaves import gradient
+from tritonq.calibrate.signround import Offsets, SignRound
 from tritonq.calibrate.task import Batch, Layer, Task, squared_error
 from tritonq.calibrate.trial import Trial
 from tritonq.formats import get_format
@@ -608,6 +609,36 @@ def test_experts_without_tokens_stay_rounded_to_nearest():
         changed = [not torch.equal(layer.result["qdata"][e], nearest["qdata"][e]) for e in range(4)]
         assert changed == [True, True, True, False]
         assert torch.equal(layer.result["scale"][3], nearest["scale"][3])
+
+
+def test_experts_have_no_momentum():
+    """One that no token of the next samples reaches would go on in the direction of the last ones."""
+    given = mixture()
+    with Trial(given) as trial:
+        method = SignRound(iters=4, momentum=0.9)
+        one = Offsets(method, given, given.layers[0], trial.leaves[0], None)
+        for leaf, layer in zip(trial.leaves, given.layers, strict=True):
+            leaf.detach().copy_(layer.weight * 1.1)
+        trial.run([0], True)
+        one.step(method.rates(CPU), True, method.momentum)
+        assert one.leaf.grad is None and one.v.any()
+
+
+def test_what_overflowed_does_not_stay():
+    """In fp16 an infinite gradient costs an iteration, not the rest of them."""
+    given = task(block(dtype=torch.float16))
+    with Trial(given) as trial:
+        method = SignRound(iters=4)
+        one = Offsets(method, given, given.layers[0], trial.leaves[0], None)
+        for leaf, layer in zip(trial.leaves, given.layers, strict=True):
+            leaf.detach().copy_(layer.weight * 1.1)
+        trial.run([0], True)
+        finite = one.leaf.grad.clone()
+        one.leaf.grad[0, 0], one.leaf.grad[1, 1] = torch.inf, torch.nan
+        one.step(method.rates(CPU), True, method.momentum)
+        left = gradient(one.leaf)
+        assert float(left[0, 0]) == float(left[1, 1]) == 0
+        assert torch.equal(left[2:], finite[2:] * method.momentum) and finite[2:].any()
 
 
 def test_experts_picked_one_by_one_and_all_at_once():

@@ -56,7 +56,7 @@ def _alone(model: nn.Module) -> list[tuple[str, nn.Module]]:
         around = model.get_submodule(name.rpartition(".")[0])
         within = any(name.startswith(f"{block}.") for block, _ in found)
         if not within and 2 * _linear_weights(module) > _linear_weights(around):
-            found.append((f"{name}.0", module[0]))
+            found.append((f"{name}.0" if name else "0", module[0]))
     return found
 
 

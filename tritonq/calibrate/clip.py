@@ -21,6 +21,7 @@ from tritonq.calibrate.grid import Grid
 from tritonq.formats import Format
 from tritonq.reference import Parts
 
+TOGETHER = 1 << 25  # elements of errors at a time; of wide groups, candidates come one by one
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 1.1, 1.25, 1.5)
 
 
@@ -46,24 +47,33 @@ def clipped(weight: Tensor, fmt: Format, hessian: Tensor, divisor: Tensor | None
     blocks = -(-rows // height)
     chosen = torch.zeros(blocks, factor.shape[-1], dtype=torch.int64, device=weight.device)
 
-    def errors(group: int) -> Tensor:
-        """Of the elements of a column group by candidate, [candidates, N, width]; those that are not finite lose."""
-        x = weight[:, group * width : (group + 1) * width]
-        by = factor[:, :, group].unsqueeze(-1)
-        own = fmt.zero_code if zero is None else zero[:, :, group].unsqueeze(-1)
-        return x - fmt.element.codec.round_ref(x / by, own, fmt.element) * by
+    def errors(group: int, by: Tensor, own: Tensor | None) -> Tensor:
+        """Of the elements of a column group for scales [.., N] and zero points, [.., N, width]."""
+        x, by = weight[:, group * width : (group + 1) * width], by.unsqueeze(-1)
+        code = fmt.zero_code if own is None else own.unsqueeze(-1)
+        return x - fmt.element.codec.round_ref(x / by, code, fmt.element) * by
 
-    e = torch.cat([errors(group)[0] for group in range(factor.shape[-1])], 1)
+    def some(group: int, which: slice) -> Tensor:
+        return errors(group, factor[which, :, group], None if zero is None else zero[which, :, group])
+
+    together = max(1, TOGETHER // max(1, rows * width))  # candidates at a time
+    e = torch.cat([some(group, slice(0, 1))[0] for group in range(factor.shape[-1])], 1)
     for group in range(factor.shape[-1]):
         place = slice(group * width, min(columns, (group + 1) * width))
         h = hessian[:, place]
         left = e @ h - e[:, place] @ h[place]
-        tried = errors(group)
-        cost = ((tried @ h[place] + 2 * left) * tried).sum(-1).nan_to_num(torch.inf)
+        costs = []
+        for start in range(0, len(RATIOS), together):
+            tried = some(group, slice(start, start + together))
+            costs.append(((tried @ h[place] + 2 * left) * tried).sum(-1))
+        cost = torch.cat(costs)
+        cost = cost.masked_fill_(~cost.isfinite(), torch.inf)
         by_block = cost.new_zeros(len(RATIOS), blocks).index_add_(1, block, cost)
         best = by_block.argmin(0)  # the first of those that are equal, which is the rule's
         chosen[:, group] = best
-        e[:, place] = tried.gather(0, best[block].view(1, -1, 1).expand(1, *tried.shape[1:]))[0]
+        mine = best[block].unsqueeze(0)
+        own = None if zero is None else zero[:, :, group].gather(0, mine)[0]
+        e[:, place] = errors(group, factor[:, :, group].gather(0, mine)[0], own)
     return {name: _picked([parts[name] for parts in candidates], name, chosen) for name in candidates[0]}
 
 

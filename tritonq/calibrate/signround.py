@@ -52,7 +52,7 @@ class SignRound:
         batch: samples an iteration, drawn without repetition until fewer are left; None: as many as have 4096 tokens,
             2 to 8.
         momentum: how much of the gradients of the iterations so far the next one's are added to. Signs of few samples
-            are noisy, which this averages; 0 is the published method.
+            are noisy, which this averages; 0 is the published method. Fused experts go without.
         v_dtype: of the offsets, fp32 or bf16 (half the memory; steps below its resolution are lost).
         tune_ratios: False tunes offsets only.
         fused: False takes gradients of v and of the ratios from autograd and moves them after; for comparisons.
@@ -218,6 +218,10 @@ class Offsets:
             learned_ops.step(self.weight, dy, self.fmt, self.learned, step.rates, step.bounds, want_x=False)
         else:
             self._step(dy, step)
+        if self.layer.is_expert:  # one that no token reached would go on in an old direction
+            momentum = 0.0
+        if momentum and dy.dtype is torch.float16:
+            torch.nan_to_num_(dy, 0.0, 0.0, 0.0)  # what overflowed once would stay
         leaves.decay(self.leaf, momentum)
 
     def _step(self, dy: Tensor, step: SignStep) -> None:
