@@ -13,7 +13,7 @@ from tritonq.formats import get_format
 FORMATS = ("int4_g128", "int8_channel", "mxfp4", "nvfp4", "fp8_e4m3_tensor", "fp8_e4m3_b128x128", "q4_k", "e3m4_g48")
 KERNELS = {"group_kernel", "row_kernel", "apply_kernel", "keys_kernel", "dequantize_kernel", "super_group_kernel",
            "super_dequantize_kernel"}  # fmt: skip
-MEMORY = re.compile(r"\b(ld|st)\.(volatile\.|weak\.)?global|\batom\b|\bred\.|\bcp\.async")
+MEMORY = re.compile(r"\b(ld|st)\.[\w.]*global|\batom\b|\bred\.|\bcp\.async")
 
 
 def calls(name, early, columns=4096):
